@@ -1,0 +1,85 @@
+"""Every field and its default: DDPM on CIFAR-10 as in the paper. Not yet measured.
+
+Other configs start from `get_config()` here and change what differs.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+  config = ConfigDict()
+  config.seed = 0
+
+  config.data = ConfigDict()
+  config.data.name = "cifar10"
+  config.data.data_dir = placeholder(str)
+  config.data.path = placeholder(str)
+  config.data.image_size = placeholder(int)
+  config.data.num_examples = placeholder(int)
+  config.data.seed = 0
+
+  config.model = unet()
+
+  config.diffusion = ConfigDict()
+  config.diffusion.schedule = "linear"
+  config.diffusion.num_steps = 1000
+  config.diffusion.beta_start = 1e-4
+  config.diffusion.beta_end = 0.02
+
+  config.train = ConfigDict()
+  config.train.steps = 160_000
+  config.train.batch_size = 128
+  config.train.learning_rate = 1e-4
+  config.train.warmup_steps = 16_000
+  config.train.decay = "constant"
+  config.train.weight_decay = 0.01
+  config.train.clip_norm = 1.0
+  config.train.ema_max_decay = 0.999
+  config.train.ema_warmup_power = 0.75
+  config.train.checkpoint_every = 5_000
+  config.train.log_every = 100
+
+  config.sample = ConfigDict()
+  config.sample.num_samples = 200
+  config.sample.sampler = "ddpm"
+  config.sample.num_steps = placeholder(int)
+  config.sample.batch_size = 100
+  config.sample.keep_trajectory = False
+
+  config.curvature = ConfigDict()
+  config.curvature.draws = 250
+  config.curvature.batch_size = 128
+  config.curvature.skip = ("(?i)norm",)
+
+  config.attribute = ConfigDict()
+  config.attribute.measurement = "loss"
+  config.attribute.damping = 1e-8
+  config.attribute.draws = 250
+  config.attribute.draw_groups = 5
+  config.attribute.compression = "int8"
+  config.attribute.batch_size = 128
+
+  config.report = ConfigDict()
+  config.report.num_queries = 12
+  config.report.top_k = 8
+  return config
+
+
+def unet() -> ConfigDict:
+  """The 38.3 M-parameter DDPM-CIFAR U-Net."""
+  model = ConfigDict()
+  model.name = "unet"
+  model.channels = (128, 256, 256, 256)
+  model.blocks_per_level = 2
+  model.attention_levels = (False, True, False, False)
+  model.mid_attention = True
+  model.head_dim = placeholder(int)
+  model.norm_groups = 32
+  model.norm_eps = 1e-6
+  model.scale_shift = True
+  model.sin_first = True
+  model.freq_shift = 1.0
+  model.dropout = 0.1
+  model.downsample_padding = 0
+  return model

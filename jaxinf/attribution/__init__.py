@@ -1,0 +1,1 @@
+"""Attribution: scores of training examples for queries."""

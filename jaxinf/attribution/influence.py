@@ -1,0 +1,156 @@
+"""Influence of training examples on queries (paper, Eq. 4 and Algorithm 1).
+
+scores[q, n] = ⟨∇m_q, (H + λI)⁻¹ ∇ℓ_n⟩. Query gradients are computed once, preconditioned and
+quantised; the training gradients stream past them in blocks of examples, all queries at once, and
+are never kept.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinf import parallel
+from jaxinf.curvature.eigenbasis import precondition
+from jaxinf.curvature.fit import Curvature, checked_damping, checked_images
+from jaxinf.curvature.registration import register
+from jaxinf.diffusion.measurements import LOSS, measurement_named
+from jaxinf.diffusion.task import Task
+from jaxinf.gradients.per_example import checked_draws, example_gradients, group_keys
+from jaxinf.gradients.quantise import COMPRESSIONS
+from jaxinf.random import example_numbers, fold_in_each, stream
+from jaxinf.types import Array, Batch, Matrices, PyTree, Scores
+
+
+def influence(
+  task: Task,
+  curvature: Curvature,
+  queries: Array,
+  train_images: Array,
+  *,
+  damping: float,
+  draws: int,
+  seed: int,
+  measurement: str = "loss",
+  query_ids: np.ndarray | None = None,
+  train_ids: np.ndarray | None = None,
+  draw_groups: int = 1,
+  compression: str | None = "int8",
+  batch_size: int = 128,
+  devices: Sequence[jax.Device] | None = None,
+) -> Scores:
+  """Scores every training image for every query.
+
+  Args:
+    task: the model.
+    curvature: fitted at the task's parameters.
+    queries: [Q, H, W, C] images to explain, float32 in [-1, 1] or uint8.
+    train_images: [N, H, W, C], likewise.
+    damping: λ > 0, in the units of the curvature (squared gradient of the pixel-mean loss).
+    draws: draws of (t, ε) for each image, for training losses and for queries.
+    seed: of the draws.
+    measurement: what is measured of a query; see jaxinf.diffusion.measurements.
+    query_ids, train_ids: stable ids, which the random keys follow; row numbers where None.
+    draw_groups: groups the training draws are split into, for standard errors; divides draws.
+    compression: "int8" or None (float32), of the preconditioned query gradients.
+    batch_size: (image, draw) pairs at a time over all devices.
+    devices: local devices; all of them where None.
+
+  Returns:
+    Scores with values [Q, N]; positive: the training image supports the query.
+  """
+  queries, train_images = checked_images(queries), checked_images(train_images)
+  query_ids = _checked_ids(query_ids, len(queries), "query_ids")
+  train_ids = _checked_ids(train_ids, len(train_images), "train_ids")
+  measured = measurement_named(measurement)
+  checked_damping(damping)
+  checked_draws(draws, draw_groups)
+  if compression not in COMPRESSIONS:
+    raise ValueError(f"Unknown compression {compression!r}; there are: {list(COMPRESSIONS)}.")
+  for images in (queries, train_images):
+    task.check_images(images.shape[1:])
+  _check_curvature(task, curvature)
+  compress, restore = COMPRESSIONS[compression]
+  skip = curvature.settings["skip"]
+  model = register(task.apply_fn, task.params, train_images.shape[1:], skip)
+  gradients = functools.partial(example_gradients, model)
+  group_size = draws // draw_groups
+
+  def query_kernel(operands, batch: Batch) -> PyTree:
+    params, bases = operands
+    keys = fold_in_each(stream(seed, "query_gradients"), batch.ids)
+
+    def add_group(total, group):
+      grads = gradients(
+        measured, task.schedule, params, images=batch.images,
+        keys=group_keys(keys, jnp.full(keys.shape, group), group_size),
+      )  # fmt: skip
+      return jax.tree.map(jnp.add, total, grads), None
+
+    zeros = {
+      layer.name: jnp.zeros((len(batch.ids), *layer.matrix_shape)) for layer in model.layers
+    }
+    total, _ = jax.lax.scan(add_group, zeros, jnp.arange(draw_groups))
+    return {
+      name: compress(rows(precondition(grad / draw_groups, bases[name], damping)))
+      for name, grad in total.items()
+    }
+
+  def score_kernel(operands, batch: Batch) -> jax.Array:
+    params, preconditioned = operands
+    keys = fold_in_each(stream(seed, "train_gradients"), batch.ids)
+    grads = gradients(
+      LOSS, task.schedule, params, images=batch.images,
+      keys=group_keys(keys, batch.draws, group_size),
+    )  # fmt: skip
+    return inner_products(grads, {name: restore(q) for name, q in preconditioned.items()})
+
+  drive = dict(batch_size=max(1, batch_size // group_size), devices=devices)
+  preconditioned = parallel.map_batches(
+    query_kernel, (task.params, curvature.bases),
+    parallel.Rows(queries, example_numbers(query_ids)), label="query gradients", unit="queries",
+    **drive,
+  )  # fmt: skip
+  products = parallel.map_batches(
+    score_kernel, (task.params, preconditioned),
+    parallel.Rows(train_images, example_numbers(train_ids), draw_groups),
+    label="training gradients", unit=f"groups of {group_size} draws", **drive,
+  )  # fmt: skip
+  settings = dict(
+    curvature.settings, curvature_draws=curvature.settings["draws"], measurement=measurement,
+    damping=damping, draws=draws, draw_groups=draw_groups, compression=compression, seed=seed,
+  )  # fmt: skip
+  grouped = products.reshape(len(train_images), draw_groups, len(queries))
+  return Scores(np.transpose(grouped, (1, 2, 0)), query_ids, train_ids, settings)
+
+
+def inner_products(grads: Matrices, queries: dict[str, jax.Array]) -> jax.Array:
+  """Σ over layers of inner products of grads [B, d_out, d_in] and queries [Q, P]: [B, Q]."""
+  highest = jax.lax.Precision.HIGHEST
+  return sum(
+    jnp.matmul(rows(grad), queries[name].T, precision=highest) for name, grad in grads.items()
+  )
+
+
+def rows(matrices: jax.Array) -> jax.Array:
+  """[B, d_out, d_in] → [B, P]."""
+  return matrices.reshape(len(matrices), -1)
+
+
+def _check_curvature(task: Task, curvature: Curvature) -> None:
+  ours, theirs = jax.tree.leaves(task.params), jax.tree.leaves(curvature.params)
+  if len(ours) != len(theirs) or not all(np.array_equal(a, b) for a, b in zip(ours, theirs)):
+    raise ValueError(
+      "The curvature was fitted at other parameters than the task's: fit it for this task."
+    )
+
+
+def _checked_ids(ids: np.ndarray | None, num: int, name: str) -> np.ndarray:
+  if ids is None:
+    return np.arange(num)
+  ids = np.asarray(ids)
+  if ids.shape != (num,) or len(np.unique(ids)) != num:
+    raise ValueError(f"{name} must be {num} different ids, one an image; got shape {ids.shape}.")
+  return ids

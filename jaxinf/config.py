@@ -1,0 +1,157 @@
+"""The door between config files and code: a ConfigDict becomes frozen, typed sections.
+
+Unknown and missing fields are errors that name the valid ones. Defaults stand in configs/base.py
+alone. The fields of `model` besides its name are those of the model's class.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  name: str  # one of jaxinf.data.DATASETS
+  data_dir: str | None  # TFDS folder; None: TFDS's default
+  path: str | None  # .npz file or image folder, for `arrays` and `folder`
+  image_size: int | None  # `folder` crops and resizes to it; None: images as they are
+  num_examples: int | None  # a seeded subset of that many; None: all
+  seed: int  # of subsets
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  name: str  # one of jaxinf.models.MODELS
+  fields: Mapping[str, Any]  # of that class
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionConfig:
+  schedule: str  # linear or scaled_linear
+  num_steps: int
+  beta_start: float
+  beta_end: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  steps: int
+  batch_size: int
+  learning_rate: float  # the peak
+  warmup_steps: int
+  decay: str  # cosine (to zero) or constant
+  weight_decay: float
+  clip_norm: float
+  ema_max_decay: float
+  ema_warmup_power: float
+  checkpoint_every: int  # steps
+  log_every: int  # steps
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+  num_samples: int
+  sampler: str  # ddpm or ddim
+  num_steps: int | None  # None: all of the schedule
+  batch_size: int
+  keep_trajectory: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class CurvatureConfig:
+  draws: int  # of (t, ε) for each example, each with one model-sampled target
+  batch_size: int  # (example, draw) pairs at a time
+  skip: tuple[str, ...]  # regular expressions on parameter paths to leave out
+
+
+@dataclasses.dataclass(frozen=True)
+class AttributeConfig:
+  measurement: str  # one of jaxinf.diffusion.measurements.MEASUREMENTS
+  damping: float  # λ
+  draws: int  # of (t, ε) for each example and query
+  draw_groups: int  # groups the draws are split into, for standard errors
+  compression: str | None  # int8 or None, of the preconditioned query gradients
+  batch_size: int  # (example, draw) pairs at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+  num_queries: int  # samples shown
+  top_k: int  # training images in each row
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  seed: int
+  data: DataConfig
+  model: ModelConfig
+  diffusion: DiffusionConfig
+  train: TrainConfig
+  sample: SampleConfig
+  curvature: CurvatureConfig
+  attribute: AttributeConfig
+  report: ReportConfig
+
+
+def typed(config: ConfigDict) -> Config:
+  """The sections of a ConfigDict; raises ValueError for unknown, missing or mistyped fields."""
+  return _section(Config, config, "config")
+
+
+def as_dict(section: Any) -> Any:
+  """A section as plain dicts, lists and numbers, for manifests."""
+  if dataclasses.is_dataclass(section):
+    fields = dataclasses.fields(section)
+    return {field.name: as_dict(getattr(section, field.name)) for field in fields}
+  if isinstance(section, Mapping):
+    return {key: as_dict(value) for key, value in section.items()}
+  if isinstance(section, list | tuple):
+    return [as_dict(value) for value in section]
+  return section
+
+
+def _section(cls: type, config: Any, path: str) -> Any:
+  if not isinstance(config, Mapping | ConfigDict):
+    raise ValueError(f"{path} must be a section of fields; got {config!r}.")
+  if cls is ModelConfig:
+    return _model_section(config, path)
+  types_of = typing.get_type_hints(cls)
+  unknown = sorted(set(config) - set(types_of))
+  missing = [name for name in types_of if name not in config]
+  if unknown or missing:
+    complaints = [f"unknown: {', '.join(unknown)}"] * bool(unknown)
+    complaints += [f"missing: {', '.join(missing)}"] * bool(missing)
+    raise ValueError(f"{path} has {'; '.join(complaints)}. Its fields are: {', '.join(types_of)}.")
+  return cls(**{k: _value(t, config[k], f"{path}.{k}") for k, t in types_of.items()})
+
+
+def _model_section(config: Any, path: str) -> ModelConfig:
+  fields = dict(config)
+  if "name" not in fields:
+    raise ValueError(f"{path} needs a field `name`.")
+  name = _value(str, fields.pop("name"), f"{path}.name")
+  return ModelConfig(name, {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def _value(expected: Any, value: Any, path: str) -> Any:
+  """`value` as type `expected`: numbers are widened, sequences become tuples."""
+  if dataclasses.is_dataclass(expected):
+    return _section(typing.cast(type, expected), value, path)
+  if isinstance(expected, types.UnionType):
+    if value is None:
+      return None
+    expected = next(t for t in typing.get_args(expected) if t is not types.NoneType)
+  if typing.get_origin(expected) is tuple:
+    (item, _) = typing.get_args(expected)
+    if isinstance(value, str) or not isinstance(value, list | tuple):
+      raise ValueError(f"{path} must be a sequence; got {value!r}.")
+    return tuple(_value(item, element, f"{path}[{i}]") for i, element in enumerate(value))
+  if expected is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+    raise ValueError(f"{path} must be {expected.__name__}; got {value!r}.")
+  return value

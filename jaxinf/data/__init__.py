@@ -1,0 +1,47 @@
+"""Data sets by name. A loader is a function `(DataConfig) -> Dataset`.
+
+A new one is a function and a line in DATASETS; its first act is `check_options`.
+"""
+
+from collections.abc import Callable
+
+from jaxinf.config import DataConfig
+from jaxinf.data.cifar import cifar2, cifar10
+from jaxinf.data.dataset import Dataset, stratified_positions
+from jaxinf.data.digits import digits
+from jaxinf.data.files import arrays, folder
+
+
+def load(config: DataConfig) -> Dataset:
+  """The data set `config.name`, or a seeded subset of `config.num_examples` of it.
+
+  The subset has the labels' proportions, and keeps ids and order.
+
+  Raises:
+    ValueError: an unknown name, an option that the data set does not read, files that cannot be
+      read, or a subset larger than the data set.
+  """
+  if config.name not in DATASETS:
+    raise ValueError(f"unknown data set {config.name!r}; the data sets are {', '.join(DATASETS)}.")
+  dataset = DATASETS[config.name](config)
+  if config.num_examples is None:
+    return dataset
+  if not 1 <= config.num_examples <= len(dataset):
+    raise ValueError(
+      f"data.num_examples must lie in 1…{len(dataset)}, the size of data set {config.name!r}, "
+      f"or be None for all; got {config.num_examples}."
+    )
+  return dataset.take(
+    stratified_positions(
+      dataset.ids, dataset.labels, num_examples=config.num_examples, seed=config.seed
+    )
+  )
+
+
+DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {
+  "digits": digits,
+  "cifar10": cifar10,
+  "cifar2": cifar2,
+  "arrays": arrays,
+  "folder": folder,
+}

@@ -1,0 +1,64 @@
+"""What is attributed: measurements of an image under the model, larger = fits worse.
+
+A measurement is an average over draws. Each draw makes one input of the network from the image and
+a key, and a scalar of the network's output there. Training losses and query measurements are of
+this one type, so that both gradients are one kernel, at the speed of an ordinary batch.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxinf.diffusion.objective import Noised, float_images, noised, squared_errors
+from jaxinf.diffusion.schedule import Schedule
+from jaxinf.types import ApplyFn, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+  """The mean over draws of value(ε_θ(x_t, t), pair), with the pair from (image, key).
+
+  Attributes:
+    draw: (schedule, images [B, H, W, C], keys [B]) → pairs.
+    value: (network outputs [B, H, W, C], pairs) → [B].
+  """
+
+  draw: Callable[[Schedule, jax.Array, jax.Array], Noised]
+  value: Callable[[jax.Array, Noised], jax.Array]
+
+  def pairs(self, schedule: Schedule, images: jax.Array, keys: jax.Array) -> Noised:
+    """The B · S pairs of images [B, H, W, C] (or uint8) and keys [B, S], image-major."""
+    images = jnp.repeat(float_images(images), keys.shape[1], axis=0)
+    return self.draw(schedule, images, keys.reshape(-1))
+
+  def cotangents(self, pairs: Noised, draws: int) -> Callable[[jax.Array], jax.Array]:
+    """Gradient at the network's outputs of each image's measurement, a mean over `draws` pairs."""
+    return lambda out: jax.grad(lambda y: jnp.sum(self.value(y, pairs)))(out) / draws
+
+  def evaluate(
+    self,
+    apply_fn: ApplyFn,
+    params: Params,
+    schedule: Schedule,
+    images: jax.Array,
+    keys: jax.Array,
+  ) -> jax.Array:
+    """[B] measurements of images [B, H, W, C] with draws from keys [B, S]."""
+    pairs = self.pairs(schedule, images, keys)
+    values = self.value(apply_fn(params, pairs.x_t, pairs.t), pairs)
+    return values.reshape(keys.shape).mean(axis=1)
+
+
+def measurement_named(name: str) -> Measurement:
+  """The measurement of that name; an unknown one is a ValueError that lists them."""
+  if name not in MEASUREMENTS:
+    raise ValueError(f"Unknown measurement {name!r}; there are: {', '.join(MEASUREMENTS)}.")
+  return MEASUREMENTS[name]
+
+
+# The training loss ℓ(θ, x): mean squared error of ε over pixels and channels, t uniform.
+LOSS = Measurement(draw=noised, value=squared_errors)
+
+MEASUREMENTS = {"loss": LOSS}

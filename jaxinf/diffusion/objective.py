@@ -1,0 +1,40 @@
+"""Draws of (t, ε) and the ε-prediction loss (paper, Eq. 3).
+
+ℓ(θ, x) = E over (t, ε) of the MEAN over pixels and channels of (ε − ε_θ(x_t, t))². The mean gives
+damping the units of the published figures.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxinf.diffusion.schedule import Schedule, add_noise
+
+
+class Noised(NamedTuple):
+  """Inputs and target of the network for B (example, draw) pairs."""
+
+  x_t: jax.Array  # [B, H, W, C]
+  t: jax.Array  # [B] int32
+  noise: jax.Array  # [B, H, W, C], ε
+
+
+def float_images(images: jax.Array) -> jax.Array:
+  """Images as float32 in [-1, 1]: uint8 0…255 is mapped linearly, float32 passes through."""
+  if images.dtype == jnp.uint8:
+    return images.astype(jnp.float32) / 127.5 - 1
+  return images
+
+
+def noised(schedule: Schedule, images: jax.Array, keys: jax.Array) -> Noised:
+  """One draw of (t, ε) for each image [B, H, W, C] from its key [B]; t is uniform in [0, T)."""
+  t_keys, noise_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
+  t = jax.vmap(lambda k: jax.random.randint(k, (), 0, schedule.num_steps))(t_keys)
+  noise = jax.vmap(lambda k: jax.random.normal(k, images.shape[1:]))(noise_keys)
+  return Noised(add_noise(schedule, images=images, t=t, noise=noise), t, noise)
+
+
+def squared_errors(predicted: jax.Array, pairs: Noised) -> jax.Array:
+  """[B] mean squared error over pixels and channels of predicted noise [B, H, W, C]."""
+  return jnp.mean(jnp.square(predicted - pairs.noise), axis=(1, 2, 3))

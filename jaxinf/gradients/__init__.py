@@ -1,0 +1,1 @@
+"""Gradients of single examples, as layer matrices, and their compression."""

@@ -1,0 +1,57 @@
+"""Per-example gradients of a measurement, as layer matrices."""
+
+import jax
+
+from jaxinf.curvature.registration import Registration
+from jaxinf.diffusion.measurements import Measurement
+from jaxinf.diffusion.schedule import Schedule
+from jaxinf.random import draw_keys
+from jaxinf.types import Matrices, Params
+
+
+def example_gradients(
+  model: Registration,
+  measurement: Measurement,
+  schedule: Schedule,
+  params: Params,
+  *,
+  images: jax.Array,
+  keys: jax.Array,
+) -> Matrices:
+  """Gradients of each image's measurement over its draws.
+
+  Args:
+    model: the registered layers.
+    measurement: what is differentiated.
+    schedule: the diffusion process.
+    params: the parameters.
+    images: [B, H, W, C], float32 in [-1, 1] or uint8.
+    keys: [B, S], one a draw.
+
+  Returns:
+    Layer name → [B, d_out, d_in].
+  """
+  pairs = measurement.pairs(schedule, images, keys)
+  cotangents = measurement.cotangents(pairs, draws=keys.shape[1])
+  return model.gradients(params, pairs, cotangents, rows=len(images))
+
+
+def group_keys(keys: jax.Array, groups: jax.Array, draws: int) -> jax.Array:
+  """[B, draws] keys of the draws group · draws … (group + 1) · draws − 1 of each example.
+
+  Args:
+    keys: [B], one an example.
+    groups: [B], which group of draws.
+    draws: in a group.
+  """
+  return jax.vmap(lambda key, group: draw_keys(key, draws, first=group * draws))(keys, groups)
+
+
+def checked_draws(draws: int, groups: int) -> None:
+  """Raises ValueError unless draws split evenly into groups."""
+  if groups < 1 or draws < 1 or draws % groups:
+    divisors = [g for g in range(1, max(draws, 1) + 1) if draws % g == 0][:8]
+    raise ValueError(
+      f"{draws} draws do not split into {groups} equal groups; draw_groups must divide draws "
+      f"(as {', '.join(map(str, divisors))} do)."
+    )

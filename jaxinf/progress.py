@@ -1,0 +1,63 @@
+"""A progress bar on a terminal; elsewhere a quiet line every so often."""
+
+import logging
+import sys
+import time
+
+import tqdm
+
+_LOG = logging.getLogger("jaxinf")
+_QUIET_SECONDS = 20.0
+
+
+class Progress:
+  """Counts units of work and shows rate and time left. Use as a context manager."""
+
+  def __init__(self, label: str, total: int, unit: str, start: int = 0):
+    self._label, self._total, self._unit = label, total, unit
+    self._done, self._start = start, start
+    self._began = self._spoke = time.monotonic()
+    self._bar = None
+    if sys.stderr.isatty() and _LOG.isEnabledFor(logging.INFO):
+      self._bar = tqdm.tqdm(
+        total=total, initial=start, desc=label, unit=f" {unit}", leave=False, dynamic_ncols=True
+      )
+
+  def __enter__(self) -> "Progress":
+    return self
+
+  def __exit__(self, *exc_info) -> None:
+    if self._bar is not None:
+      self._bar.close()
+
+  def advance_to(self, done: int, note: str = "") -> None:
+    """Reports that `done` units are finished in all; `note` is a short figure such as a loss."""
+    self.advance(done - self._done, note)
+
+  def advance(self, amount: int, note: str = "") -> None:
+    """Reports `amount` more finished units."""
+    self._done += amount
+    if self._bar is not None:
+      self._bar.set_postfix_str(note, refresh=False)
+      self._bar.update(amount)
+      return
+    now = time.monotonic()
+    if now - self._spoke >= _QUIET_SECONDS:
+      self._spoke = now
+      rate = (self._done - self._start) / (now - self._began)
+      left = (self._total - self._done) / rate
+      note = f", {note}" if note else ""
+      _LOG.info(
+        "%s: %d of %d %s, %.3g %s/s, %s left%s", self._label, self._done, self._total,
+        self._unit, rate, self._unit, clock(left), note,
+      )  # fmt: skip
+
+
+def clock(seconds: float) -> str:
+  """A duration in words: `42 s`, `3 min 05 s` or `2 h 07 min`."""
+  seconds = round(seconds)
+  if seconds < 60:
+    return f"{seconds} s"
+  if seconds < 3600:
+    return f"{seconds // 60} min {seconds % 60:02d} s"
+  return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"

@@ -1,0 +1,234 @@
+"""Training of a denoiser: AdamW, warm-up, clipping, EMA; the loop that resumes exactly.
+
+The batch of a step, its draws of (t, ε), flips and dropout follow from (seed, step) alone, so an
+interrupted run that resumes from a checkpoint ends with the same parameters. EMA parameters are
+the model.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxinf import parallel
+from jaxinf.config import TrainConfig
+from jaxinf.data.dataset import Dataset
+from jaxinf.diffusion.objective import float_images, noised, squared_errors
+from jaxinf.diffusion.schedule import Schedule
+from jaxinf.progress import Progress
+from jaxinf.random import fold_in_each, stream
+from jaxinf.types import Params
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything that a step changes."""
+
+  step: jax.Array  # [] int32, steps done
+  params: Params
+  ema_params: Params
+  opt_state: optax.OptState
+
+
+@flax.struct.dataclass
+class TrainRows:
+  """Rows of one step: images with their place in the step's batch, which their draws follow."""
+
+  images: jax.Array  # [B, H, W, C]
+  places: jax.Array  # [B] uint32
+  mask: jax.Array  # [B]
+
+
+def learning_rate(config: TrainConfig) -> optax.Schedule:
+  """Linear warm-up from 0 to the peak, then cosine to 0 or constant."""
+  if config.decay == "cosine":
+    return optax.warmup_cosine_decay_schedule(
+      0.0, config.learning_rate, config.warmup_steps, config.steps
+    )
+  if config.decay == "constant":
+    return optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+  raise ValueError(f"train.decay must be cosine or constant; got {config.decay!r}.")
+
+
+def optimiser(config: TrainConfig) -> optax.GradientTransformation:
+  """AdamW (0.9, 0.999) on gradients clipped to a global norm."""
+  return optax.chain(
+    optax.clip_by_global_norm(config.clip_norm),
+    optax.adamw(learning_rate(config), weight_decay=config.weight_decay),
+  )
+
+
+def ema_decay(step: jax.Array, max_decay: float, power: float) -> jax.Array:
+  """min(max_decay, 1 − (1 + step)^(−power)) for the update after `step` steps (from 0)."""
+  return jnp.minimum(max_decay, 1 - (1.0 + step) ** -power)
+
+
+def init_state(model: nn.Module, image_shape: tuple, config: TrainConfig, seed: int) -> TrainState:
+  """Initial parameters from the seed; the EMA starts there."""
+  images = jnp.zeros((1, *image_shape))
+  variables = jax.jit(model.init)(stream(seed, "init"), images, jnp.zeros(1, jnp.int32))
+  params = variables["params"]
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    ema_params=params,
+    opt_state=optimiser(config).init(params),
+  )
+
+
+def train_step(
+  model: nn.Module, schedule: Schedule, config: TrainConfig, *, random_flip: bool, seed: int
+) -> tuple[Callable, Callable]:
+  """The two halves of a step: sums over rows, and the update from their totals.
+
+  sums(state, rows) → (Σ mask · ∇ℓ, Σ mask · ℓ, Σ mask); update(state, totals) → (state, metrics).
+  """
+  transform = optimiser(config)
+
+  def total_loss(params, step, rows):
+    key = jax.random.fold_in(stream(seed, "train"), step)
+    keys = fold_in_each(key, rows.places)
+    images = float_images(rows.images)
+    if random_flip:
+      flips = jax.vmap(lambda k: jax.random.bernoulli(jax.random.fold_in(k, 1)))(keys)
+      images = jnp.where(flips[:, None, None, None], images[:, :, ::-1], images)
+    dropout = {"dropout": jax.random.fold_in(stream(seed, "dropout"), step)}
+
+    def apply_fn(params, x_t, t):
+      return model.apply({"params": params}, x_t, t, dropout_ids=rows.places, rngs=dropout)
+
+    pairs = noised(schedule, images, keys)
+    losses = squared_errors(apply_fn(params, pairs.x_t, pairs.t), pairs)
+    return jnp.sum(rows.mask * losses)
+
+  def sums(state, rows):
+    loss, grads = jax.value_and_grad(total_loss)(state.params, state.step, rows)
+    return grads, loss, jnp.sum(rows.mask)
+
+  def update(state, totals):
+    grads, loss, count = totals
+    grads = jax.tree.map(lambda g: g / count, grads)
+    updates, opt_state = transform.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    decay = ema_decay(state.step, config.ema_max_decay, config.ema_warmup_power)
+    ema_params = optax.incremental_update(params, state.ema_params, 1 - decay)
+    metrics = {"loss": loss / count, "grad_norm": optax.global_norm(grads)}
+    return TrainState(state.step + 1, params, ema_params, opt_state), metrics
+
+  return sums, update
+
+
+class NonFiniteLoss(ValueError):
+  """Training met a loss that is infinite or not a number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+  """What the loop tells the outside: both are called with host values."""
+
+  save: Callable[[int, TrainState], Any] = lambda step, state: None
+  log: Callable[[int, dict[str, float]], Any] = lambda step, metrics: None
+
+
+def fit(
+  model: nn.Module,
+  schedule: Schedule,
+  dataset: Dataset,
+  config: TrainConfig,
+  *,
+  seed: int,
+  state: TrainState | None = None,
+  hooks: Hooks = Hooks(),
+  stop_after: int | None = None,
+  devices: Sequence[jax.Device] | None = None,
+) -> TrainState:
+  """Trains from `state` (from scratch where None) to config.steps; returns the final state.
+
+  Args:
+    model: a denoiser of jaxinf.models.
+    schedule: the diffusion process.
+    dataset: the training images.
+    config: optimisation settings.
+    seed: of initialisation, batches, draws, flips and dropout.
+    state: where to go on from.
+    hooks: save is called every config.checkpoint_every steps and at the end, log every
+      config.log_every steps.
+    stop_after: stop once that many steps are done in all (an interruption, for tests).
+    devices: local devices; all of them where None.
+
+  Raises:
+    NonFiniteLoss: with the step; states saved before it are sound.
+  """
+  halves = train_step(model, schedule, config, random_flip=dataset.random_flip, seed=seed)
+  step_fn = parallel.parallel_step(*halves, devices=devices)
+  state = init_state(model, dataset.image_shape, config, seed) if state is None else state
+  start, end = int(state.step), min(config.steps, stop_after or config.steps)
+  batches = _Batches(len(dataset), config.batch_size, seed, parallel.num_devices(devices))
+  replicated = parallel.replicate(state, devices)
+  recent: list[Any] = []  # metrics not yet looked at, so that the host need not wait each step
+
+  with Progress("train", config.steps, "steps", start) as progress:
+    for step in range(start, end):
+      rows = parallel.shard(batches.rows(dataset, step), devices)
+      replicated, metrics = step_fn(replicated, rows)
+      recent.append(metrics)
+      done = step + 1
+      saving = done % config.checkpoint_every == 0 or done == end
+      if done % config.log_every == 0 or saving:
+        means = _checked_means(recent, done)
+        recent.clear()
+        hooks.log(done, means)
+        progress.advance_to(done, f"loss {means['loss']:.4f}")
+      if saving:
+        hooks.save(done, parallel.first(replicated))
+  return parallel.first(replicated)
+
+
+def _checked_means(recent: list[Any], done: int) -> dict[str, float]:
+  """Means of the metrics of the last len(recent) steps, all of which must be finite."""
+  host = [{k: float(v[0]) for k, v in metrics.items()} for metrics in recent]
+  losses = np.array([metrics["loss"] for metrics in host])
+  if not np.isfinite(losses).all():
+    bad = done - len(host) + 1 + int(np.argmin(np.isfinite(losses)))
+    raise NonFiniteLoss(
+      f"The loss of step {bad} is {losses[~np.isfinite(losses)][0]}. Training stopped; lower "
+      "train.learning_rate or train.clip_norm, or look for bad images."
+    )
+  return {name: float(np.mean([m[name] for m in host])) for name in host[0]}
+
+
+@dataclasses.dataclass
+class _Batches:
+  """The examples of each step: epochs of shuffled examples, a function of (seed, step)."""
+
+  num_examples: int
+  batch_size: int
+  seed: int
+  num_devices: int
+
+  def rows(self, dataset: Dataset, step: int) -> TrainRows:
+    size = -(-self.batch_size // self.num_devices) * self.num_devices
+    places = np.arange(size)
+    positions = step * self.batch_size + np.minimum(places, self.batch_size - 1)
+    epochs, offsets = np.divmod(positions, self.num_examples)
+    examples = np.empty(size, np.int64)
+    for epoch in np.unique(epochs):
+      here = epochs == epoch
+      examples[here] = self._order(int(epoch))[offsets[here]]
+    return TrainRows(
+      images=dataset.images[examples],
+      places=places.astype(np.uint32),
+      mask=(places < self.batch_size).astype(np.float32),
+    )
+
+  def _order(self, epoch: int) -> np.ndarray:
+    if getattr(self, "_epoch", None) != epoch:
+      self._epoch = epoch
+      self._permutation = np.random.default_rng((self.seed, epoch)).permutation(self.num_examples)
+    return self._permutation

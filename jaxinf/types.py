@@ -1,0 +1,159 @@
+"""The pytrees that travel between the parts of jaxinf.
+
+Dimensions used throughout: B examples of a batch, N training examples, Q queries, G groups of
+draws, H × W × C pixels and channels, d_out × d_in one layer's gradient matrix (bias last column).
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
+PyTree = Any
+Params = PyTree
+Matrices = dict[str, jax.Array]  # layer name -> [..., d_out, d_in]
+
+# apply_fn(params, x_t [B, H, W, C], t [B]) -> predicted noise [B, H, W, C]
+ApplyFn = Callable[[Params, jax.Array, jax.Array], jax.Array]
+
+
+@flax.struct.dataclass
+class Batch:
+  """Rows of examples as a kernel sees them.
+
+  Attributes:
+    images: [B, H, W, C], float32 in [-1, 1] or uint8 in 0…255; None where rows have no image yet.
+    ids: [B] uint32 example numbers, from which each example's random keys derive.
+    draws: [B] int32, which draw of (t, ε), or group of draws, a row is; None: all of them.
+    mask: [B] float32, 1 for an example and 0 for padding.
+  """
+
+  images: Array | None
+  ids: Array
+  draws: Array | None
+  mask: Array
+
+
+@flax.struct.dataclass
+class KroneckerFactors:
+  """K-FAC factors of one layer: G ⊗ A approximates the layer's GGN block.
+
+  Attributes:
+    a: [d_in, d_in] second moment of the layer's inputs (1 appended for a bias), mean over
+      examples, draws and positions.
+    g: [d_out, d_out] second moment of the gradients at its outputs, mean over examples and
+      draws, sum over positions.
+  """
+
+  a: Array
+  g: Array
+
+
+@flax.struct.dataclass
+class Eigenbasis:
+  """The Kronecker eigenbasis of one layer, Q_out ⊗ Q_in, and the eigenvalues in it.
+
+  Attributes:
+    q_in: [d_in, d_in] eigenvectors of A in columns.
+    q_out: [d_out, d_out] eigenvectors of G in columns.
+    eigenvalues: Λ [d_out, d_in] ≥ 0, in squared gradients of the pixel-mean loss.
+  """
+
+  q_in: Array
+  q_out: Array
+  eigenvalues: Array
+
+
+@flax.struct.dataclass
+class Quantised:
+  """Rows of numbers as integers times one scale a block.
+
+  Attributes:
+    values: [..., blocks, block_size] int8.
+    scales: [..., blocks] float32, the step of each block.
+    size: numbers in a row before padding to whole blocks.
+  """
+
+  values: Array
+  scales: Array
+  size: int = flax.struct.field(pytree_node=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+  """The highest scoring training examples of each query, best first.
+
+  Attributes:
+    ids: [Q, k] ids of training examples.
+    values: [Q, k] their scores.
+    std_errors: [Q, k] standard errors of the scores over draws.
+    positions: [Q, k] their rows in the training set.
+  """
+
+  ids: np.ndarray
+  values: np.ndarray
+  std_errors: np.ndarray
+  positions: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """Influence of every training example on every query.
+
+  scores[q, n] = ⟨∇m_q, (H + λI)⁻¹ ∇ℓ_n⟩. Positive: example n supports query q, so that removing
+  n makes the model fit q worse. The predicted change of m_q for removing a set I of examples is
+  Σ_{n∈I} scores[q, n] / N.
+
+  Attributes:
+    group_values: [G, Q, N] float32, scores from G disjoint groups of training draws.
+    query_ids: [Q] ids of the queries.
+    train_ids: [N] ids of the training examples.
+    settings: what the scores were computed with (measurement, damping, draws, …).
+  """
+
+  group_values: np.ndarray
+  query_ids: np.ndarray
+  train_ids: np.ndarray
+  settings: Mapping[str, Any]
+
+  @property
+  def values(self) -> np.ndarray:
+    """[Q, N] scores: the mean over groups of draws."""
+    return self.group_values.mean(axis=0)
+
+  @property
+  def std_errors(self) -> np.ndarray:
+    """[Q, N] standard errors over the training draws (NaN where there is one group only)."""
+    num_groups = len(self.group_values)
+    if num_groups < 2:
+      return np.full(self.group_values.shape[1:], np.nan, np.float32)
+    return self.group_values.std(axis=0, ddof=1) / np.sqrt(num_groups)
+
+  def top(self, k: int) -> Ranking:
+    """The k most supporting training examples of each query."""
+    return self._ranked(k, -self.values)
+
+  def bottom(self, k: int) -> Ranking:
+    """The k most opposing training examples of each query (lowest scores first)."""
+    return self._ranked(k, self.values)
+
+  def neutral(self, k: int) -> Ranking:
+    """The k training examples of each query whose scores are nearest to zero."""
+    return self._ranked(k, np.abs(self.values))
+
+  def _ranked(self, k: int, order_by: np.ndarray) -> Ranking:
+    num_train = order_by.shape[1]
+    if not 1 <= k <= num_train:
+      raise ValueError(f"k must lie in 1…{num_train}, the number of training examples; got {k}.")
+    positions = np.argsort(order_by, axis=1, kind="stable")[:, :k]
+    pick = lambda array: np.take_along_axis(array, positions, axis=1)
+    return Ranking(
+      ids=self.train_ids[positions],
+      values=pick(self.values),
+      std_errors=pick(self.std_errors),
+      positions=positions,
+    )

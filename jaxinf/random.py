@@ -14,7 +14,16 @@ import numpy as np
 
 def stream(seed: int, name: str) -> jax.Array:
   """The key of one named source of randomness, such as "train_gradients"."""
-  return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+  return jax.random.fold_in(jax.random.key(seed), _number(name))
+
+
+def substreams(keys: jax.Array, name: str) -> jax.Array:
+  """Keys [B] of one named part of the draws whose keys are `keys` [B], such as "noise".
+
+  Parts are told apart by name because `jax.random.split(key)[i]` is `fold_in(key, i)`: two parts
+  made by splitting and by folding in small numbers would be one and the same.
+  """
+  return fold_in_each(keys, jnp.full(keys.shape, _number(name), jnp.uint32))
 
 
 def fold_in_each(keys: jax.Array, numbers: jax.Array) -> jax.Array:
@@ -43,3 +52,7 @@ def example_numbers(ids: np.ndarray) -> np.ndarray:
     raise ValueError(f"Ids must be integers or strings, not {ids.dtype}.")
   digests = (hashlib.blake2b(str(i).encode(), digest_size=4).digest() for i in ids)
   return np.fromiter((int.from_bytes(d, "little") for d in digests), np.uint32, len(ids))
+
+
+def _number(name: str) -> int:
+  return zlib.crc32(name.encode())

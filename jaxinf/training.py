@@ -47,6 +47,10 @@ class TrainRows:
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
   """Linear warm-up from 0 to the peak, then cosine to 0 or constant."""
+  if not 0 <= config.warmup_steps < config.steps:
+    raise ValueError(
+      f"train.warmup_steps ({config.warmup_steps}) must be below train.steps ({config.steps})."
+    )
   if config.decay == "cosine":
     return optax.warmup_cosine_decay_schedule(
       0.0, config.learning_rate, config.warmup_steps, config.steps

@@ -15,7 +15,7 @@ import numpy as np
 Array = jax.Array | np.ndarray
 PyTree = Any
 Params = PyTree
-Matrices = dict[str, jax.Array]  # layer name -> [..., d_out, d_in]
+Matrices = dict[str, Array]  # layer name -> [..., d_out, d_in]
 
 # apply_fn(params, x_t [B, H, W, C], t [B]) -> predicted noise [B, H, W, C]
 ApplyFn = Callable[[Params, jax.Array, jax.Array], jax.Array]

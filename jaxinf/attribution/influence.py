@@ -93,10 +93,11 @@ def influence(
       layer.name: jnp.zeros((len(batch.ids), *layer.matrix_shape)) for layer in model.layers
     }
     total, _ = jax.lax.scan(add_group, zeros, jnp.arange(draw_groups))
-    return {
-      name: compress(rows(precondition(grad / draw_groups, bases[name], damping)))
-      for name, grad in total.items()
-    }
+    with jax.default_matmul_precision("highest"):
+      return {
+        name: compress(rows(precondition(grad / draw_groups, bases[name], damping)))
+        for name, grad in total.items()
+      }
 
   def score_kernel(operands, batch: Batch) -> jax.Array:
     params, preconditioned = operands

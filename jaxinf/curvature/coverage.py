@@ -5,14 +5,21 @@ diagonal approximation in silence.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 
+import jax
 import kfac_jax
 
 from jaxinf.curvature.blocks import KroneckerBlock
 from jaxinf.curvature.layers import Layer, layer_name, leaf_names
 from jaxinf.types import Params
+
+ADVICE = (
+  "Ordinary dense and convolution layers are found where apply_fn is not under jit, in float32, "
+  "and without shared parameters, nn.scan, nn.vmap or nn.remat: kfac-jax reads its plain trace."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +80,10 @@ def cover(
 
   Raises:
     ValueError: a parameter is in no Kronecker block and not skipped, a layer is skipped in part,
-      a regular expression is malformed or matches nothing else than what has no parameters.
+      or a regular expression is malformed.
   """
   patterns = [_compiled(pattern) for pattern in skip]
-  names, leaves = leaf_names(params), _leaves(params)
+  names, leaves = leaf_names(params), jax.tree.leaves(params)
   layers, rows = [], {}
   for indices, block in blocks.items():
     skipped = [any(p.search(names[i]) for p in patterns) for i in indices]
@@ -107,9 +114,7 @@ def _complaint(coverage: Coverage) -> str:
   return (
     f"{len(missing)} of {len(coverage.rows)} parameter arrays are in no curvature block:\n"
     f"{coverage.table()}\n"
-    f'Leave layers out by name, as with skip=("{example}", …), or, where the layers are ordinary '
-    "dense or convolution layers, pass an apply_fn that is not under jit, in float32, with no "
-    "shared parameters, nn.scan, nn.vmap or nn.remat: kfac-jax finds layers in its plain trace."
+    f'Leave layers out by name, as with skip=("{example}", …). {ADVICE}'
   )
 
 
@@ -131,14 +136,5 @@ def _compiled(pattern: str) -> re.Pattern:
     raise ValueError(f"skip: {pattern!r} is not a regular expression: {error}.") from error
 
 
-def _leaves(params: Params) -> list:
-  import jax
-
-  return jax.tree.leaves(params)
-
-
 def _size(row: Row) -> int:
-  size = 1
-  for dim in row.shape:
-    size *= dim
-  return size
+  return math.prod(row.shape)

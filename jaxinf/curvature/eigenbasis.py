@@ -1,16 +1,12 @@
 """Eigendecomposition of Kronecker factors, and (G + λI)^±1 in the basis (paper, Eq. 6 and 12)."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxinf.types import Eigenbasis, KroneckerFactors
-
-_HIGHEST = jax.lax.Precision.HIGHEST
+from jaxinf.types import Array, Eigenbasis, KroneckerFactors
 
 
 def eigenbasis(factors: KroneckerFactors, layer: str) -> Eigenbasis:
-  """The eigenbasis of G ⊗ A, computed in float64 and kept in float32.
+  """The eigenbasis of G ⊗ A, in float64 on the host.
 
   Eigenvalues are outer products of those of the factors. Rounding can make a small one negative:
   those are clipped to zero.
@@ -33,17 +29,14 @@ def eigenbasis(factors: KroneckerFactors, layer: str) -> Eigenbasis:
     values, vectors = np.linalg.eigh((factor + factor.T) / 2)
     decomposed.append((np.maximum(values, 0), vectors))
   (values_in, q_in), (values_out, q_out) = decomposed
-  return Eigenbasis(
-    q_in=q_in.astype(np.float32),
-    q_out=q_out.astype(np.float32),
-    eigenvalues=np.outer(values_out, values_in).astype(np.float32),
-  )
+  return Eigenbasis(q_in=q_in, q_out=q_out, eigenvalues=np.outer(values_out, values_in))
 
 
-def precondition(grads: jax.Array, basis: Eigenbasis, damping: float | jax.Array) -> jax.Array:
+def precondition(grads: Array, basis: Eigenbasis, damping: float) -> Array:
   """Applies (G + λI)⁻¹ to layer gradients in the Kronecker eigenbasis.
 
-  With V = Q_outᵀ · grads · Q_in, returns Q_out · (V / (Λ + λ)) · Q_inᵀ.
+  With V = Q_outᵀ · grads · Q_in, returns Q_out · (V / (Λ + λ)) · Q_inᵀ. NumPy arrays stay on the
+  host in their precision; JAX arrays give a JAX computation.
 
   Args:
     grads: [..., d_out, d_in] layer gradients; the bias is the last column.
@@ -53,12 +46,11 @@ def precondition(grads: jax.Array, basis: Eigenbasis, damping: float | jax.Array
   return _scaled(grads, basis, 1 / (basis.eigenvalues + damping))
 
 
-def multiply(grads: jax.Array, basis: Eigenbasis, damping: float | jax.Array) -> jax.Array:
+def multiply(grads: Array, basis: Eigenbasis, damping: float) -> Array:
   """Applies G + λI to layer gradients [..., d_out, d_in]; the inverse of `precondition`."""
   return _scaled(grads, basis, basis.eigenvalues + damping)
 
 
-def _scaled(grads: jax.Array, basis: Eigenbasis, scale: jax.Array) -> jax.Array:
-  matmul = lambda x, y: jnp.matmul(x, y, precision=_HIGHEST)
-  rotated = matmul(matmul(basis.q_out.T, grads), basis.q_in)
-  return matmul(matmul(basis.q_out, rotated * scale), basis.q_in.T)
+def _scaled(grads: Array, basis: Eigenbasis, scale: Array) -> Array:
+  rotated = basis.q_out.T @ grads @ basis.q_in
+  return basis.q_out @ (rotated * scale) @ basis.q_in.T

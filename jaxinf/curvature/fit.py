@@ -45,18 +45,23 @@ class Curvature:
   settings: dict
 
   def multiply(self, grads: Params, damping: float) -> Params:
-    """(H + λI) · grads for a pytree shaped like the parameters; zeros outside the curvature."""
+    """(H + λI) · grads for a pytree shaped like the parameters; zeros outside the curvature.
+
+    In float64 on the host, and so returned: at a damping far below the largest eigenvalue, float32
+    could not tell the small eigendirections from the rounding of the large ones.
+    """
     return self._apply(multiply, grads, damping)
 
   def precondition(self, grads: Params, damping: float) -> Params:
-    """(H + λI)⁻¹ · grads for a pytree shaped like the parameters; zeros outside the curvature."""
+    """(H + λI)⁻¹ · grads; otherwise as `multiply`, whose inverse it is inside the curvature."""
     return self._apply(precondition, grads, damping)
 
   def _apply(self, function, grads: Params, damping: float) -> Params:
     checked_damping(damping)
-    expected, got = (jax.tree.map(jnp.shape, tree) for tree in (self.params, grads))
+    expected, got = (jax.tree.map(np.shape, tree) for tree in (self.params, grads))
     if expected != got:
       raise ValueError("grads must be a pytree with the structure and shapes of the parameters.")
+    grads = jax.tree.map(lambda x: np.asarray(x, np.float64), grads)
     matrices = to_matrices(self.layers, grads)
     applied = {
       name: function(matrix, self.bases[name], damping) for name, matrix in matrices.items()

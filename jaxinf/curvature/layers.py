@@ -1,12 +1,13 @@
 """Layers and their gradient matrices: kernel and bias as one matrix [d_out, d_in], bias last."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
-from jaxinf.types import Matrices, Params, PyTree
+from jaxinf.types import Params, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,40 +34,37 @@ class Layer:
   def matrix_shape(self) -> tuple[int, int]:
     """(d_out, d_in), the bias counted in d_in."""
     d_out = self.kernel_shape[self.order[0]]
-    size = 1
-    for dim in self.kernel_shape:
-      size *= dim
-    return d_out, size // d_out + (self.bias is not None)
+    return d_out, math.prod(self.kernel_shape) // d_out + (self.bias is not None)
 
-  def to_matrix(self, leaves: Sequence[jax.Array]) -> jax.Array:
+  def to_matrix(self, leaves: Sequence[np.ndarray]) -> np.ndarray:
     """The matrix [d_out, d_in] of this layer from the leaves of a pytree like the parameters."""
-    kernel = jnp.transpose(leaves[self.kernel], self.order)
+    kernel = leaves[self.kernel].transpose(self.order)
     matrix = kernel.reshape(kernel.shape[0], -1)
     if self.bias is None:
       return matrix
-    return jnp.concatenate([matrix, leaves[self.bias][:, None]], axis=1)
+    return np.concatenate([matrix, leaves[self.bias][:, None]], axis=1)
 
-  def from_matrix(self, matrix: jax.Array) -> dict[int, jax.Array]:
+  def from_matrix(self, matrix: np.ndarray) -> dict[int, np.ndarray]:
     """Leaf position → array; the inverse of `to_matrix`."""
     leaves = {}
     if self.bias is not None:
       leaves[self.bias], matrix = matrix[:, -1], matrix[:, :-1]
     shape = [self.kernel_shape[axis] for axis in self.order]
     inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
-    leaves[self.kernel] = jnp.transpose(matrix.reshape(shape), inverse)
+    leaves[self.kernel] = matrix.reshape(shape).transpose(inverse)
     return leaves
 
 
-def to_matrices(layers: Sequence[Layer], tree: PyTree) -> Matrices:
+def to_matrices(layers: Sequence[Layer], tree: PyTree) -> dict[str, np.ndarray]:
   """Layer name → [d_out, d_in] of a pytree shaped like the parameters."""
   leaves = jax.tree.leaves(tree)
   return {layer.name: layer.to_matrix(leaves) for layer in layers}
 
 
-def from_matrices(layers: Sequence[Layer], matrices: Mapping[str, jax.Array], params: Params):
+def from_matrices(layers: Sequence[Layer], matrices: Mapping[str, np.ndarray], params: Params):
   """A pytree like `params`, with zeros for parameters outside the layers."""
   leaves, treedef = jax.tree.flatten(params)
-  result = [jnp.zeros_like(leaf) for leaf in leaves]
+  result = [np.zeros_like(leaf) for leaf in leaves]
   for layer in layers:
     for position, array in layer.from_matrix(matrices[layer.name]).items():
       result[position] = array

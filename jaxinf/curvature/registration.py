@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import kfac_jax
 
 from jaxinf.curvature.blocks import BLOCKS, KroneckerBlock, gradient_matrices
-from jaxinf.curvature.coverage import Coverage, cover
+from jaxinf.curvature.coverage import ADVICE, Coverage, cover
 from jaxinf.curvature.layers import Layer
 from jaxinf.diffusion.objective import Noised
 from jaxinf.types import ApplyFn, KroneckerFactors, Matrices, Params
@@ -92,7 +92,10 @@ def register(
     tagged, params_index=0, layer_tag_to_block_ctor=BLOCKS
   )
   # Two pairs: with one, kfac-jax could not tell a batch axis from an axis of size 1.
-  estimator.finalize((params, jnp.zeros((2, *image_shape)), jnp.zeros(2, jnp.int32)))
+  try:
+    estimator.finalize((params, jnp.zeros((2, *image_shape)), jnp.zeros(2, jnp.int32)))
+  except Exception as error:  # of many kinds, raised deep in kfac-jax
+    raise ValueError(f"kfac-jax cannot register the model's layers: {error} {ADVICE}") from error
   layers, coverage = cover(dict(estimator.indices_to_block_map), params, skip)
   places = {indices[0]: i for i, indices in enumerate(estimator.jaxpr.layer_indices)}
   layer_vjp, _ = kfac_jax.layer_tags_vjp(tagged, params_index=0)

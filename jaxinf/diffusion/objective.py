@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinf.diffusion.schedule import Schedule, add_noise
+from jaxinf.random import substreams
 
 
 class Noised(NamedTuple):
@@ -29,9 +30,9 @@ def float_images(images: jax.Array) -> jax.Array:
 
 def noised(schedule: Schedule, images: jax.Array, keys: jax.Array) -> Noised:
   """One draw of (t, ε) for each image [B, H, W, C] from its key [B]; t is uniform in [0, T)."""
-  t_keys, noise_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
-  t = jax.vmap(lambda k: jax.random.randint(k, (), 0, schedule.num_steps))(t_keys)
-  noise = jax.vmap(lambda k: jax.random.normal(k, images.shape[1:]))(noise_keys)
+  uniform = jax.vmap(lambda key: jax.random.randint(key, (), 0, schedule.num_steps))
+  normal = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))
+  t, noise = uniform(substreams(keys, "t")), normal(substreams(keys, "noise"))
   return Noised(add_noise(schedule, images=images, t=t, noise=noise), t, noise)
 
 

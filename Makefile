@@ -1,0 +1,54 @@
+# Each target does its own set-up: `make demo` and `make test` work on a fresh machine with
+# Python 3.11 – 3.13 and make.
+
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
+RUN := .venv/bin/python
+TORCH_INDEX ?=  # index of PyTorch's CPU build, where the default index serves only CUDA builds
+PIP := -m pip --disable-pip-version-check --quiet
+
+.PHONY: demo test test-interop lint lock clean
+
+# Train, sample, fit curvature, attribute and report on scikit-learn's digits.
+demo: .venv/installed
+	$(RUN) -m jaxinf all --config=configs/digits.py --workdir=runs/digits
+
+test: .venv/installed
+	$(RUN) -m pytest
+
+# Parity with diffusers, in an environment of its own.
+test-interop: .venv-interop/installed
+	.venv-interop/bin/python -m pytest tests/interop
+
+lint: .venv/installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+# Pins the newest versions that setup.cfg allows, for every supported Python.
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python $(PIP) install uv
+	.venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --extra test \
+		--no-annotate --no-header --output-file requirements.lock setup.cfg
+
+clean:
+	rm -rf .venv .venv-interop .venv-lock runs build *.egg-info
+
+.venv/installed: requirements.lock setup.cfg
+	@test -n "$(PYTHON)" || { echo "jaxinf needs Python 3.11, 3.12 or 3.13" >&2; exit 1; }
+	@echo "Installing the locked dependencies into .venv …"
+	$(PYTHON) -m venv .venv
+	$(RUN) $(PIP) install --no-deps -r requirements.lock
+	$(RUN) $(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv-interop/installed: requirements.lock setup.cfg
+	@test -n "$(PYTHON)" || { echo "jaxinf needs Python 3.11, 3.12 or 3.13" >&2; exit 1; }
+	$(PYTHON) -m venv .venv-interop
+	.venv-interop/bin/python $(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	.venv-interop/bin/python $(PIP) install --no-deps -r requirements.lock
+	.venv-interop/bin/python $(PIP) install diffusers==0.42.1
+	.venv-interop/bin/python $(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@

@@ -1,0 +1,46 @@
+"""Strict JAX on two simulated CPU devices, and the toys that several tests share."""
+
+import os
+
+# Compiling is most of what the tests do, and the optimiser's work never pays back on tiny nets.
+# Set before JAX starts; kept for the processes that tests start.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 2)
+# Rank promotion stays allowed: biases broadcast in users' networks, whose plain traces we read.
+
+from jaxinf import Schedule
+from jaxinf.data import Dataset
+from jaxinf.models import MLP
+
+
+@pytest.fixture(params=[1, 2], ids=["one_device", "two_devices"])
+def devices(request):
+  """One device, then two: what is computed must not depend on their number."""
+  if jax.local_device_count() < request.param:
+    pytest.skip(f"needs {request.param} devices")
+  return jax.local_devices()[: request.param]
+
+
+@pytest.fixture(scope="session")
+def schedule():
+  """Ten steps from little noise to nearly nothing but noise."""
+  return Schedule.linear(10, 0.01, 0.5)
+
+
+@pytest.fixture(scope="session")
+def dataset():
+  """Ten random 4 × 4 images that training may mirror."""
+  images = np.random.default_rng(0).integers(0, 256, (10, 4, 4, 1)).astype(np.uint8)
+  return Dataset("toy", images, np.array([f"toy_{n}" for n in range(10)]), random_flip=True)
+
+
+@pytest.fixture(scope="session")
+def mlp():
+  """A denoiser of a few dozen parameters."""
+  return MLP(hidden=(8,), time_features=4)

@@ -1,0 +1,106 @@
+"""(G ⊗ A + λI)^±1 in the eigenbasis, and the public Curvature that applies it to parameters."""
+
+import jax
+import numpy as np
+import pytest
+from jaxinf import Curvature
+from jaxinf.curvature.eigenbasis import eigenbasis, multiply, precondition
+from jaxinf.curvature.registration import register
+from jaxinf.types import KroneckerFactors
+
+from tests import nets
+
+D_OUT, D_IN = 3, 7
+
+
+def random_factor(size: int, seed: int) -> np.ndarray:
+  """A covariance whose eigenvalues span six orders of magnitude."""
+  rng = np.random.default_rng(seed)
+  q, _ = np.linalg.qr(rng.normal(size=(size, size)))
+  return (q * np.logspace(0, -6, size)) @ q.T
+
+
+@pytest.fixture(scope="module")
+def factors():
+  return KroneckerFactors(a=random_factor(D_IN, 0), g=random_factor(D_OUT, 1))
+
+
+@pytest.mark.parametrize("damping", [1e-8, 1e-4, 1.0])
+def test_precondition_equals_a_dense_solve(factors, damping):
+  basis = eigenbasis(factors, "layer")
+  grads = np.random.default_rng(2).normal(size=(5, D_OUT, D_IN))
+  dense = np.kron(factors.g, factors.a) + damping * np.eye(D_OUT * D_IN)
+  expected = np.linalg.solve(dense, grads.reshape(5, -1).T).T.reshape(grads.shape)
+  # float64 with condition numbers up to 1e8
+  np.testing.assert_allclose(precondition(grads, basis, damping), expected, rtol=1e-6)
+
+
+def test_multiply_equals_the_explicit_kronecker_product(factors):
+  basis = eigenbasis(factors, "layer")
+  grads = np.random.default_rng(2).normal(size=(5, D_OUT, D_IN))
+  dense = np.kron(factors.g, factors.a) + 0.1 * np.eye(D_OUT * D_IN)
+  expected = (grads.reshape(5, -1) @ dense).reshape(grads.shape)
+  np.testing.assert_allclose(multiply(grads, basis, 0.1), expected, rtol=1e-10)
+
+
+def test_float32_on_a_device_is_close_to_float64(factors):
+  basis = eigenbasis(factors, "layer")
+  grads = np.random.default_rng(2).normal(size=(5, D_OUT, D_IN))
+  on_device = jax.jit(precondition, static_argnums=2)(grads.astype(np.float32), basis, 1e-3)
+  expected = precondition(grads, basis, 1e-3)
+  # Rounding of 6e-8 times the condition number 1e3.
+  np.testing.assert_allclose(on_device, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def test_negative_rounding_of_eigenvalues_is_clipped():
+  a = np.diag([1.0, -1e-9])
+  assert (eigenbasis(KroneckerFactors(a=a, g=np.eye(2)), "layer").eigenvalues >= 0).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_factor_that_is_not_finite_stops_with_the_layer_and_factor(bad):
+  a = np.eye(3)
+  a[0, 1] = bad
+  with pytest.raises(ValueError, match="input factor A of layer up/conv is not finite"):
+    eigenbasis(KroneckerFactors(a=a, g=np.eye(2)), "up/conv")
+
+
+@pytest.fixture(scope="module")
+def curvature():
+  """A curvature of random factors, with the time layer skipped."""
+  task = nets.conv_task()
+  model = register(task.apply_fn, task.params, (4, 4, 1), skip=("time",))
+  bases = {}
+  for i, layer in enumerate(model.layers):
+    d_out, d_in = layer.matrix_shape
+    factors = KroneckerFactors(a=random_factor(d_in, i), g=random_factor(d_out, 10 + i))
+    bases[layer.name] = eigenbasis(factors, layer.name)
+  return Curvature(model.layers, bases, model.coverage, task.params, {})
+
+
+@pytest.mark.parametrize("order", ["precondition∘multiply", "multiply∘precondition"])
+def test_precondition_inverts_multiply_at_a_damping_of_1e_minus_8_of_the_layer(curvature, order):
+  grads = nets.random_params(nets.CONV_SHAPES, seed=3)
+  damping = 1e-8 * max(basis.eigenvalues.max() for basis in curvature.bases.values())
+  first, second = order.split("∘")[::-1]
+  applied = getattr(curvature, second)(getattr(curvature, first)(grads, damping), damping)
+  for name in ("conv_in", "mix", "conv_out"):
+    for part, expected in grads[name].items():
+      np.testing.assert_allclose(applied[name][part], expected, rtol=1e-3)
+
+
+def test_parameters_outside_the_curvature_come_back_as_zeros(curvature):
+  applied = curvature.multiply(nets.random_params(nets.CONV_SHAPES, seed=3), 0.1)
+  assert not applied["time"]["kernel"].any() and not applied["time"]["bias"].any()
+  assert jax.tree.structure(applied) == jax.tree.structure(curvature.params)
+
+
+def test_a_pytree_of_other_shapes_is_refused(curvature):
+  with pytest.raises(ValueError, match="structure and shapes of the parameters"):
+    curvature.multiply({"conv_in": np.zeros(3)}, 0.1)
+
+
+@pytest.mark.parametrize("damping", [0.0, -1.0, np.nan])
+def test_damping_must_be_positive(curvature, damping):
+  with pytest.raises(ValueError, match="damping must be positive"):
+    curvature.precondition(curvature.params, damping)

@@ -1,0 +1,53 @@
+"""Per-example gradients from tapped layers against plain differentiation, one example at a time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxinf.curvature.layers import to_matrices
+from jaxinf.curvature.registration import register
+from jaxinf.diffusion.measurements import MEASUREMENTS
+from jaxinf.gradients.per_example import checked_draws, example_gradients, group_keys
+from jaxinf.random import draw_keys, fold_in_each, stream
+
+from tests import nets
+
+NUM, DRAWS = 3, 4
+
+
+@pytest.mark.parametrize("name", MEASUREMENTS)
+def test_tapped_gradients_equal_a_loop_over_examples(name):
+  task, measurement = nets.conv_task(), MEASUREMENTS[name]
+  model = register(task.apply_fn, task.params, (4, 4, 1), skip=())
+  images = jnp.asarray(nets.random_images(NUM))
+  keys = fold_in_each(stream(0, "test"), jnp.arange(NUM))
+  keys = group_keys(keys, jnp.zeros(NUM, jnp.int32), DRAWS)
+  kernel = lambda params: example_gradients(
+    model, measurement, task.schedule, params, images=images, keys=keys
+  )
+  tapped = jax.jit(kernel)(task.params)
+
+  def value(params, image, keys):
+    return measurement.evaluate(task.apply_fn, params, task.schedule, image[None], keys[None])[0]
+
+  gradient = jax.jit(jax.grad(value))
+  for n in range(NUM):
+    grads = jax.tree.map(np.asarray, gradient(task.params, images[n], keys[n]))
+    for layer, expected in to_matrices(model.layers, grads).items():
+      # The same float32 sums in another order.
+      atol = 1e-5 * np.abs(expected).max()
+      np.testing.assert_allclose(tapped[layer][n], expected, rtol=0, atol=atol)
+
+
+def test_groups_split_the_draws_of_an_example_in_order():
+  key = stream(0, "test")
+  groups = group_keys(jnp.stack([key, key]), jnp.array([0, 1]), 3)
+  together = jnp.concatenate([groups[0], groups[1]])
+  data = jax.random.key_data
+  np.testing.assert_array_equal(data(together), data(draw_keys(key, 6)))
+
+
+@pytest.mark.parametrize(("draws", "groups"), [(5, 2), (4, 0), (0, 1)])
+def test_draws_that_do_not_split_evenly_are_refused(draws, groups):
+  with pytest.raises(ValueError, match="must divide draws"):
+    checked_draws(draws, groups)

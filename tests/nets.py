@@ -1,0 +1,56 @@
+"""Tiny networks as plain functions, and tasks made of them, for tests of the mathematics."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxinf import Schedule, Task
+
+SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
+
+
+def random_params(shapes: dict, seed: int = 0) -> dict:
+  """Parameters of the given shapes, N(0, 1 / fan-in)."""
+  rng = np.random.default_rng(seed)
+  leaves, treedef = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
+  draw = lambda s: rng.normal(size=s) / np.sqrt(max(1, np.prod(s[:-1])))
+  return jax.tree.unflatten(treedef, [jnp.asarray(draw(s), jnp.float32) for s in leaves])
+
+
+def conv(layer: dict, x, strides=(1, 1), padding="SAME"):
+  y = jax.lax.conv_general_dilated(
+    x, layer["kernel"], strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
+  return y + layer["bias"]
+
+
+def dense(layer: dict, x):
+  return jnp.dot(x, layer["kernel"]) + layer["bias"]
+
+
+def time_features(t):
+  return jnp.stack([t / 1000, jnp.cos(t / 100)], axis=-1)
+
+
+CONV_SHAPES = {
+  "conv_in": {"kernel": (3, 3, 1, 3), "bias": (3,)},
+  "time": {"kernel": (2, 3), "bias": (3,)},
+  "mix": {"kernel": (3, 3), "bias": (3,)},
+  "conv_out": {"kernel": (3, 3, 3, 1), "bias": (1,)},
+}
+
+
+def conv_net(params, x_t, t):
+  """Convolution, time embedding, position-wise dense (as attention projections), convolution."""
+  h = conv(params["conv_in"], x_t) + dense(params["time"], time_features(t))[:, None, None]
+  batch, height, width, channels = h.shape
+  h = jnp.tanh(h).reshape(batch, height * width, channels)
+  h = jnp.tanh(dense(params["mix"], h)).reshape(batch, height, width, channels)
+  return conv(params["conv_out"], h)
+
+
+def conv_task(seed: int = 0) -> Task:
+  return Task(conv_net, random_params(CONV_SHAPES, seed), SCHEDULE)
+
+
+def random_images(num: int, shape=(4, 4, 1), seed: int = 0) -> np.ndarray:
+  return np.random.default_rng(seed).uniform(-1, 1, (num, *shape)).astype(np.float32)

@@ -1,10 +1,11 @@
 """A small U-Net on scikit-learn's digits (1,797 real 8 × 8 images): the demo.
 
-  python -m jaxinf all --config=configs/digits.py --workdir=runs/digits
+python -m jaxinf all --config=configs/digits.py --workdir=runs/digits
 """
 
-from configs import base
 from ml_collections import ConfigDict
+
+from configs import base
 
 
 def get_config() -> ConfigDict:
@@ -15,13 +16,14 @@ def get_config() -> ConfigDict:
   config.model.attention_levels = (False, True)
   config.model.norm_groups = 8
   config.model.dropout = 0.0
-  config.train.steps = 1_500
+  config.train.steps = 1_000
   config.train.learning_rate = 1e-3
   config.train.warmup_steps = 100
   config.train.decay = "cosine"
   config.train.checkpoint_every = 500
   config.sample.num_samples = 16
   config.sample.batch_size = 16
-  config.curvature.draws = 20
-  config.attribute.draws = 20
+  config.curvature.draws = 16
+  config.attribute.draws = 16
+  config.attribute.draw_groups = 4
   return config

@@ -14,28 +14,54 @@ Any field of the config can be set on the command line, as --config.attribute.da
 """
 
 import logging
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import absl.logging
 from absl import app, flags
 from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, such as configs/digits.py.")
+from jaxinf.config import check_path, typed
+
+# Unlocked for new attributes, which `typed` refuses in words that name the valid ones.
+_CONFIG = config_flags.DEFINE_config_file(
+  "config",
+  None,
+  "The experiment, such as configs/digits.py.",
+  lock_config=False,
+  accept_new_attributes=True,
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run's artefacts.")
 
 
 def main(argv: list[str]) -> None:
   absl.logging.set_verbosity(absl.logging.WARNING)  # the libraries'; ours follow
   _speak()
-  from jaxinf import config, stages  # slow to import, so after the flags are parsed
+  from jaxinf import stages  # slow to import, so after the flags are parsed
 
   try:
     stage = _stage_name(argv, list(stages.STAGES))
-    run = stages.Run(config.typed(_CONFIG.value), Path(_WORKDIR.value))
+    run = stages.Run(typed(_required(_CONFIG)), Path(_required(_WORKDIR)))
     stages.STAGES[stage](run)
   except ValueError as error:
     sys.exit(f"jaxinf: {error}")
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  """The arguments that are no flags; unknown fields and files end in one line, not a traceback."""
+  try:
+    for argument in argv[1:]:
+      if field := re.match(r"--?(?:no)?config\.([^=]*)", argument):
+        check_path(field[1])
+    rest = app.parse_flags_with_usage(argv)
+    _ = _CONFIG.value and _CONFIG.value.keys()  # a file that was not found is an error from here on
+  except ValueError as error:
+    sys.exit(f"jaxinf: {error}")
+  except OSError as error:
+    sys.exit(f"jaxinf: --config cannot be read: {str(error).splitlines()[-1].strip()}")
+  return rest
 
 
 def _speak() -> None:
@@ -52,15 +78,18 @@ def _stage_name(argv: list[str], names: list[str]) -> str:
   if len(argv) != 2 or argv[1] not in names:
     got = " ".join(argv[1:]) or "none"
     raise ValueError(f"Name one stage of {', '.join(names)}; got {got}. See --help.")
-  for flag in (_CONFIG, _WORKDIR):
-    if flag.value is None:
-      raise ValueError(f"--{flag.name} is missing. See --help.")
   return argv[1]
+
+
+def _required(flag: flags.FlagHolder) -> Any:
+  if flag.value is None:
+    raise ValueError(f"--{flag.name} is missing. See --help.")
+  return flag.value
 
 
 def run() -> None:
   """The console script `jaxinf`."""
-  app.run(main)
+  app.run(main, flags_parser=_parse_flags)
 
 
 if __name__ == "__main__":

@@ -54,10 +54,13 @@ def finished(folder: Path, key: Mapping[str, Any]) -> bool:
   """Whether `folder` holds the finished result of exactly `key`.
 
   Raises:
-    StaleArtifact: it holds, or was begun as, the result of something else; with the difference.
+    StaleArtifact: it holds all or part of the result of something else; with the difference.
   """
+  files = {path.name for path in folder.iterdir()} if folder.exists() else set()
+  if files == {"started.json"}:
+    return False  # it stopped before anything was saved, so there is nothing to mix up
   for name in ("manifest.json", "started.json"):
-    if (folder / name).exists():
+    if name in files:
       found = json.loads((folder / name).read_text())["key"]
       different = differences(found, _plain(key))
       if different:
@@ -66,7 +69,7 @@ def finished(folder: Path, key: Mapping[str, Any]) -> bool:
           f"{folder} was made with other settings:\n{lines}\n"
           "Use another --workdir, undo the change, or delete that folder to make it again."
         )
-  return (folder / "manifest.json").exists()
+  return "manifest.json" in files
 
 
 def begin(folder: Path, key: Mapping[str, Any]) -> None:
@@ -87,7 +90,7 @@ def write(
   folder.mkdir(parents=True, exist_ok=True)
   arrays = {name: np.asarray(array) for name, array in arrays.items()}
   partial = folder / "arrays.partial.npz"
-  np.savez(partial, **arrays)
+  np.savez(partial, allow_pickle=False, **arrays)
   os.replace(partial, folder / "arrays.npz")
   manifest = {
     "key": _plain(key),
@@ -104,7 +107,9 @@ def write(
 
 
 def read(folder: Path) -> Artifact:
-  """Reads a finished artefact; ValueError where its arrays are not those that were written."""
+  """Reads a finished artefact; ValueError where it is none or its arrays are not as written."""
+  if not (folder / "manifest.json").exists():
+    raise ValueError(f"{folder} holds no finished result: it has no manifest.json. Run its stage.")
   manifest = json.loads((folder / "manifest.json").read_text())
   try:
     with np.load(folder / "arrays.npz", allow_pickle=False) as file:
@@ -124,7 +129,7 @@ def fingerprint(arrays: Mapping[str, np.ndarray]) -> str:
   """A hash of names, types, shapes and contents."""
   digest = hashlib.sha256()
   for name in sorted(arrays):
-    array = np.ascontiguousarray(arrays[name])
+    array = np.asarray(arrays[name])
     digest.update(f"{name} {array.dtype} {array.shape}".encode())
     digest.update(array.tobytes())
   return digest.hexdigest()[:32]
@@ -182,9 +187,10 @@ class MetricsLog:
     self._path = folder / "metrics.jsonl"
     if self._path.exists():
       lines = self._path.read_text().splitlines(keepends=True)
-      kept = [line for line in lines if json.loads(line)["step"] <= resumed_step]
+      whole = [line for line in lines if line.endswith("\n")]  # the last may have been cut off
+      kept = [line for line in whole if json.loads(line)["step"] <= resumed_step]
       write_text(self._path, "".join(kept))
-    self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step or None)
+    self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
     with self._path.open("a") as file:

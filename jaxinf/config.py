@@ -102,6 +102,25 @@ def typed(config: ConfigDict) -> Config:
   return _section(Config, config, "config")
 
 
+def check_path(path: str) -> None:
+  """Raises ValueError unless `path`, such as "train.steps", leads to a field of Config.
+
+  What lies below `model` is left to the model's class.
+  """
+  *sections, name = path.split(".")
+  cls: Any = Config
+  for depth, part in enumerate([*sections, name]):
+    if cls is ModelConfig:
+      return
+    above = ".".join(["config", *sections[:depth]])
+    if not dataclasses.is_dataclass(cls):
+      raise ValueError(f"{above} is a field, not a section: config.{path} does not exist.")
+    fields = typing.get_type_hints(cls)
+    if part not in fields:
+      raise ValueError(f"{above} has no field {part}. Its fields are: {', '.join(fields)}.")
+    cls = fields[part]
+
+
 def as_dict(section: Any) -> Any:
   """A section as plain dicts, lists and numbers, for manifests."""
   if dataclasses.is_dataclass(section):

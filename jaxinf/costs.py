@@ -37,7 +37,8 @@ def _reset_peak() -> None:
 def _peak_host_mib() -> float:
   try:
     status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) / 1024
-  except (OSError, AttributeError):
+    (kib,) = re.findall(r"VmHWM:\s+(\d+) kB", status)
+    return int(kib) / 1024
+  except (OSError, ValueError):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)

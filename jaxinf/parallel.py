@@ -124,8 +124,14 @@ def reduce_batches(
   total_all = jax.pmap(lambda x: jax.lax.psum(x, _AXIS), axis_name=_AXIS, devices=devices)
   operands = replicate(operands, devices)
   sums = None
+  pending: collections.deque = collections.deque()
+
+  def finish(progress):
+    marker, count = pending.popleft()
+    marker.block_until_ready()
+    progress.advance(count)
+
   with Progress(label, len(rows), unit) as progress:
-    pending: collections.deque = collections.deque()
     for batch, count in _sharded_batches(rows, batch_size, devices):
       if sums is None:
         shapes = jax.eval_shape(kernel, _first(operands), _first(batch))
@@ -134,10 +140,10 @@ def reduce_batches(
       # A copy of one number: the sums themselves are donated to the next batch.
       pending.append((jax.tree.leaves(sums)[0].ravel()[:1] + 0, count))
       if len(pending) > _IN_FLIGHT:
-        marker, count = pending.popleft()
-        marker.block_until_ready()
-        progress.advance(count)
-    return first(total_all(sums))
+        finish(progress)
+    while pending:
+      finish(progress)
+  return first(total_all(sums))
 
 
 def parallel_step(

@@ -22,8 +22,8 @@ from jaxinf.data.dataset import Dataset
 from jaxinf.diffusion.objective import float_images, noised, squared_errors
 from jaxinf.diffusion.schedule import Schedule
 from jaxinf.progress import Progress
-from jaxinf.random import fold_in_each, stream
-from jaxinf.types import Params
+from jaxinf.random import fold_in_each, stream, substreams
+from jaxinf.types import Array, Params
 
 
 @flax.struct.dataclass
@@ -40,9 +40,9 @@ class TrainState:
 class TrainRows:
   """Rows of one step: images with their place in the step's batch, which their draws follow."""
 
-  images: jax.Array  # [B, H, W, C]
-  places: jax.Array  # [B] uint32
-  mask: jax.Array  # [B]
+  images: Array  # [B, H, W, C]
+  places: Array  # [B] uint32
+  mask: Array  # [B]
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
@@ -51,13 +51,15 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
     raise ValueError(
       f"train.warmup_steps ({config.warmup_steps}) must be below train.steps ({config.steps})."
     )
+  peak, warmup = config.learning_rate, config.warmup_steps
   if config.decay == "cosine":
-    return optax.warmup_cosine_decay_schedule(
-      0.0, config.learning_rate, config.warmup_steps, config.steps
-    )
-  if config.decay == "constant":
-    return optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
-  raise ValueError(f"train.decay must be cosine or constant; got {config.decay!r}.")
+    after = optax.cosine_decay_schedule(peak, config.steps - warmup)
+  elif config.decay == "constant":
+    after = optax.constant_schedule(peak)
+  else:
+    raise ValueError(f"train.decay must be cosine or constant; got {config.decay!r}.")
+  # Joined even for the constant: without warm-up, a linear schedule alone would stay at 0.
+  return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
 def optimiser(config: TrainConfig) -> optax.GradientTransformation:
@@ -86,6 +88,12 @@ def init_state(model: nn.Module, image_shape: tuple, config: TrainConfig, seed: 
   )
 
 
+def flipped(images: jax.Array, keys: jax.Array) -> jax.Array:
+  """Images [B, H, W, C], each mirrored left to right with probability ½ as its key [B] says."""
+  flips = jax.vmap(jax.random.bernoulli)(substreams(keys, "flip"))
+  return jnp.where(flips[:, None, None, None], images[:, :, ::-1], images)
+
+
 def train_step(
   model: nn.Module, schedule: Schedule, config: TrainConfig, *, random_flip: bool, seed: int
 ) -> tuple[Callable, Callable]:
@@ -100,8 +108,7 @@ def train_step(
     keys = fold_in_each(key, rows.places)
     images = float_images(rows.images)
     if random_flip:
-      flips = jax.vmap(lambda k: jax.random.bernoulli(jax.random.fold_in(k, 1)))(keys)
-      images = jnp.where(flips[:, None, None, None], images[:, :, ::-1], images)
+      images = flipped(images, keys)
     dropout = {"dropout": jax.random.fold_in(stream(seed, "dropout"), step)}
 
     def apply_fn(params, x_t, t):
@@ -129,7 +136,7 @@ def train_step(
 
 
 class NonFiniteLoss(ValueError):
-  """Training met a loss that is infinite or not a number."""
+  """Training met a loss, or a gradient of it, that is infinite or not a number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,11 +175,14 @@ def fit(
 
   Raises:
     NonFiniteLoss: with the step; states saved before it are sound.
+    ValueError: a number of steps or examples in `config` is below 1.
   """
+  _check_counts(config)
   halves = train_step(model, schedule, config, random_flip=dataset.random_flip, seed=seed)
   step_fn = parallel.parallel_step(*halves, devices=devices)
   state = init_state(model, dataset.image_shape, config, seed) if state is None else state
-  start, end = int(state.step), min(config.steps, stop_after or config.steps)
+  start = int(state.step)
+  end = config.steps if stop_after is None else min(config.steps, stop_after)
   batches = _Batches(len(dataset), config.batch_size, seed, parallel.num_devices(devices))
   replicated = parallel.replicate(state, devices)
   recent: list[Any] = []  # metrics not yet looked at, so that the host need not wait each step
@@ -197,14 +207,20 @@ def fit(
 def _checked_means(recent: list[Any], done: int) -> dict[str, float]:
   """Means of the metrics of the last len(recent) steps, all of which must be finite."""
   host = [{k: float(v[0]) for k, v in metrics.items()} for metrics in recent]
-  losses = np.array([metrics["loss"] for metrics in host])
-  if not np.isfinite(losses).all():
-    bad = done - len(host) + 1 + int(np.argmin(np.isfinite(losses)))
-    raise NonFiniteLoss(
-      f"The loss of step {bad} is {losses[~np.isfinite(losses)][0]}. Training stopped; lower "
-      "train.learning_rate or train.clip_norm, or look for bad images."
-    )
+  for step, metrics in enumerate(host, done - len(host) + 1):
+    if not np.isfinite(list(metrics.values())).all():
+      raise NonFiniteLoss(
+        f"The loss of step {step} is {metrics['loss']} and its gradient's norm is "
+        f"{metrics['grad_norm']}. Training stopped; lower train.learning_rate or train.clip_norm, "
+        "or look for bad images."
+      )
   return {name: float(np.mean([m[name] for m in host])) for name in host[0]}
+
+
+def _check_counts(config: TrainConfig) -> None:
+  for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
+    if getattr(config, name) < 1:
+      raise ValueError(f"train.{name} must be at least 1; got {getattr(config, name)}.")
 
 
 @dataclasses.dataclass

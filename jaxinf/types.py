@@ -12,7 +12,7 @@ import flax.struct
 import jax
 import numpy as np
 
-Array = jax.Array | np.ndarray
+Array = Any  # jax.Array or np.ndarray: a kernel's arguments come as either
 PyTree = Any
 Params = PyTree
 Matrices = dict[str, Array]  # layer name -> [..., d_out, d_in]
@@ -32,9 +32,9 @@ class Batch:
     mask: [B] float32, 1 for an example and 0 for padding.
   """
 
-  images: Array | None
+  images: Array
   ids: Array
-  draws: Array | None
+  draws: Array
   mask: Array
 
 

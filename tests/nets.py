@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from jaxinf import Schedule, Task
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)

@@ -1,14 +1,15 @@
-"""Whole runs in seconds: every stage on one and two devices, reuse, refusal, and what is written."""
+"""Whole runs in seconds: stages on one and two devices, reuse, refusal, and what is written."""
 
 import json
 
 import jax
 import numpy as np
 import pytest
-from configs import digits
-from jaxinf import artifacts, stages
-from jaxinf.config import typed
 from ml_collections import ConfigDict
+
+from configs import digits
+from jaxinf import artifacts, runs, stages
+from jaxinf.config import typed
 
 # Of the largest number: training and sampling amplify float32 rounding, and where that moves a
 # number across the middle between two int8 steps, it moves by 1/127 of its block.
@@ -38,8 +39,8 @@ def tiny_config() -> ConfigDict:
   return config
 
 
-def run_of(workdir, config=None, devices=None) -> stages.Run:
-  return stages.Run(typed(tiny_config() if config is None else config), workdir, devices)
+def run_of(workdir, config=None, devices=None) -> runs.Run:
+  return runs.Run(typed(tiny_config() if config is None else config), workdir, devices)
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +64,10 @@ def test_two_devices_give_the_same_results_in_every_stage(finished, tmp_path):
       else:
         np.testing.assert_array_equal(theirs[name], expected)
   # Eigenvectors have free signs: compare what the curvature does to a vector.
-  dataset = stages.data.load(finished.config.data)
-  task = stages.load_task(finished, dataset)
+  task = runs.load_task(finished)
   vector = jax.tree.map(np.ones_like, task.params)
   results = [
-    jax.tree.leaves(stages.load_curvature(run, dataset, task).multiply(vector, 1e-4))
+    jax.tree.leaves(runs.load_curvature(run, task).multiply(vector, 1e-4))
     for run in (finished, both)
   ]
   for expected, actual in zip(*results, strict=True):
@@ -80,23 +80,22 @@ def test_the_artefacts_hold_what_they_say(finished):
   assert sample.arrays["images"].shape == (3, 8, 8, 1)
   assert sample.arrays["trajectories"].shape == (3, 21, 8, 8, 1)
   np.testing.assert_array_equal(sample.arrays["trajectories"][:, -1], sample.arrays["images"])
-  scores = stages.load_scores(finished)
+  scores = runs.load_scores(finished)
   assert scores.values.shape == scores.std_errors.shape == (3, 24)
   assert np.isfinite(scores.group_values).all() and scores.group_values.shape[0] == 2
-  dataset = stages.data.load(finished.config.data)
-  np.testing.assert_array_equal(scores.train_ids, dataset.ids)
+  np.testing.assert_array_equal(scores.train_ids, finished.dataset.ids)
   steps = [json.loads(s)["step"] for s in (finished.folder("train") / "metrics.jsonl").open()]
   assert steps == [5, 10, 15, 20]
   assert (finished.folder("report") / "index.html").stat().st_size > 1000
-  for stage in stages.ORDER:
+  for stage in runs.ORDER:
     cost = artifacts.read(finished.folder(stage)).manifest["cost"]
     assert cost["seconds"] >= 0 and cost["peak_host_mib"] > 0
 
 
 def test_finished_stages_are_reused(finished):
-  before = {s: (finished.folder(s) / "manifest.json").stat().st_mtime_ns for s in stages.ORDER}
+  before = {s: (finished.folder(s) / "manifest.json").stat().st_mtime_ns for s in runs.ORDER}
   stages.STAGES["all"](finished)
-  after = {s: (finished.folder(s) / "manifest.json").stat().st_mtime_ns for s in stages.ORDER}
+  after = {s: (finished.folder(s) / "manifest.json").stat().st_mtime_ns for s in runs.ORDER}
   assert before == after
 
 

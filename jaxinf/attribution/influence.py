@@ -89,9 +89,7 @@ def influence(
       )  # fmt: skip
       return jax.tree.map(jnp.add, total, grads), None
 
-    zeros = {
-      layer.name: jnp.zeros((len(batch.ids), *layer.matrix_shape)) for layer in model.layers
-    }
+    zeros = {layer.name: jnp.zeros((len(batch.ids), *layer.matrix_shape)) for layer in model.layers}
     total, _ = jax.lax.scan(add_group, zeros, jnp.arange(draw_groups))
     with jax.default_matmul_precision("highest"):
       return {
@@ -108,16 +106,17 @@ def influence(
     )  # fmt: skip
     return inner_products(grads, {name: restore(q) for name, q in preconditioned.items()})
 
-  drive = dict(batch_size=max(1, batch_size // group_size), devices=devices)
-  preconditioned = parallel.map_batches(
+  drive = functools.partial(
+    parallel.map_batches, batch_size=max(1, batch_size // group_size), devices=devices
+  )
+  preconditioned = drive(
     query_kernel, (task.params, curvature.bases),
     parallel.Rows(queries, example_numbers(query_ids)), label="query gradients", unit="queries",
-    **drive,
   )  # fmt: skip
-  products = parallel.map_batches(
+  products = drive(
     score_kernel, (task.params, preconditioned),
     parallel.Rows(train_images, example_numbers(train_ids), draw_groups),
-    label="training gradients", unit=f"groups of {group_size} draws", **drive,
+    label="training gradients", unit=f"groups of {group_size} draws",
   )  # fmt: skip
   settings = dict(
     curvature.settings, curvature_draws=curvature.settings["draws"], measurement=measurement,
@@ -129,10 +128,9 @@ def influence(
 
 def inner_products(grads: Matrices, queries: dict[str, jax.Array]) -> jax.Array:
   """Σ over layers of inner products of grads [B, d_out, d_in] and queries [Q, P]: [B, Q]."""
-  highest = jax.lax.Precision.HIGHEST
-  return sum(
-    jnp.matmul(rows(grad), queries[name].T, precision=highest) for name, grad in grads.items()
-  )
+  with jax.default_matmul_precision("highest"):
+    products = [rows(grad) @ queries[name].T for name, grad in grads.items()]
+  return jnp.sum(jnp.stack(products), axis=0)
 
 
 def rows(matrices: jax.Array) -> jax.Array:
@@ -142,7 +140,9 @@ def rows(matrices: jax.Array) -> jax.Array:
 
 def _check_curvature(task: Task, curvature: Curvature) -> None:
   ours, theirs = jax.tree.leaves(task.params), jax.tree.leaves(curvature.params)
-  if len(ours) != len(theirs) or not all(np.array_equal(a, b) for a, b in zip(ours, theirs)):
+  if len(ours) != len(theirs) or not all(
+    np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True)
+  ):
     raise ValueError(
       "The curvature was fitted at other parameters than the task's: fit it for this task."
     )

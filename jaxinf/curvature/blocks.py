@@ -115,9 +115,9 @@ class Conv2DBlock(KroneckerBlock):
 class Uncovered(kfac_jax.ScaledIdentity):
   """Stands in for a layer that has no Kronecker block; `reason` says why."""
 
-  def __init__(self, layer_tag_eq, reason: str):
+  def __init__(self, layer_tag_eq, reason: str, **options):
     self.reason = reason
-    super().__init__(layer_tag_eq)
+    super().__init__(layer_tag_eq, **options)
 
 
 def factor_sums(tap: Tap, *, weights: jax.Array, has_bias: bool) -> KroneckerFactors:
@@ -150,9 +150,7 @@ def gradient_matrices(tap: Tap, *, rows: int, has_bias: bool) -> jax.Array:
     [M, d_out, d_in], the bias in the last column.
   """
   inputs, gradients = (x.reshape(rows, -1, x.shape[-1]) for x in (tap.inputs, tap.gradients))
-  matrices = jnp.einsum(
-    "mko,mki->moi", gradients, inputs, precision=jax.lax.Precision.HIGHEST
-  )
+  matrices = jnp.einsum("mko,mki->moi", gradients, inputs, precision=jax.lax.Precision.HIGHEST)
   if not has_bias:
     return matrices
   return jnp.concatenate([matrices, jnp.sum(gradients, axis=1)[..., None]], axis=-1)
@@ -164,9 +162,7 @@ def unfold(x: jax.Array, *, kernel, strides, padding, dilation) -> jax.Array:
   Shifted slices are far cheaper on a CPU than XLA's patches by convolution.
   """
   x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-  size = [
-    (x.shape[1 + i] - dilation[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in range(2)
-  ]
+  size = [(x.shape[1 + i] - dilation[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in range(2)]
   slices = []
   for row in range(kernel[0]):
     for column in range(kernel[1]):
@@ -187,30 +183,32 @@ def _channels_last(x: jax.Array, spec: tuple[int, ...]) -> jax.Array:
   return jnp.transpose(x, (batch, *spatial, channel))
 
 
-def _dense(eqn):
-  shape = DenseBlock(eqn).parameters_shapes[0]
-  if len(shape) != 2:
-    return Uncovered(eqn, f"a dense kernel with {len(shape)} axes (DenseGeneral) has no block yet")
-  return DenseBlock(eqn)
+def _dense(eqn, **options):
+  block = DenseBlock(eqn, **options)
+  num_axes = len(block.parameters_shapes[0])
+  if num_axes != 2:
+    reason = f"a dense kernel with {num_axes} axes (DenseGeneral) has no block yet"
+    return Uncovered(eqn, reason, **options)
+  return block
 
 
-def _conv2d(eqn):
-  conv = eqn.params
-  if any(d != 1 for d in conv["lhs_dilation"]):
-    return Uncovered(eqn, "transposed convolutions have no block yet")
-  if conv["feature_group_count"] != 1 or conv["batch_group_count"] != 1:
-    return Uncovered(eqn, "grouped convolutions have no block yet")
-  return Conv2DBlock(eqn)
+def _conv2d(eqn, **options):
+  if any(d != 1 for d in eqn.params["lhs_dilation"]):
+    return Uncovered(eqn, "transposed convolutions have no block yet", **options)
+  if eqn.params["feature_group_count"] != 1 or eqn.params["batch_group_count"] != 1:
+    return Uncovered(eqn, "grouped convolutions have no block yet", **options)
+  return Conv2DBlock(eqn, **options)
 
 
-def _scale_and_shift(eqn):
-  return Uncovered(eqn, "a scale or shift (normalisation) has no Kronecker block")
+def _scale_and_shift(eqn, **options):
+  return Uncovered(eqn, "a scale or shift (normalisation) has no Kronecker block", **options)
 
 
-def _generic(eqn):
-  return Uncovered(eqn, "kfac-jax found no dense or convolution layer around it")
+def _generic(eqn, **options):
+  return Uncovered(eqn, "kfac-jax found no dense or convolution layer around it", **options)
 
 
+# What kfac-jax calls for each kind of layer; it passes options that differ between its versions.
 BLOCKS = {
   "dense": _dense,
   "repeated_dense": _dense,

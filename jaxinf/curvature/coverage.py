@@ -92,7 +92,7 @@ def cover(
       reason = "its layer is skipped in part: skip the whole layer or nothing of it"
     elif not any(skipped) and isinstance(block, KroneckerBlock):
       layers.append(_layer(block, indices, names))
-    for i, is_skipped in zip(indices, skipped, strict=True):
+    for i in indices:
       if all(skipped):
         what = "skipped"
       elif any(skipped) or not isinstance(block, KroneckerBlock):
@@ -104,7 +104,9 @@ def cover(
   if any(row.block is None for row in coverage.rows):
     raise ValueError(_complaint(coverage))
   if not layers:
-    raise ValueError(f"No layer is left for the curvature; skip={list(skip)} leaves out everything.")
+    raise ValueError(
+      f"No layer is left for the curvature; skip={list(skip)} leaves out everything."
+    )
   return tuple(layers), coverage
 
 

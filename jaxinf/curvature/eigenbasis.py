@@ -23,8 +23,8 @@ def eigenbasis(factors: KroneckerFactors, layer: str) -> Eigenbasis:
     factor = np.asarray(factor, np.float64)
     if not np.isfinite(factor).all():
       raise ValueError(
-        f"The {name} of layer {layer} is not finite: the model's activations or gradients overflow. "
-        "Check that its parameters and outputs are finite for training images at every timestep."
+        f"The {name} of layer {layer} is not finite: the model's activations or gradients "
+        "overflow. Check that the model's outputs are finite for training images at every timestep."
       )
     values, vectors = np.linalg.eigh((factor + factor.T) / 2)
     decomposed.append((np.maximum(values, 0), vectors))

@@ -7,12 +7,13 @@ of single examples (sums of g aᵀ over an example's own pairs) at the speed of 
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import kfac_jax
 
-from jaxinf.curvature.blocks import BLOCKS, KroneckerBlock, gradient_matrices
+from jaxinf.curvature.blocks import BLOCKS, gradient_matrices
 from jaxinf.curvature.coverage import ADVICE, Coverage, cover
 from jaxinf.curvature.layers import Layer
 from jaxinf.diffusion.objective import Noised
@@ -33,7 +34,7 @@ class Registration:
 
   layers: tuple[Layer, ...]
   coverage: Coverage
-  _blocks: dict[str, KroneckerBlock]
+  _blocks: dict[str, Any]  # of KroneckerBlock
   _layer_data: Callable
 
   def factor_sums(
@@ -106,5 +107,6 @@ def register(
     data = vjp(((cotangents(out),),))
     return {layer.name: data[places[layer.kernel]] for layer in layers}
 
-  blocks = {layer.name: estimator.blocks[places[layer.kernel]] for layer in layers}
+  kfac_blocks = estimator.blocks or ()
+  blocks = {layer.name: kfac_blocks[places[layer.kernel]] for layer in layers}
   return Registration(layers, coverage, blocks, layer_data)

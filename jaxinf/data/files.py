@@ -134,11 +134,11 @@ def _read_image(path: pathlib.Path, image_size: int | None) -> np.ndarray:
     raise ValueError(
       f"{path}: expected 8 bits a channel, got mode {image.mode!r}. Convert the file to 8 bits."
     )
-  if image.mode in _ALPHA_MODES or "transparency" in image.info:
-    if np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
-      raise ValueError(
-        f"{path}: expected an opaque image, got transparent pixels. Flatten it onto a background."
-      )
+  may_be_transparent = image.mode in _ALPHA_MODES or "transparency" in image.info
+  if may_be_transparent and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+    raise ValueError(
+      f"{path}: expected an opaque image, got transparent pixels. Flatten it onto a background."
+    )
   image = image.convert("L" if image.mode in _GREY_MODES else "RGB")
   if image_size is not None:
     image = _central_square(image).resize((image_size, image_size), Image.Resampling.LANCZOS)

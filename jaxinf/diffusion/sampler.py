@@ -25,25 +25,25 @@ def ddpm_step(schedule: Schedule, *, x_t, t, predicted_noise, noise, clip: bool 
     noise: z [B, H, W, C], standard normal.
     clip: whether x̂_0 is clipped to [-1, 1].
   """
-  alpha_bar = schedule.alpha_bars[t]
-  before = jnp.where(t > 0, schedule.alpha_bars[t - 1], 1.0)
   beta = schedule.betas[t]
+  signal_before, noise_before = _levels(schedule, t - 1)
+  # Squares of the table, because 1 − ᾱ_t in float32 loses up to four digits at small t.
+  variance_before, variance_now = jnp.square(noise_before), jnp.square(schedule.noise[t])
   image = _predicted_image(schedule, x_t, t, predicted_noise, clip)
   mean = (
-    jnp.sqrt(before) * beta / (1 - alpha_bar) * image
-    + jnp.sqrt(1 - beta) * (1 - before) / (1 - alpha_bar) * x_t
+    signal_before * beta / variance_now * image
+    + jnp.sqrt(1 - beta) * variance_before / variance_now * x_t
   )
-  variance = beta * (1 - before) / (1 - alpha_bar)
-  return mean + jnp.sqrt(variance) * noise
+  return mean + jnp.sqrt(beta * variance_before / variance_now) * noise
 
 
 def ddim_step(schedule: Schedule, *, x_t, t, t_next, predicted_noise, clip: bool = True):
   """x at t_next < t (scalar ints; −1 means the image itself) from x_t, without noise."""
-  after = jnp.where(t_next >= 0, schedule.alpha_bars[t_next], 1.0)
+  signal_next, noise_next = _levels(schedule, t_next)
   image = _predicted_image(schedule, x_t, t, predicted_noise, clip)
   if clip:  # the ε that leads from the clipped image to x_t
     predicted_noise = (x_t - schedule.signal[t] * image) / schedule.noise[t]
-  return jnp.sqrt(after) * image + jnp.sqrt(1 - after) * predicted_noise
+  return signal_next * image + noise_next * predicted_noise
 
 
 def sample(
@@ -85,9 +85,7 @@ def sample(
     predicted = apply_fn(params, x_t, jnp.full(keys.shape, t))
     if stochastic:
       noise = normal(fold_in_each(keys, jnp.full(keys.shape, t)))
-      x_next = ddpm_step(
-        schedule, x_t=x_t, t=t, predicted_noise=predicted, noise=noise, clip=clip
-      )
+      x_next = ddpm_step(schedule, x_t=x_t, t=t, predicted_noise=predicted, noise=noise, clip=clip)
     else:
       x_next = ddim_step(
         schedule, x_t=x_t, t=t, t_next=t_next, predicted_noise=predicted, clip=clip
@@ -98,6 +96,12 @@ def sample(
   images, states = jax.lax.scan(step, start, times)
   trajectory = jnp.concatenate([start[None], states]) if keep_trajectory else None
   return images, trajectory
+
+
+def _levels(schedule, t):
+  """(√ᾱ_t, √(1 − ᾱ_t)), or (1, 0) for the image itself at t = −1."""
+  signal, noise = schedule.signal[t], schedule.noise[t]
+  return jnp.where(t >= 0, signal, 1.0), jnp.where(t >= 0, noise, 0.0)
 
 
 def _predicted_image(schedule, x_t, t, predicted_noise, clip):
@@ -113,13 +117,11 @@ def _timesteps(schedule: Schedule, sampler: str, num_steps: int | None) -> np.nd
     raise ValueError(f"Unknown sampler {sampler!r}; there are: {', '.join(SAMPLERS)}.")
   if sampler == "ddpm" and num_steps != total:
     raise ValueError(
-      f"The ddpm sampler takes all {total} steps of the schedule; for num_steps={num_steps} use ddim."
+      f"The ddpm sampler takes all {total} steps of the schedule; for {num_steps} steps use ddim."
     )
   if not 1 <= num_steps <= total:
     raise ValueError(f"num_steps must lie in 1…{total}; got {num_steps}.")
-  return np.round(np.linspace(total - 1, 0, num_steps)).astype(np.int32) if num_steps > 1 else (
-    np.array([total - 1], np.int32)
-  )
+  return np.round(np.linspace(total - 1, 0, num_steps)).astype(np.int32)
 
 
 SAMPLERS = ("ddpm", "ddim")

@@ -36,7 +36,7 @@ class Task:
       if getattr(leaf, "dtype", None) != jnp.float32:
         raise ValueError(
           f"Parameter {jax.tree_util.keystr(path)} is {getattr(leaf, 'dtype', type(leaf))}, "
-          "not float32: cast the parameters with jax.tree.map(lambda x: x.astype('float32'), params)."
+          "not float32: cast with jax.tree.map(lambda x: x.astype('float32'), params)."
         )
 
   def check_images(self, image_shape: tuple[int, ...]) -> None:

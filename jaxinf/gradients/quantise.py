@@ -4,6 +4,8 @@ A block of `block_size` numbers v is kept as round(v / s) with the step s = max 
 each number is off by at most s / 2. A block of zeros has s = 0 and comes back as zeros.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -34,4 +36,7 @@ def keep(rows: jax.Array) -> jax.Array:
   return rows
 
 
-COMPRESSIONS = {"int8": (quantise, dequantise), None: (keep, keep)}
+COMPRESSIONS: dict[str | None, tuple[Callable, Callable]] = {
+  "int8": (quantise, dequantise),
+  None: (keep, keep),
+}

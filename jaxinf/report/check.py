@@ -8,6 +8,7 @@ curse). So the draws are split: one half of the draw groups chooses, the other h
 import dataclasses
 
 import numpy as np
+from scipy import stats
 
 from jaxinf.types import Scores
 
@@ -53,12 +54,32 @@ class SupportCheck:
   def mean_std_error(self) -> float:
     """Standard error of the mean difference over queries, std(ddof=1) / √Q; NaN for one query.
 
-    Queries share the gradients of the training examples, so it is rough too.
+    Queries share the gradients of the training examples, so it is rough too; see `repeats`.
     """
     num_queries = len(self.differences)
     if num_queries < 2:
       return float("nan")
     return float(self.differences.std(ddof=1) / np.sqrt(num_queries))
+
+  @property
+  def num_clear(self) -> int:
+    """Queries whose difference exceeds two of its standard errors."""
+    return int((self.z > 2).sum())
+
+  @property
+  def chance_of_clear(self) -> float:
+    """The probability that a query is clear by chance: that of t > 2, with G − 1 degrees."""
+    return float(stats.t.sf(2, len(self.group_differences) - 1))
+
+  @property
+  def repeats(self) -> bool:
+    """Whether the mean difference over groups and queries is clearly above 0.
+
+    It must pass Student's t test at 97.5 % over groups, as queries share their draws, and over
+    queries, as groups share the queries; over groups alone where there is one query.
+    """
+    means = [self.group_differences.mean(axis=axis) for axis in (0, 1)]
+    return all(_is_positive(values) for values in means if len(values) > 1)
 
 
 def support_check(scores: Scores, *, k: int = 10, seed: int = 0) -> SupportCheck | None:
@@ -72,7 +93,8 @@ def support_check(scores: Scores, *, k: int = 10, seed: int = 0) -> SupportCheck
 
   Every group is held out once, so there are G differences. Their mean over g is the difference,
   std(d_g, ddof=1) / √G its standard error. That error is over training draws alone: the query's
-  gradient, the curvature and R (fixed within a fold) are the same for all groups of a fold.
+  gradient, the curvature and R (fixed within a fold) are the same for all groups of a fold. For
+  pure noise the two folds' differences are correlated at order 1/N, which it leaves out.
 
   A positive difference says that the ranking repeats under fresh draws. It does not say that
   removing the chosen examples changes the query: that takes retraining.
@@ -105,6 +127,12 @@ def support_check(scores: Scores, *, k: int = 10, seed: int = 0) -> SupportCheck
     held_out = groups[fold::2]
     differences[fold::2] = _mean_at(held_out, order[:, :k]) - _mean_at(held_out, others)
   return SupportCheck(k, differences)
+
+
+def _is_positive(values: np.ndarray) -> bool:
+  """Whether the mean of values [n] passes a t test against 0 at 97.5 %, one-sided."""
+  std_error = values.std(ddof=1) / np.sqrt(len(values))
+  return bool(values.mean() > stats.t.ppf(0.975, len(values) - 1) * std_error)
 
 
 def _mean_at(groups: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ COLOURS = {"supporting": "#0072b2", "opposing": "#d55e00", "neutral": "#6b7280"}
 _DPI = 110
 # Sizes of the figure in inches; an image is 1 × 1 of them times _IMAGE.
 _IMAGE, _GAP, _CAPTION, _GROUP_GAP, _MARGIN, _TITLE = 0.8, 0.08, 0.42, 0.34, 0.3, 0.5
+_LONGEST_TITLE, _NOTE = 1.4, 0.2
 
 
 def png_bytes(image: np.ndarray) -> bytes:
@@ -40,11 +41,11 @@ def attribution_figure(rows: list[Row], unit: Unit) -> bytes:
   top_k = len(rows[0].groups[names[0]])
   height_of, width_of = rows[0].image.shape[:2]
   tall = _IMAGE * height_of / width_of
-  group_width = top_k * (_IMAGE + _GAP) - _GAP
+  group_width = max(top_k * (_IMAGE + _GAP) - _GAP, _LONGEST_TITLE)
   lefts = [_IMAGE + _GROUP_GAP + i * (group_width + _GROUP_GAP) for i in range(len(names))]
   width = lefts[-1] + group_width + 2 * _MARGIN
   step = tall + _CAPTION
-  height = len(rows) * step + _TITLE + 2 * _MARGIN
+  height = len(rows) * step + _TITLE + _NOTE + 2 * _MARGIN
 
   figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
   FigureCanvasAgg(figure)
@@ -53,7 +54,7 @@ def attribution_figure(rows: list[Row], unit: Unit) -> bytes:
   axes.set_axis_off()
   _title(axes, 0, _IMAGE, "Sample", "#111827")
   for name, left in zip(names, lefts, strict=True):
-    _title(axes, left, group_width, _group_title(name, unit), COLOURS[name])
+    _title(axes, left, group_width, TITLES[name], COLOURS[name])
   for i, row in enumerate(rows):
     top = i * step
     _draw(axes, row.image, left=0, top=top, tall=tall)
@@ -63,6 +64,7 @@ def attribution_figure(rows: list[Row], unit: Unit) -> bytes:
         x = left + j * (_IMAGE + _GAP)
         _draw(axes, neighbour.image, left=x, top=top, tall=tall)
         _scores(axes, neighbour, unit, left=x, top=top + tall, colour=COLOURS[name])
+  axes.text(0, len(rows) * step + _NOTE, _note(unit), color="#6b7280", fontsize=8, va="center")
   axes.set_xlim(-_MARGIN, width - _MARGIN)
   axes.set_ylim(height - _MARGIN - _TITLE, -_MARGIN - _TITLE)
   buffer = io.BytesIO()
@@ -118,8 +120,9 @@ def _title(axes: Axes, left: float, width: float, text: str, colour: str) -> Non
   axes.text(left, -0.2, text, color=colour, fontsize=11, fontweight="bold", va="bottom")
 
 
-def _group_title(name: str, unit: Unit) -> str:
-  return TITLES[name] + (f"  (in units of $10^{{{unit.exponent}}}$)" if unit.exponent else "")
+def _note(unit: Unit) -> str:
+  power = f"in units of $10^{{{unit.exponent}}}$, " if unit.exponent else ""
+  return f"Scores of training images, {power}± one standard error where there are groups of draws."
 
 
 def _caption(axes: Axes, left: float, top: float, text: str, colour: str) -> None:

@@ -81,10 +81,11 @@ def write_report(
     stages=[_stage(name, manifest) for name, manifest in manifests.items()],
     software=_software(manifests),
   )
+  figure = attribution_figure(rows, unit)
   folder.mkdir(parents=True, exist_ok=True)
   return [
     _write(folder / "index.html", page.encode()),
-    _write(folder / "attributions.png", attribution_figure(rows, unit)),
+    _write(folder / "attributions.png", figure),
   ]
 
 
@@ -182,9 +183,9 @@ def _check_text(check: SupportCheck | None, unit: Unit, num_train: int) -> dict[
     "num_groups": len(check.group_differences),
     "difference": unit.with_error(mean, std_error),
     "has_mean_error": not math.isnan(std_error),
-    "num_clear": int((check.z >= 2).sum()),
-    # A lone sample has no spread over samples: its error over draws decides.
-    "stands_out": mean >= 2 * (check.std_errors[0] if math.isnan(std_error) else std_error),
+    "num_clear": check.num_clear,
+    "chance": f"{check.chance_of_clear:.0%}",
+    "repeats": check.repeats,
   }
 
 
@@ -192,15 +193,12 @@ def _settings(config: Config) -> dict[str, list[tuple[str, str]]]:
   """Section → (field, value); the model's fields stand beside its name."""
   sections = as_dict(config)
   sections["model"] |= sections["model"].pop("fields")
-  loose = {name: sections.pop(name) for name in list(sections) if not _is_section(sections[name])}
+  loose = {name: value for name, value in sections.items() if not isinstance(value, Mapping)}
+  own = {name: value for name, value in sections.items() if name not in loose}
   return {
     name: [(field, _value(value)) for field, value in section.items()]
-    for name, section in ({"run": loose} | sections).items()
+    for name, section in ({"run": loose} | own).items()
   }
-
-
-def _is_section(value: Any) -> bool:
-  return isinstance(value, Mapping)
 
 
 def _value(value: Any) -> str:

@@ -2,17 +2,17 @@
 
 import jax
 import jax.numpy as jnp
-import jaxinf
 import numpy as np
 import pytest
+from scipy import stats
+
+import jaxinf
 from jaxinf.curvature.eigenbasis import eigenbasis, precondition
 from jaxinf.curvature.registration import register
 from jaxinf.diffusion.measurements import LOSS
 from jaxinf.gradients.per_example import group_keys
 from jaxinf.random import fold_in_each, stream
 from jaxinf.types import KroneckerFactors, Scores
-from scipy import stats
-
 from tests import nets
 
 NUM_TRAIN, NUM_QUERIES, DRAWS = 11, 3, 4
@@ -108,7 +108,9 @@ def test_leave_one_out_on_ridge_regression_pins_sign_and_scale():
     """Inputs [n, draws, 5] with a 1 and targets [n, draws, 4] of each image, in float64."""
     keys = keys_of(name, len(images), draws)
     pairs = LOSS.pairs(nets.SCHEDULE, jnp.asarray(images), keys)
-    inputs, targets = (np.asarray(x, np.float64).reshape(-1, size) for x in (pairs.x_t, pairs.noise))
+    inputs, targets = (
+      np.asarray(x, np.float64).reshape(-1, size) for x in (pairs.x_t, pairs.noise)
+    )
     inputs = np.concatenate([inputs, np.ones((len(inputs), 1))], axis=1)
     return inputs.reshape(-1, draws, size + 1), targets.reshape(-1, draws, size)
 
@@ -169,7 +171,9 @@ def test_bad_settings_are_refused(problem, change, message):
     jaxinf.influence(*problem, **(SETTINGS | change))
 
 
-@pytest.mark.parametrize("bad", [np.zeros((3, 4, 4, 2), np.float32), np.zeros((3, 4, 4)), np.zeros(0)])
+@pytest.mark.parametrize(
+  "bad", [np.zeros((3, 4, 4, 2), np.float32), np.zeros((3, 4, 4)), np.zeros(0)]
+)
 def test_images_of_the_wrong_kind_are_refused(problem, bad):
   task, curvature, _, train = problem
   with pytest.raises(ValueError, match=r"apply_fn|Images must be"):

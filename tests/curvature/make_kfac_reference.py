@@ -1,10 +1,11 @@
 """Cuts the K-FAC reference fixture from the output of an independent float64 referee.
 
-The referee (PyTorch autograd, a diffusers UNet2DModel of 12.6k parameters, every output's Jacobian,
-no Monte Carlo) writes one .npz with weights, data, draws, factors, gradients and scores; its arrays
-are channels-first and its losses are sums over pixels. This keeps what test_kfac_reference.py reads.
+The referee (PyTorch autograd, a diffusers UNet2DModel of 12.6k parameters, every output's
+Jacobian, no Monte Carlo) writes one .npz with weights, data, draws, factors, gradients and scores;
+its arrays are channels-first and its losses are sums over pixels. This keeps what
+test_kfac_reference.py reads.
 
-  python tests/curvature/make_kfac_reference.py REFEREE.npz tests/curvature/fixtures/kfac-reference.npz
+  python tests/curvature/make_kfac_reference.py REFEREE.npz fixtures/kfac-reference.npz
 """
 
 import sys

@@ -4,9 +4,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+
 from jaxinf.curvature.fit import SKIP_NORMALISATION
 from jaxinf.curvature.registration import register
-
 from tests import nets
 
 SHAPE = (4, 4, 1)
@@ -40,11 +40,9 @@ class Shared(nn.Module):
 class Scanned(nn.Module):
   @nn.compact
   def __call__(self, x):
-    scanned = nn.scan(
-      lambda layer, h, _: (layer(h), None), variable_axes={"params": 0}, split_rngs={"params": True},
-      length=2,
-    )  # fmt: skip
-    return scanned(nn.Dense(1), x, None)[0]
+    body = lambda layer, h, _: (layer(h), None)
+    lifted = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+    return lifted(nn.Dense(1), x, None)[0]
 
 
 class Normalised(nn.Module):
@@ -68,8 +66,10 @@ def registered(module: nn.Module, skip=SKIP_NORMALISATION, wrap=lambda f: f):
 def test_every_parameter_is_accounted_for():
   task = nets.conv_task()
   coverage = register(task.apply_fn, task.params, SHAPE, skip=()).coverage
-  assert coverage.num_covered == coverage.num_parameters == sum(
-    leaf.size for leaf in jax.tree.leaves(task.params)
+  assert (
+    coverage.num_covered
+    == coverage.num_parameters
+    == sum(leaf.size for leaf in jax.tree.leaves(task.params))
   )
   blocks = {row.parameter: row.block for row in coverage.rows}
   assert blocks["conv_in/kernel"] == "conv2d (K-FAC expand)"

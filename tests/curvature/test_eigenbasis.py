@@ -3,11 +3,11 @@
 import jax
 import numpy as np
 import pytest
+
 from jaxinf import Curvature
 from jaxinf.curvature.eigenbasis import eigenbasis, multiply, precondition
 from jaxinf.curvature.registration import register
 from jaxinf.types import KroneckerFactors
-
 from tests import nets
 
 D_OUT, D_IN = 3, 7

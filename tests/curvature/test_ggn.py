@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from jaxinf.curvature.fit import fit_factors
 from jaxinf.curvature.layers import leaf_names
 from jaxinf.curvature.registration import register
 from jaxinf.diffusion.objective import Noised
 from jaxinf.diffusion.schedule import Schedule
 from jaxinf.diffusion.task import Task
-from jaxinf.curvature.fit import fit_factors
 from jaxinf.parallel import Rows
-
 from tests import nets
 
 NUM = 6
@@ -96,9 +96,10 @@ def test_expand_is_an_approximation_where_a_layer_above_mixes_positions():
   model = register(linear, params, (4, 4, 1), skip=())
   factors = exact_factors(model, linear, params, pairs)
   blocks = exact_blocks(linear, params, pairs)
-  error = lambda name: np.linalg.norm(
-    np.kron(factors[name].g, factors[name].a) - blocks[name]
-  ) / np.linalg.norm(blocks[name])
+  error = lambda name: (
+    np.linalg.norm(np.kron(factors[name].g, factors[name].a) - blocks[name])
+    / np.linalg.norm(blocks[name])
+  )
   assert error("conv_out") < 1e-5
   assert error("conv_in") > 0.05
 

@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
+
 from jaxinf.curvature.eigenbasis import eigenbasis, precondition
 from jaxinf.curvature.fit import SKIP_NORMALISATION
 from jaxinf.curvature.registration import register
 from jaxinf.diffusion.objective import Noised
 from jaxinf.diffusion.schedule import Schedule, add_noise
 from jaxinf.models import diffusers
-from safetensors.numpy import save_file
 
 LAYERS = ("conv", "strided", "dense", "attention")
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

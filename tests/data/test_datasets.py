@@ -14,7 +14,9 @@ from PIL import Image
 from jaxinf.config import DataConfig
 from jaxinf.data import DATASETS, Dataset, load, stratified_positions
 
-CIFAR_LABELS = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CIFAR_LABELS = [
+  "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+]  # fmt: skip
 
 
 def config(name, **options):

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from jaxinf.curvature.layers import to_matrices
 from jaxinf.curvature.registration import register
 from jaxinf.diffusion.measurements import MEASUREMENTS
 from jaxinf.gradients.per_example import checked_draws, example_gradients, group_keys
 from jaxinf.random import draw_keys, fold_in_each, stream
-
 from tests import nets
 
 NUM, DRAWS = 3, 4

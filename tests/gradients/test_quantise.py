@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from jaxinf.gradients.quantise import COMPRESSIONS, dequantise, quantise
 
 
@@ -33,5 +34,7 @@ def test_every_compression_restores_the_shape_and_nearly_the_direction(name):
   rows = np.random.default_rng(0).normal(size=(4, 700)).astype(np.float32)
   restored = np.asarray(restore(compress(jnp.asarray(rows))))
   assert restored.shape == rows.shape
-  cosine = np.sum(restored * rows, 1) / np.linalg.norm(restored, axis=1) / np.linalg.norm(rows, axis=1)
+  cosine = (
+    np.sum(restored * rows, 1) / np.linalg.norm(restored, axis=1) / np.linalg.norm(rows, axis=1)
+  )
   assert (cosine > 0.9999).all()

@@ -1,0 +1,139 @@
+"""A run: its config and folder, what each stage depends on, and what finished stages left there."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+
+from jaxinf import artifacts, data, models
+from jaxinf.config import Config, as_dict
+from jaxinf.curvature.coverage import Coverage, Row
+from jaxinf.curvature.fit import Curvature
+from jaxinf.curvature.layers import Layer
+from jaxinf.data.dataset import Dataset
+from jaxinf.diffusion.schedule import SCHEDULES, Schedule
+from jaxinf.diffusion.task import Task
+from jaxinf.types import Eigenbasis, Params, Scores
+
+ORDER = ("train", "sample", "curvature", "attribute", "report")
+
+# Fields that change how fast a stage goes but not what it computes.
+_PACE = {
+  "train": {"log_every", "checkpoint_every"},
+  "sample": {"batch_size"},
+  "curvature": {"batch_size"},
+  "attribute": {"batch_size"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One experiment: its config, its folder, and the local devices to use (None: all)."""
+
+  config: Config
+  workdir: Path
+  devices: Sequence[jax.Device] | None = None
+
+  def folder(self, stage: str) -> Path:
+    return self.workdir / stage
+
+  @functools.cached_property
+  def dataset(self) -> Dataset:
+    """The training images."""
+    return data.load(self.config.data)
+
+  @functools.cached_property
+  def model(self) -> nn.Module:
+    """The denoiser, without parameters."""
+    section = self.config.model
+    return models.build(section.name, dict(section.fields), self.dataset.image_shape[-1])
+
+  @property
+  def schedule(self) -> Schedule:
+    """The noise schedule."""
+    section = self.config.diffusion
+    if section.schedule not in SCHEDULES:
+      raise ValueError(
+        f"Unknown diffusion.schedule {section.schedule!r}; there are: {', '.join(SCHEDULES)}."
+      )
+    return SCHEDULES[section.schedule](section.num_steps, section.beta_start, section.beta_end)
+
+
+def key_of(run: Run, stage: str) -> dict:
+  """What the result of a stage depends on: config fields and contents of its inputs.
+
+  Raises:
+    ValueError: an input is not finished, or was made with other settings (StaleArtifact).
+  """
+  config = run.config
+  pace = _PACE.get(stage, set())
+  own = {k: v for k, v in as_dict(getattr(config, stage)).items() if k not in pace}
+  sections, inputs = _DEPENDS[stage]
+  key: dict[str, Any] = {"seed": config.seed, stage: own}
+  key |= {name: as_dict(getattr(config, name)) for name in sections}
+  if stage == "train":
+    dataset = run.dataset
+    key["data"] = {"content": dataset.fingerprint(), "random_flip": dataset.random_flip}
+  return key | {f"{name}_content": _content(run, name) for name in inputs}
+
+
+# Stage → further config sections and earlier stages it depends on.
+_DEPENDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+  "train": (("model", "diffusion"), ()),
+  "sample": (("diffusion",), ("train",)),
+  "curvature": (("diffusion",), ("train",)),
+  "attribute": ((), ("train", "sample", "curvature")),
+  "report": ((), ("attribute",)),
+}
+
+
+def load_task(run: Run) -> Task:
+  """The trained model of a run."""
+  model = run.model
+  arrays = artifacts.read(run.folder("train")).arrays
+  params: Params = flax.traverse_util.unflatten_dict(dict(arrays), sep="/")
+
+  def apply_fn(params: Params, x_t: jax.Array, t: jax.Array) -> Any:
+    return model.apply({"params": params}, x_t, t)
+
+  return Task(apply_fn, params, run.schedule)
+
+
+def load_curvature(run: Run, task: Task) -> Curvature:
+  """The fitted curvature of a run, for its task."""
+  artifact = artifacts.read(run.folder("curvature"))
+  layers = tuple(_from_json(Layer, layer) for layer in artifact.notes["layers"])
+  coverage = Coverage(tuple(_from_json(Row, row) for row in artifact.notes["coverage"]))
+  parts = [field.name for field in dataclasses.fields(Eigenbasis)]
+  bases = {
+    layer.name: Eigenbasis(*(artifact.arrays[f"{layer.name}/{part}"] for part in parts))
+    for layer in layers
+  }
+  return Curvature(layers, bases, coverage, task.params, dict(artifact.notes["settings"]))
+
+
+def load_scores(run: Run) -> Scores:
+  """The scores of a run."""
+  artifact = artifacts.read(run.folder("attribute"))
+  return Scores(**artifact.arrays, settings=artifact.notes["settings"])
+
+
+def _from_json(cls: type, fields: Mapping[str, Any]) -> Any:
+  """A dataclass from its fields as JSON keeps them: lists were tuples."""
+  return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def _content(run: Run, stage: str) -> str:
+  """Hash of an earlier stage's arrays; it must be finished, and match the config."""
+  folder = run.folder(stage)
+  if not artifacts.finished(folder, key_of(run, stage)):
+    raise ValueError(
+      f"{folder} holds no finished {stage} yet: run the stage {stage} (or all) first."
+    )
+  return json.loads((folder / "manifest.json").read_text())["content"]

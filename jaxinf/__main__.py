@@ -14,6 +14,7 @@ Any field of the config can be set on the command line, as --config.attribute.da
 """
 
 import logging
+import os
 import re
 import sys
 from pathlib import Path
@@ -89,6 +90,7 @@ def _required(flag: flags.FlagHolder) -> Any:
 
 def run() -> None:
   """The console script `jaxinf`."""
+  sys.path.insert(0, os.getcwd())  # as `python -m` does: configs import one another
   app.run(main, flags_parser=_parse_flags)
 
 

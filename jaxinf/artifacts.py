@@ -106,11 +106,16 @@ def write(
   return Artifact(arrays, manifest)
 
 
-def read(folder: Path) -> Artifact:
-  """Reads a finished artefact; ValueError where it is none or its arrays are not as written."""
+def read_manifest(folder: Path) -> dict[str, Any]:
+  """The manifest of a finished artefact, without its arrays; ValueError where there is none."""
   if not (folder / "manifest.json").exists():
     raise ValueError(f"{folder} holds no finished result: it has no manifest.json. Run its stage.")
-  manifest = json.loads((folder / "manifest.json").read_text())
+  return json.loads((folder / "manifest.json").read_text())
+
+
+def read(folder: Path) -> Artifact:
+  """Reads a finished artefact; ValueError where it is none or its arrays are not as written."""
+  manifest = read_manifest(folder)
   try:
     with np.load(folder / "arrays.npz", allow_pickle=False) as file:
       arrays = {name: file[name] for name in file.files}

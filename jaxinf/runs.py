@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,13 +108,18 @@ def load_curvature(run: Run, task: Task) -> Curvature:
   """The fitted curvature of a run, for its task."""
   artifact = artifacts.read(run.folder("curvature"))
   layers = tuple(_from_json(Layer, layer) for layer in artifact.notes["layers"])
-  coverage = Coverage(tuple(_from_json(Row, row) for row in artifact.notes["coverage"]))
+  coverage = load_coverage(artifact.manifest)
   parts = [field.name for field in dataclasses.fields(Eigenbasis)]
   bases = {
     layer.name: Eigenbasis(*(artifact.arrays[f"{layer.name}/{part}"] for part in parts))
     for layer in layers
   }
   return Curvature(layers, bases, coverage, task.params, dict(artifact.notes["settings"]))
+
+
+def load_coverage(manifest: Mapping[str, Any]) -> Coverage:
+  """The coverage table from the manifest of a curvature."""
+  return Coverage(tuple(_from_json(Row, row) for row in manifest["notes"]["coverage"]))
 
 
 def load_scores(run: Run) -> Scores:
@@ -136,4 +140,4 @@ def _content(run: Run, stage: str) -> str:
     raise ValueError(
       f"{folder} holds no finished {stage} yet: run the stage {stage} (or all) first."
     )
-  return json.loads((folder / "manifest.json").read_text())["content"]
+  return artifacts.read_manifest(folder)["content"]

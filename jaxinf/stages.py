@@ -24,7 +24,15 @@ from jaxinf.parallel import Rows, map_batches
 from jaxinf.progress import clock
 from jaxinf.random import example_numbers, fold_in_each, stream
 from jaxinf.report.page import write_report
-from jaxinf.runs import ORDER, Run, key_of, load_curvature, load_scores, load_task
+from jaxinf.runs import (
+  ORDER,
+  Run,
+  key_of,
+  load_coverage,
+  load_curvature,
+  load_scores,
+  load_task,
+)
 
 _LOG = logging.getLogger("jaxinf")
 
@@ -152,15 +160,15 @@ def _attribute(run: Run) -> Outcome:
 
 
 def _report(run: Run) -> Outcome:
-  task = load_task(run)
+  manifests = {name: artifacts.read_manifest(run.folder(name)) for name in ORDER[:-1]}
   files = write_report(
     run.folder("report"),
     config=run.config,
     dataset=run.dataset,
     samples=artifacts.read(run.folder("sample")).arrays["images"],
     scores=load_scores(run),
-    coverage=load_curvature(run, task).coverage,
-    manifests={name: artifacts.read(run.folder(name)).manifest for name in ORDER[:-1]},
+    coverage=load_coverage(manifests["curvature"]),
+    manifests=manifests,
   )
   return {}, {"files": [path.name for path in files]}, " and ".join(path.name for path in files)
 

@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
   config.data.name = "digits"
   config.model.channels = (16, 32)
   config.model.blocks_per_level = 1
-  config.model.attention_levels = (False, True)
+  config.model.attention_levels = (False, False)
   config.model.norm_groups = 8
   config.model.dropout = 0.0
   config.train.steps = 1_000
@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
   config.train.checkpoint_every = 500
   config.sample.num_samples = 16
   config.sample.batch_size = 16
-  config.curvature.draws = 16
-  config.attribute.draws = 16
+  config.curvature.draws = 12
+  config.attribute.draws = 12
   config.attribute.draw_groups = 4
   return config

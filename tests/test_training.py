@@ -73,20 +73,24 @@ def run(unet, schedule, dataset, start):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(run):
-  return run(2)
+def checkpoints(tmp_path_factory):
+  return tmp_path_factory.mktemp("checkpoints")
 
 
-def test_resumed_training_gives_the_same_state_bit_for_bit(run, start, uninterrupted, tmp_path):
-  checkpoints = Checkpoints(tmp_path)
-  run(2, hooks=training.Hooks(save=checkpoints.save), stop_after=4)
-  checkpoints.close()
+@pytest.fixture(scope="module")
+def uninterrupted(run, checkpoints):
+  """The state after all 6 steps on two devices, with checkpoints of steps 3 and 6 on disk."""
+  saved = Checkpoints(checkpoints)
+  state = run(2, hooks=training.Hooks(save=saved.save))
+  saved.close()
+  return state
 
-  checkpoints = Checkpoints(tmp_path)
-  assert checkpoints.latest() == 4
-  restored = checkpoints.restore(4, like=start)
-  checkpoints.close()
-  assert int(restored.step) == 4
+
+def test_resumed_training_gives_the_same_state_bit_for_bit(run, start, uninterrupted, checkpoints):
+  saved = Checkpoints(checkpoints)
+  restored = saved.restore(3, like=start)
+  saved.close()
+  assert int(restored.step) == 3
   assert_identical(run(2, state=restored), uninterrupted)
 
 
@@ -116,7 +120,7 @@ def test_a_batch_that_devices_do_not_divide_weighs_every_example_once(
   def loss(params):
     return jnp.mean((mlp.apply({"params": params}, pairs.x_t, pairs.t) - pairs.noise) ** 2)
 
-  value, grads = jax.value_and_grad(loss)(start.params)
+  value, grads = jax.jit(jax.value_and_grad(loss))(start.params)
   norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in host(grads)))
   # The same float32 numbers summed in another order.
   np.testing.assert_allclose(saved.metrics[1]["loss"], value, rtol=1e-5)
@@ -176,6 +180,18 @@ def mlp_run(mlp, schedule, dataset):
   start = training.init_state(mlp, SHAPE, config, seed=0)
   training.fit(mlp, schedule, dataset, config, seed=0, state=start, hooks=saved.hooks)
   return start, saved.states, saved.metrics
+
+
+def test_an_interrupted_run_stops_in_the_state_that_others_pass_through(
+  mlp, schedule, dataset, mlp_run
+):
+  start, states, _ = mlp_run
+  config, saved = settings(checkpoint_every=1), Saved()
+  stopped = training.fit(
+    mlp, schedule, dataset, config, seed=0, state=start, hooks=saved.hooks, stop_after=4
+  )
+  assert list(saved.states) == [1, 2, 3, 4]
+  assert_identical(stopped, states[4])
 
 
 def test_the_ema_follows_the_parameters(mlp_run):

@@ -20,7 +20,7 @@ from jaxinf.curvature.layers import Layer, from_matrices, to_matrices
 from jaxinf.curvature.registration import Registration, register
 from jaxinf.diffusion.objective import Noised, float_images, noised
 from jaxinf.diffusion.task import Task
-from jaxinf.random import example_numbers, fold_in_each, stream
+from jaxinf.random import example_numbers, fold_in_each, stream, substreams
 from jaxinf.types import Array, Batch, Eigenbasis, KroneckerFactors, Params
 
 SKIP_NORMALISATION = ("(?i)norm",)
@@ -130,7 +130,7 @@ def fit_factors(
   def kernel(params: Params, batch: Batch):
     keys = fold_in_each(fold_in_each(stream(seed, "curvature"), batch.ids), batch.draws)
     pairs = noised(schedule, float_images(batch.images), keys)
-    cotangents = monte_carlo_cotangents(fold_in_each(keys, jnp.ones_like(batch.draws)), pairs)
+    cotangents = monte_carlo_cotangents(substreams(keys, "targets"), pairs)
     return model.factor_sums(params, pairs, cotangents, batch.mask), jnp.sum(batch.mask)
 
   sums, count = parallel.reduce_batches(

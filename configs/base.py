@@ -44,13 +44,13 @@ def get_config() -> ConfigDict:
   config.sample.num_samples = 200
   config.sample.sampler = "ddpm"
   config.sample.num_steps = placeholder(int)
-  config.sample.batch_size = 100
+  config.sample.batch_size = 25
   config.sample.keep_trajectory = False
 
   config.curvature = ConfigDict()
   config.curvature.draws = 250
   config.curvature.batch_size = 128
-  config.curvature.skip = ("(?i)norm",)
+  config.curvature.skip = (r"(?i)norm[^/]*/(scale|bias)$",)
 
   config.attribute = ConfigDict()
   config.attribute.measurement = "loss"

@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
   config.train.decay = "cosine"
   config.train.checkpoint_every = 500
   config.sample.num_samples = 16
-  config.sample.batch_size = 16
+  config.sample.batch_size = 4
   config.curvature.draws = 12
   config.attribute.draws = 12
   config.attribute.draw_groups = 4

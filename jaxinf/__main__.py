@@ -24,7 +24,9 @@ import absl.logging
 from absl import app, flags
 from ml_collections import config_flags
 
+from jaxinf import stages
 from jaxinf.config import check_path, typed
+from jaxinf.runs import Run
 
 # Unlocked for new attributes, which `typed` refuses in words that name the valid ones.
 _CONFIG = config_flags.DEFINE_config_file(
@@ -40,11 +42,10 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run's artefacts."
 def main(argv: list[str]) -> None:
   absl.logging.set_verbosity(absl.logging.WARNING)  # the libraries'; ours follow
   _speak()
-  from jaxinf import stages  # slow to import, so after the flags are parsed
 
   try:
     stage = _stage_name(argv, list(stages.STAGES))
-    run = stages.Run(typed(_required(_CONFIG)), Path(_required(_WORKDIR)))
+    run = Run(typed(_required(_CONFIG)), Path(_required(_WORKDIR)))
     stages.STAGES[stage](run)
   except ValueError as error:
     sys.exit(f"jaxinf: {error}")
@@ -60,6 +61,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
     _ = _CONFIG.value and _CONFIG.value.keys()  # a file that was not found is an error from here on
   except ValueError as error:
     sys.exit(f"jaxinf: {error}")
+  except ImportError as error:
+    sys.exit(f"jaxinf: --config cannot be read: {error}. Run from the folder that holds configs/.")
   except OSError as error:
     sys.exit(f"jaxinf: --config cannot be read: {str(error).splitlines()[-1].strip()}")
   return rest

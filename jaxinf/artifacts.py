@@ -13,7 +13,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,7 +68,9 @@ def finished(folder: Path, key: Mapping[str, Any]) -> bool:
           f"{folder} was made with other settings:\n{lines}\n"
           "Use another --workdir, undo the change, or delete that folder to make it again."
         )
-  return "manifest.json" in files
+  if "manifest.json" not in files:
+    return False
+  return files.issuperset(read_manifest(folder)["notes"].get("files", ()))
 
 
 def begin(folder: Path, key: Mapping[str, Any]) -> None:
@@ -207,11 +208,6 @@ class MetricsLog:
     self._events.close()
 
 
-def remove(folder: Path) -> None:
-  """Deletes a folder that is no longer needed."""
-  shutil.rmtree(folder, ignore_errors=True)
-
-
 def versions() -> dict[str, str]:
   found = {"python": platform.python_version()}
   for name in _PACKAGES:
@@ -224,10 +220,12 @@ def versions() -> dict[str, str]:
 
 def git_revision() -> str | None:
   """The revision of the jaxinf checkout that runs, or None outside one."""
+  checkout = Path(__file__).parents[1]
+  if not (checkout / ".git").exists():  # installed: a repository further up is another project's
+    return None
   command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-  folder = Path(__file__).parent
   try:
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
+    result = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=10)
   except (OSError, subprocess.TimeoutExpired):
     return None
   return result.stdout.strip() or None

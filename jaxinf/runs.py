@@ -48,6 +48,11 @@ class Run:
     return data.load(self.config.data)
 
   @functools.cached_property
+  def data_content(self) -> str:
+    """Hash of the training images and their ids."""
+    return self.dataset.fingerprint()
+
+  @functools.cached_property
   def model(self) -> nn.Module:
     """The denoiser, without parameters."""
     section = self.config.model
@@ -76,9 +81,16 @@ def key_of(run: Run, stage: str) -> dict:
   sections, inputs = _DEPENDS[stage]
   key: dict[str, Any] = {"seed": config.seed, stage: own}
   key |= {name: as_dict(getattr(config, name)) for name in sections}
-  if stage == "train":
-    dataset = run.dataset
-    key["data"] = {"content": dataset.fingerprint(), "random_flip": dataset.random_flip}
+  dataset = run.dataset
+  if stage != "sample":
+    key["data"] = {"content": run.data_content, "random_flip": dataset.random_flip}
+  if stage == "report":
+    labels = {} if dataset.labels is None else {"labels": dataset.labels}
+    key["data"] |= {
+      "name": dataset.name,
+      "labels": artifacts.fingerprint(labels),
+      "label_names": dataset.label_names,
+    }
   return key | {f"{name}_content": _content(run, name) for name in inputs}
 
 
@@ -114,7 +126,7 @@ def load_curvature(run: Run, task: Task) -> Curvature:
     layer.name: Eigenbasis(*(artifact.arrays[f"{layer.name}/{part}"] for part in parts))
     for layer in layers
   }
-  return Curvature(layers, bases, coverage, task.params, dict(artifact.notes["settings"]))
+  return Curvature(layers, bases, coverage, task, dict(artifact.notes["settings"]))
 
 
 def load_coverage(manifest: Mapping[str, Any]) -> Coverage:

@@ -22,7 +22,7 @@ from jaxinf.curvature.fit import fit_curvature
 from jaxinf.diffusion import sampler
 from jaxinf.parallel import Rows, map_batches
 from jaxinf.progress import clock
-from jaxinf.random import example_numbers, fold_in_each, stream
+from jaxinf.random import fold_in_each, stream
 from jaxinf.report.page import write_report
 from jaxinf.runs import (
   ORDER,
@@ -85,22 +85,23 @@ def _train(run: Run) -> Outcome:
       hooks=training.Hooks(save=checkpoints.save, log=log.write), devices=run.devices,
     )  # fmt: skip
   except training.NonFiniteLoss as error:
-    raise ValueError(
-      f"{error} The last good checkpoint is that of step {checkpoints.latest() or 0} in "
-      f"{folder / 'checkpoints'}."
-    ) from error
+    good = checkpoints.latest()
+    where = f"is that of step {good} in {folder / 'checkpoints'}" if good else "was yet to come"
+    raise ValueError(f"{error} The last good checkpoint {where}.") from error
   finally:
     checkpoints.close()
     log.close()
   arrays = flax.traverse_util.flatten_dict(state.ema_params, sep="/")
   num = models.num_params(state.ema_params)
   last_line = (folder / "metrics.jsonl").read_text().splitlines()[-1]
-  notes = {"num_parameters": num, "last_metrics": json.loads(last_line)}
+  notes = {"num_parameters": num, "last_metrics": json.loads(last_line), "resumed_at_step": step}
   return arrays, notes, f"a model of {num:,} parameters"
 
 
 def _sample(run: Run) -> Outcome:
   config, task = run.config.sample, load_task(run)
+  if config.num_samples < 1:
+    raise ValueError(f"sample.num_samples must be at least 1; got {config.num_samples}.")
   ids = np.array([f"sample_{i:04d}" for i in range(config.num_samples)])
 
   def kernel(params, batch):
@@ -114,7 +115,8 @@ def _sample(run: Run) -> Outcome:
     return {"images": images, "trajectories": jnp.moveaxis(trajectory, 0, 1)}
 
   arrays = map_batches(
-    kernel, task.params, Rows(None, example_numbers(ids)), batch_size=config.batch_size,
+    kernel, task.params, Rows(None, np.arange(len(ids), dtype=np.uint32)),
+    batch_size=config.batch_size,
     label="sample", unit="samples", devices=run.devices,
   )  # fmt: skip
   return {"ids": ids, **arrays}, {}, f"{len(ids)} samples"
@@ -126,8 +128,6 @@ def _curvature(run: Run) -> Outcome:
     load_task(run), run.dataset.images, ids=run.dataset.ids, draws=config.draws,
     seed=run.config.seed, skip=config.skip, batch_size=config.batch_size, devices=run.devices,
   )  # fmt: skip
-  _LOG.info("curvature: %s", fitted.coverage.summary())
-  _LOG.info("curvature: skipped %s", ", ".join(fitted.coverage.skipped) or "nothing")
   arrays = {
     f"{name}/{field.name}": np.asarray(getattr(basis, field.name))
     for name, basis in fitted.bases.items()

@@ -76,7 +76,8 @@ def ema_decay(step: jax.Array, max_decay: float, power: float) -> jax.Array:
 
 
 def init_state(model: nn.Module, image_shape: tuple, config: TrainConfig, seed: int) -> TrainState:
-  """Initial parameters from the seed; the EMA starts there."""
+  """Initial parameters from the seed; the EMA starts there. ValueError for impossible settings."""
+  _check_counts(config)
   images = jnp.zeros((1, *image_shape))
   variables = jax.jit(model.init)(stream(seed, "init"), images, jnp.zeros(1, jnp.int32))
   params = variables["params"]
@@ -177,10 +178,9 @@ def fit(
     NonFiniteLoss: with the step; states saved before it are sound.
     ValueError: a number of steps or examples in `config` is below 1.
   """
-  _check_counts(config)
+  state = init_state(model, dataset.image_shape, config, seed) if state is None else state
   halves = train_step(model, schedule, config, random_flip=dataset.random_flip, seed=seed)
   step_fn = parallel.parallel_step(*halves, devices=devices)
-  state = init_state(model, dataset.image_shape, config, seed) if state is None else state
   start = int(state.step)
   end = config.steps if stop_after is None else min(config.steps, stop_after)
   batches = _Batches(len(dataset), config.batch_size, seed, parallel.num_devices(devices))

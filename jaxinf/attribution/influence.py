@@ -6,6 +6,7 @@ are never kept.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -14,10 +15,10 @@ import numpy as np
 
 from jaxinf import parallel
 from jaxinf.curvature.eigenbasis import precondition
-from jaxinf.curvature.fit import Curvature, checked_damping, checked_images
+from jaxinf.curvature.fit import Curvature, checked_damping
 from jaxinf.curvature.registration import register
 from jaxinf.diffusion.measurements import LOSS, measurement_named
-from jaxinf.diffusion.task import Task
+from jaxinf.diffusion.task import Task, checked_ids, checked_images
 from jaxinf.gradients.per_example import checked_draws, example_gradients, group_keys
 from jaxinf.gradients.quantise import COMPRESSIONS
 from jaxinf.random import example_numbers, fold_in_each, stream
@@ -55,15 +56,16 @@ def influence(
     query_ids, train_ids: stable ids, which the random keys follow; row numbers where None.
     draw_groups: groups the training draws are split into, for standard errors; divides draws.
     compression: "int8" or None (float32), of the preconditioned query gradients.
-    batch_size: (image, draw) pairs at a time over all devices.
+    batch_size: (image, draw) pairs at a time over all devices; at least one group of draws on each
+      goes through at once, so that more groups need less memory.
     devices: local devices; all of them where None.
 
   Returns:
     Scores with values [Q, N]; positive: the training image supports the query.
   """
   queries, train_images = checked_images(queries), checked_images(train_images)
-  query_ids = _checked_ids(query_ids, len(queries), "query_ids")
-  train_ids = _checked_ids(train_ids, len(train_images), "train_ids")
+  query_ids = checked_ids(query_ids, len(queries), "query_ids")
+  train_ids = checked_ids(train_ids, len(train_images), "train_ids")
   measured = measurement_named(measurement)
   checked_damping(damping)
   checked_draws(draws, draw_groups)
@@ -72,6 +74,8 @@ def influence(
   for images in (queries, train_images):
     task.check_images(images.shape[1:])
   _check_curvature(task, curvature)
+  if batch_size < 1:
+    raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
   compress, restore = COMPRESSIONS[compression]
   skip = curvature.settings["skip"]
   model = register(task.apply_fn, task.params, train_images.shape[1:], skip)
@@ -118,9 +122,14 @@ def influence(
     parallel.Rows(train_images, example_numbers(train_ids), draw_groups),
     label="training gradients", unit=f"groups of {group_size} draws",
   )  # fmt: skip
-  settings = dict(
-    curvature.settings, curvature_draws=curvature.settings["draws"], measurement=measurement,
-    damping=damping, draws=draws, draw_groups=draw_groups, compression=compression, seed=seed,
+  if not np.isfinite(products).all():
+    raise ValueError(
+      "Some scores are not finite: gradients overflow. Check that the model's outputs are finite "
+      "for these images at every timestep, or raise the damping."
+    )
+  settings = {f"curvature_{name}": value for name, value in curvature.settings.items()} | dict(
+    measurement=measurement, damping=damping, draws=draws, draw_groups=draw_groups,
+    compression=compression, seed=seed,
   )  # fmt: skip
   grouped = products.reshape(len(train_images), draw_groups, len(queries))
   return Scores(np.transpose(grouped, (1, 2, 0)), query_ids, train_ids, settings)
@@ -139,19 +148,11 @@ def rows(matrices: jax.Array) -> jax.Array:
 
 
 def _check_curvature(task: Task, curvature: Curvature) -> None:
-  ours, theirs = jax.tree.leaves(task.params), jax.tree.leaves(curvature.params)
-  if len(ours) != len(theirs) or not all(
-    np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True)
-  ):
-    raise ValueError(
-      "The curvature was fitted at other parameters than the task's: fit it for this task."
-    )
-
-
-def _checked_ids(ids: np.ndarray | None, num: int, name: str) -> np.ndarray:
-  if ids is None:
-    return np.arange(num)
-  ids = np.asarray(ids)
-  if ids.shape != (num,) or len(np.unique(ids)) != num:
-    raise ValueError(f"{name} must be {num} different ids, one an image; got shape {ids.shape}.")
-  return ids
+  """Raises ValueError unless the curvature is one of this task."""
+  for what in ("params", "schedule"):
+    ours, theirs = getattr(task, what), getattr(curvature.task, what)
+    pairs = itertools.zip_longest(*map(jax.tree.leaves_with_path, (ours, theirs)))
+    if not all(a and b and a[0] == b[0] and np.array_equal(a[1], b[1]) for a, b in pairs):
+      raise ValueError(
+        f"The curvature was fitted for other {what} than the task's: fit it for this task."
+      )

@@ -7,7 +7,7 @@ diagonal approximation in silence.
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import kfac_jax
@@ -69,13 +69,17 @@ class Coverage:
 
 
 def cover(
-  blocks: dict[tuple[int, ...], kfac_jax.CurvatureBlock], params: Params, skip: Sequence[str]
+  blocks: Mapping[tuple[int, ...], kfac_jax.CurvatureBlock],
+  params: Params,
+  skip: Sequence[str],
+  objections: Mapping[tuple[int, ...], str],
 ) -> tuple[tuple[Layer, ...], Coverage]:
   """The layers that are covered, and the table.
 
   Args:
     blocks: positions of parameters among the leaves → the block registered for them.
     params: the parameters.
+    objections: like `blocks`, why a Kronecker block cannot be used after all.
     skip: regular expressions; a parameter whose path matches one anywhere is left out.
 
   Raises:
@@ -87,18 +91,17 @@ def cover(
   layers, rows = [], {}
   for indices, block in blocks.items():
     skipped = [any(p.search(names[i]) for p in patterns) for i in indices]
-    reason = getattr(block, "reason", "")
-    if any(skipped) and not all(skipped):
+    reason = getattr(block, "reason", objections.get(indices, ""))
+    kronecker = block if isinstance(block, KroneckerBlock) and not reason else None
+    what = None
+    if all(skipped):
+      what = "skipped"
+    elif any(skipped):
       reason = "its layer is skipped in part: skip the whole layer or nothing of it"
-    elif not any(skipped) and isinstance(block, KroneckerBlock):
-      layers.append(_layer(block, indices, names))
+    elif kronecker is not None:
+      what = f"{kronecker.kind} (K-FAC expand)"
+      layers.append(_layer(kronecker, indices, names))
     for i in indices:
-      if all(skipped):
-        what = "skipped"
-      elif any(skipped) or not isinstance(block, KroneckerBlock):
-        what = None
-      else:
-        what = f"{block.kind} (K-FAC expand)"
       rows[i] = Row(names[i], tuple(leaves[i].shape), what, reason)
   coverage = Coverage(tuple(rows[i] for i in sorted(rows)))
   if any(row.block is None for row in coverage.rows):

@@ -7,6 +7,7 @@ is the GGN in expectation.
 """
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 
 import jax
@@ -19,11 +20,13 @@ from jaxinf.curvature.eigenbasis import eigenbasis, multiply, precondition
 from jaxinf.curvature.layers import Layer, from_matrices, to_matrices
 from jaxinf.curvature.registration import Registration, register
 from jaxinf.diffusion.objective import Noised, float_images, noised
-from jaxinf.diffusion.task import Task
+from jaxinf.diffusion.task import Task, checked_ids, checked_images
 from jaxinf.random import example_numbers, fold_in_each, stream, substreams
 from jaxinf.types import Array, Batch, Eigenbasis, KroneckerFactors, Params
 
-SKIP_NORMALISATION = ("(?i)norm",)
+_LOG = logging.getLogger("jaxinf")
+
+SKIP_NORMALISATION = (r"(?i)norm[^/]*/(scale|bias)$",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +37,14 @@ class Curvature:
     layers: the covered layers.
     bases: layer name → its eigenbasis.
     coverage: what became of every parameter.
-    params: the parameters it was fitted at.
+    task: what it was fitted for.
     settings: how it was fitted.
   """
 
   layers: tuple[Layer, ...]
   bases: dict[str, Eigenbasis]
   coverage: Coverage
-  params: Params
+  task: Task
   settings: dict
 
   def multiply(self, grads: Params, damping: float) -> Params:
@@ -58,7 +61,7 @@ class Curvature:
 
   def _apply(self, function, grads: Params, damping: float) -> Params:
     checked_damping(damping)
-    expected, got = (jax.tree.map(np.shape, tree) for tree in (self.params, grads))
+    expected, got = (jax.tree.map(np.shape, tree) for tree in (self.task.params, grads))
     if expected != got:
       raise ValueError("grads must be a pytree with the structure and shapes of the parameters.")
     grads = jax.tree.map(lambda x: np.asarray(x, np.float64), grads)
@@ -105,15 +108,19 @@ def fit_curvature(
       raise ValueError(f"Unknown {what} {value!r}; there are: {', '.join(valid)}.")
   if draws < 1:
     raise ValueError(f"draws must be at least 1; got {draws}.")
+  if isinstance(skip, str):
+    raise ValueError(f"skip must be a sequence of regular expressions; write skip=({skip!r},).")
   images = checked_images(images)
+  numbers = example_numbers(checked_ids(ids, len(images), "ids"))
   task.check_images(images.shape[1:])
-  numbers = example_numbers(np.arange(len(images)) if ids is None else ids)
   model = register(task.apply_fn, task.params, images.shape[1:], skip)
+  _LOG.info("curvature: %s", model.coverage.summary())
+  _LOG.info("curvature: skipped %s", ", ".join(model.coverage.skipped) or "nothing")
   rows = parallel.Rows(images, numbers, draws)
   factors = fit_factors(task, model, rows, seed, batch_size, devices)
   bases = {name: eigenbasis(factor, name) for name, factor in factors.items()}
   settings = dict(method=method, estimator=estimator, draws=draws, seed=seed, skip=list(skip))
-  return Curvature(model.layers, bases, model.coverage, task.params, settings)
+  return Curvature(model.layers, bases, model.coverage, task, settings)
 
 
 def fit_factors(
@@ -131,13 +138,13 @@ def fit_factors(
     keys = fold_in_each(fold_in_each(stream(seed, "curvature"), batch.ids), batch.draws)
     pairs = noised(schedule, float_images(batch.images), keys)
     cotangents = monte_carlo_cotangents(substreams(keys, "targets"), pairs)
-    return model.factor_sums(params, pairs, cotangents, batch.mask), jnp.sum(batch.mask)
+    return model.factor_sums(params, pairs, cotangents, batch.mask)
 
-  sums, count = parallel.reduce_batches(
+  sums = parallel.reduce_batches(
     kernel, task.params, rows, batch_size=batch_size, label="curvature", unit="pairs",
     devices=devices,
   )  # fmt: skip
-  return jax.tree.map(lambda x: x / count, sums)
+  return jax.tree.map(lambda x: x / len(rows), sums)
 
 
 def monte_carlo_cotangents(keys: jax.Array, pairs: Noised) -> jax.Array:
@@ -145,17 +152,6 @@ def monte_carlo_cotangents(keys: jax.Array, pairs: Noised) -> jax.Array:
   shape = pairs.noise.shape[1:]
   noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
   return jnp.sqrt(2 / np.prod(shape)) * noise
-
-
-def checked_images(images: Array) -> np.ndarray:
-  """Images as an array [N, H, W, C] of float32 or uint8; ValueError otherwise."""
-  images = np.asarray(images)
-  if images.ndim != 4 or not len(images) or images.dtype not in (np.float32, np.uint8):
-    raise ValueError(
-      "Images must be a non-empty array [N, H, W, C] of float32 in [-1, 1] or uint8; got "
-      f"{images.dtype} of shape {images.shape}."
-    )
-  return images
 
 
 def checked_damping(damping: float) -> None:

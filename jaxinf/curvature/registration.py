@@ -97,9 +97,14 @@ def register(
     estimator.finalize((params, jnp.zeros((2, *image_shape)), jnp.zeros(2, jnp.int32)))
   except Exception as error:  # of many kinds, raised deep in kfac-jax
     raise ValueError(f"kfac-jax cannot register the model's layers: {error} {ADVICE}") from error
-  layers, coverage = cover(dict(estimator.indices_to_block_map), params, skip)
-  places = {indices[0]: i for i, indices in enumerate(estimator.jaxpr.layer_indices)}
   layer_vjp, _ = kfac_jax.layer_tags_vjp(tagged, params_index=0)
+  indices = estimator.jaxpr.layer_indices
+  objections = {
+    indices[i]: "its inputs or outputs do not have the batch on their first axis"
+    for i in _misplaced_batches(layer_vjp, params, image_shape)
+  }
+  layers, coverage = cover(dict(estimator.indices_to_block_map), params, skip, objections)
+  places = {layer_indices[0]: i for i, layer_indices in enumerate(indices)}
 
   def layer_data(params, pairs, cotangents):
     losses, vjp = layer_vjp((params, pairs.x_t, pairs.t))
@@ -110,3 +115,26 @@ def register(
   kfac_blocks = estimator.blocks or ()
   blocks = {layer.name: kfac_blocks[places[layer.kernel]] for layer in layers}
   return Registration(layers, coverage, blocks, layer_data)
+
+
+def _misplaced_batches(
+  layer_vjp: Callable, params: Params, image_shape: tuple[int, ...]
+) -> set[int]:
+  """Positions of layers whose inputs or output gradients have another first axis than the batch.
+
+  Shapes at two batch sizes tell a batch axis from an axis that happens to be as long.
+  """
+  misplaced = set()
+  for size in (3, 5):
+
+    def tapped(params, x_t, t):
+      losses, vjp = layer_vjp((params, x_t, t))
+      data = vjp((losses[0].parameter_dependants,))
+      return [(layer.primals.inputs, layer.tangents.outputs) for layer in data]
+
+    x_t = jax.ShapeDtypeStruct((size, *image_shape), jnp.float32)
+    shapes = jax.eval_shape(tapped, params, x_t, jax.ShapeDtypeStruct((size,), jnp.int32))
+    for i, arrays in enumerate(shapes):
+      if any(array.shape[:1] != (size,) for array in jax.tree.leaves(arrays)):
+        misplaced.add(i)
+  return misplaced

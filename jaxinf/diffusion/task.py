@@ -4,9 +4,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxinf.diffusion.schedule import Schedule
-from jaxinf.types import ApplyFn, Params
+from jaxinf.types import ApplyFn, Array, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,3 +54,28 @@ class Task:
       raise ValueError(
         f"apply_fn must return the noise with the shape of x_t {x_t.shape}; it returns {eps}."
       )
+
+
+def checked_images(images: Array) -> np.ndarray:
+  """Images as an array [N, H, W, C], uint8 or finite float32 in [-1, 1]; ValueError otherwise."""
+  images = np.asarray(images)
+  if images.ndim != 4 or not images.size or images.dtype not in (np.float32, np.uint8):
+    raise ValueError(
+      "Images must be a non-empty array [N, H, W, C] of float32 in [-1, 1] or uint8; got "
+      f"{images.dtype} of shape {images.shape}."
+    )
+  # A sampler's last step may leave the range by rounding.
+  if images.dtype == np.float32 and not np.abs(images).max() <= 1 + 1e-3:
+    raise ValueError(
+      f"float32 images must be finite and lie in [-1, 1]; got {images.min()}…{images.max()}. "
+      "Rescale them (2 * x - 1 for 0…1, x / 127.5 - 1 for 0…255) or pass uint8."
+    )
+  return images
+
+
+def checked_ids(ids: np.ndarray | None, num: int, name: str) -> np.ndarray:
+  """`num` different ids, 0 … num − 1 where None; ValueError that calls them `name` otherwise."""
+  ids = np.arange(num) if ids is None else np.asarray(ids)
+  if ids.shape != (num,) or len(np.unique(ids)) != num:
+    raise ValueError(f"{name} must be {num} different ids, one an image; got shape {ids.shape}.")
+  return ids

@@ -14,7 +14,7 @@ from jaxinf.types import Quantised
 _LEVELS = 127
 
 
-def quantise(rows: jax.Array, block_size: int = 256) -> Quantised:
+def quantise(rows: jax.Array, block_size: int = 64) -> Quantised:
   """Quantises the last axis of rows [..., P] float32 block by block."""
   size = rows.shape[-1]
   padding = [(0, 0)] * (rows.ndim - 1) + [(0, -size % block_size)]

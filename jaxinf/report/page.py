@@ -180,7 +180,6 @@ def _check_text(check: SupportCheck | None, unit: Unit, num_train: int) -> dict[
     "missing": None,
     "k": check.k,
     "is_clipped": check.k < _CHECKED,
-    "num_groups": len(check.group_differences),
     "difference": unit.with_error(mean, std_error),
     "has_mean_error": not math.isnan(std_error),
     "num_clear": check.num_clear,

@@ -1,5 +1,7 @@
 """The coverage contract: a Kronecker block, a declared skip, or a stop that says why."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -43,6 +45,32 @@ class Scanned(nn.Module):
     body = lambda layer, h, _: (layer(h), None)
     lifted = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
     return lifted(nn.Dense(1), x, None)[0]
+
+
+class SequenceFirst(nn.Module):
+  """Projections of tokens [L, B, C]: the batch is the second axis."""
+
+  @nn.compact
+  def __call__(self, x):
+    tokens = jnp.swapaxes(x.reshape(x.shape[0], -1, 1), 0, 1)
+    return jnp.swapaxes(nn.Dense(1)(tokens), 0, 1).reshape(x.shape)
+
+
+class Flattened(nn.Module):
+  """Projections of tokens [B · L, C]."""
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(1)(x.reshape(-1, 1)).reshape(x.shape)
+
+
+class Positions(nn.Module):
+  """An embedding of positions, the same for every image: no batch axis."""
+
+  @nn.compact
+  def __call__(self, x):
+    positions = nn.Dense(1)(jnp.linspace(0, 1, 16)[:, None])
+    return nn.Conv(1, (1, 1))(x) + positions.reshape(4, 4, 1)
 
 
 class Normalised(nn.Module):
@@ -89,6 +117,9 @@ def test_normalisation_is_skipped_and_named():
     (General(), "DenseGeneral_0/kernel", "DenseGeneral"),
     (Shared(), "Dense_0/kernel", "kfac-jax found no dense or convolution layer"),
     (Scaled(), "temperature", ""),
+    (SequenceFirst(), "Dense_0/kernel", "do not have the batch on their first axis"),
+    (Flattened(), "Dense_0/kernel", "do not have the batch on their first axis"),
+    (Positions(), "Dense_0/kernel", "do not have the batch on their first axis"),
   ],
 )
 def test_what_has_no_block_stops_with_the_table_and_the_reason(module, parameter, reason):
@@ -121,6 +152,18 @@ def test_nn_scan_is_refused_with_advice():
 def test_a_layer_is_skipped_whole_or_not_at_all():
   with pytest.raises(ValueError, match="skipped in part"):
     registered(Normalised(), skip=(*SKIP_NORMALISATION, "Conv_0/bias"))
+
+
+def test_normalisation_is_told_by_its_own_name_not_by_a_parent():
+  """`norm` in the name of a block says nothing about the dense layers inside."""
+  assert registered(Normalised()).coverage.num_covered > 0
+  names = [
+    ("PreNorm_0/to_q/kernel", False),
+    ("PreNorm_0/LayerNorm_0/scale", True),
+    ("norm1/bias", True),
+  ]
+  for name, skipped in names:
+    assert any(re.search(pattern, name) for pattern in SKIP_NORMALISATION) == skipped
 
 
 def test_skipping_everything_is_refused():

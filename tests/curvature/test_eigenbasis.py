@@ -75,7 +75,7 @@ def curvature():
     d_out, d_in = layer.matrix_shape
     factors = KroneckerFactors(a=random_factor(d_in, i), g=random_factor(d_out, 10 + i))
     bases[layer.name] = eigenbasis(factors, layer.name)
-  return Curvature(model.layers, bases, model.coverage, task.params, {})
+  return Curvature(model.layers, bases, model.coverage, task, {})
 
 
 @pytest.mark.parametrize("order", ["precondition∘multiply", "multiply∘precondition"])
@@ -92,7 +92,7 @@ def test_precondition_inverts_multiply_at_a_damping_of_1e_minus_8_of_the_layer(c
 def test_parameters_outside_the_curvature_come_back_as_zeros(curvature):
   applied = curvature.multiply(nets.random_params(nets.CONV_SHAPES, seed=3), 0.1)
   assert not applied["time"]["kernel"].any() and not applied["time"]["bias"].any()
-  assert jax.tree.structure(applied) == jax.tree.structure(curvature.params)
+  assert jax.tree.structure(applied) == jax.tree.structure(curvature.task.params)
 
 
 def test_a_pytree_of_other_shapes_is_refused(curvature):
@@ -103,4 +103,4 @@ def test_a_pytree_of_other_shapes_is_refused(curvature):
 @pytest.mark.parametrize("damping", [0.0, -1.0, np.nan])
 def test_damping_must_be_positive(curvature, damping):
   with pytest.raises(ValueError, match="damping must be positive"):
-    curvature.precondition(curvature.params, damping)
+    curvature.precondition(curvature.task.params, damping)

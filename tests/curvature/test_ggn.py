@@ -52,7 +52,7 @@ def some_pairs(shape=(4, 4, 2)) -> Noised:
 
 
 def exact_blocks(apply_fn, params, pairs) -> dict[str, np.ndarray]:
-  """Layer → (2/D) mean over pairs of JᵀJ in the row-major order of [W | b], in float64."""
+  """Layer → (2/D) mean over pairs of JᵀJ in the row-major order of [W | b]."""
   jacobian = jax.jit(jax.jacrev(lambda p, x, t: apply_fn(p, x[None], t[None]).reshape(-1)))
   blocks: dict[str, np.ndarray] = {}
   for x_t, t in zip(pairs.x_t, pairs.t, strict=True):

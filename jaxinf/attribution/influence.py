@@ -5,9 +5,10 @@ quantised; the training gradients stream past them in blocks of examples, all qu
 are never kept.
 """
 
+import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,9 @@ import numpy as np
 from jaxinf import parallel
 from jaxinf.curvature.eigenbasis import precondition
 from jaxinf.curvature.fit import Curvature, checked_damping
-from jaxinf.curvature.registration import register
-from jaxinf.diffusion.measurements import LOSS, measurement_named
+from jaxinf.curvature.registration import Registration, register
+from jaxinf.diffusion.measurements import LOSS, Measurement, measurement_named
+from jaxinf.diffusion.schedule import Schedule
 from jaxinf.diffusion.task import Task, checked_ids, checked_images
 from jaxinf.gradients.per_example import checked_draws, example_gradients, group_keys
 from jaxinf.gradients.quantise import COMPRESSIONS
@@ -79,48 +81,19 @@ def influence(
   compress, restore = COMPRESSIONS[compression]
   skip = curvature.settings["skip"]
   model = register(task.apply_fn, task.params, train_images.shape[1:], skip)
-  gradients = functools.partial(example_gradients, model)
-  group_size = draws // draw_groups
-
-  def query_kernel(operands, batch: Batch) -> PyTree:
-    params, bases = operands
-    keys = fold_in_each(stream(seed, "query_gradients"), batch.ids)
-
-    def add_group(total, group):
-      grads = gradients(
-        measured, task.schedule, params, images=batch.images,
-        keys=group_keys(keys, jnp.full(keys.shape, group), group_size),
-      )  # fmt: skip
-      return jax.tree.map(jnp.add, total, grads), None
-
-    zeros = {layer.name: jnp.zeros((len(batch.ids), *layer.matrix_shape)) for layer in model.layers}
-    total, _ = jax.lax.scan(add_group, zeros, jnp.arange(draw_groups))
-    with jax.default_matmul_precision("highest"):
-      return {
-        name: compress(rows(precondition(grad / draw_groups, bases[name], damping)))
-        for name, grad in total.items()
-      }
-
-  def score_kernel(operands, batch: Batch) -> jax.Array:
-    params, preconditioned = operands
-    keys = fold_in_each(stream(seed, "train_gradients"), batch.ids)
-    grads = gradients(
-      LOSS, task.schedule, params, images=batch.images,
-      keys=group_keys(keys, batch.draws, group_size),
-    )  # fmt: skip
-    return inner_products(grads, {name: restore(q) for name, q in preconditioned.items()})
-
+  groups = DrawGroups(seed=seed, num=draw_groups, size=draws // draw_groups)
   drive = functools.partial(
-    parallel.map_batches, batch_size=max(1, batch_size // group_size), devices=devices
+    parallel.map_batches, batch_size=max(1, batch_size // groups.size), devices=devices
   )
   preconditioned = drive(
-    query_kernel, (task.params, curvature.bases),
-    parallel.Rows(queries, example_numbers(query_ids)), label="query gradients", unit="queries",
+    query_kernel(model, measured, task.schedule, groups, damping, compress),
+    (task.params, curvature.bases), parallel.Rows(queries, example_numbers(query_ids)),
+    label="query gradients", unit="queries",
   )  # fmt: skip
   products = drive(
-    score_kernel, (task.params, preconditioned),
+    score_kernel(model, task.schedule, groups, restore), (task.params, preconditioned),
     parallel.Rows(train_images, example_numbers(train_ids), draw_groups),
-    label="training gradients", unit=f"groups of {group_size} draws",
+    label="training gradients", unit=f"groups of {groups.size} draws",
   )  # fmt: skip
   if not np.isfinite(products).all():
     raise ValueError(
@@ -135,14 +108,72 @@ def influence(
   return Scores(np.transpose(grouped, (1, 2, 0)), query_ids, train_ids, settings)
 
 
+@dataclasses.dataclass(frozen=True)
+class DrawGroups:
+  """How the draws of each example are made: `num` groups of `size` draws from `seed`."""
+
+  seed: int
+  num: int
+  size: int
+
+
+def query_kernel(
+  model: Registration,
+  measurement: Measurement,
+  schedule: Schedule,
+  groups: DrawGroups,
+  damping: float,
+  compress: Callable,
+) -> parallel.Kernel:
+  """Kernel from queries to their compressed (H + λI)⁻¹ ∇m, averaged over all groups of draws."""
+
+  def kernel(operands, batch: Batch) -> PyTree:
+    params, bases = operands
+    keys = fold_in_each(stream(groups.seed, "query_gradients"), batch.ids)
+
+    def add_group(total, group):
+      grads = example_gradients(
+        model, measurement, schedule, params, images=batch.images,
+        keys=group_keys(keys, jnp.full(keys.shape, group), groups.size),
+      )  # fmt: skip
+      return jax.tree.map(jnp.add, total, grads), None
+
+    zeros = {layer.name: jnp.zeros((len(batch.ids), *layer.matrix_shape)) for layer in model.layers}
+    total, _ = jax.lax.scan(add_group, zeros, jnp.arange(groups.num))
+    with jax.default_matmul_precision("highest"):
+      return {
+        name: compress(flat(precondition(grad / groups.num, bases[name], damping)))
+        for name, grad in total.items()
+      }
+
+  return kernel
+
+
+def score_kernel(
+  model: Registration, schedule: Schedule, groups: DrawGroups, restore: Callable
+) -> parallel.Kernel:
+  """Kernel from (training example, group of draws) rows to scores [B, Q] for all queries."""
+
+  def kernel(operands, batch: Batch) -> jax.Array:
+    params, preconditioned = operands
+    keys = fold_in_each(stream(groups.seed, "train_gradients"), batch.ids)
+    grads = example_gradients(
+      model, LOSS, schedule, params, images=batch.images,
+      keys=group_keys(keys, batch.draws, groups.size),
+    )  # fmt: skip
+    return inner_products(grads, {name: restore(q) for name, q in preconditioned.items()})
+
+  return kernel
+
+
 def inner_products(grads: Matrices, queries: dict[str, jax.Array]) -> jax.Array:
   """Σ over layers of inner products of grads [B, d_out, d_in] and queries [Q, P]: [B, Q]."""
   with jax.default_matmul_precision("highest"):
-    products = [rows(grad) @ queries[name].T for name, grad in grads.items()]
+    products = [flat(grad) @ queries[name].T for name, grad in grads.items()]
   return jnp.sum(jnp.stack(products), axis=0)
 
 
-def rows(matrices: jax.Array) -> jax.Array:
+def flat(matrices: jax.Array) -> jax.Array:
   """[B, d_out, d_in] → [B, P]."""
   return matrices.reshape(len(matrices), -1)
 

@@ -13,6 +13,7 @@ one weight a pair, [B], so that padding (weight 0) leaves no trace, and each upd
 state by the sums over its own batch: adding up over batches is the drivers' business.
 """
 
+import abc
 from typing import NamedTuple
 
 import jax
@@ -35,17 +36,17 @@ class KroneckerBlock(kfac_jax.KroneckerFactored):
   kind: str
 
   @property
+  @abc.abstractmethod
   def kernel_order(self) -> tuple[int, ...]:
     """Axes of the kernel with the outputs first and the inputs in the order of `inputs`."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def inputs(self, x: jax.Array) -> jax.Array:
     """Layer inputs as [B, R, d_in], without the 1 for a bias."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def output_gradients(self, dy: jax.Array) -> jax.Array:
     """Gradients at the layer's outputs as [B, R, d_out]."""
-    raise NotImplementedError
 
   def update_curvature_matrix_estimate(
     self, state, estimation_data, ema_old, ema_new, identity_weight, batch_size

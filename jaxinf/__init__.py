@@ -1,13 +1,14 @@
 """jaxinf: training-data attribution for diffusion models in JAX."""
 
 from jaxinf.attribution.influence import influence
-from jaxinf.curvature.fit import Curvature, fit_curvature
+from jaxinf.curvature.fit import SKIP_NORMALISATION, Curvature, fit_curvature
 from jaxinf.diffusion.schedule import Schedule
 from jaxinf.diffusion.task import Task
 from jaxinf.types import Ranking, Scores
 
 __version__ = "0.1.0"
 __all__ = [
+  "SKIP_NORMALISATION",
   "Curvature",
   "Ranking",
   "Schedule",

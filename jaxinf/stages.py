@@ -182,6 +182,7 @@ def _stage(run: Run, name: str, compute: Callable[[Run], Outcome]) -> Artifact:
     _LOG.info("%s: reused %s; %s", name, folder, hint)
     return artifacts.read(folder)
   artifacts.begin(folder, key)
+  _LOG.info("%s: begins (its functions are compiled first)", name)
   with measured() as cost:
     arrays, notes, what = compute(run)
   artifact = artifacts.write(folder, key, arrays, notes=notes, cost=cost)

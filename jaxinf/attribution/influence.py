@@ -21,7 +21,12 @@ from jaxinf.curvature.registration import Registration, register
 from jaxinf.diffusion.measurements import LOSS, Measurement, measurement_named
 from jaxinf.diffusion.schedule import Schedule
 from jaxinf.diffusion.task import Task, checked_ids, checked_images
-from jaxinf.gradients.per_example import checked_draws, example_gradients, group_keys
+from jaxinf.gradients.per_example import (
+  checked_draws,
+  default_groups,
+  example_gradients,
+  group_keys,
+)
 from jaxinf.gradients.quantise import COMPRESSIONS
 from jaxinf.random import example_numbers, fold_in_each, stream
 from jaxinf.types import Array, Batch, Matrices, PyTree, Scores
@@ -39,7 +44,7 @@ def influence(
   measurement: str = "loss",
   query_ids: np.ndarray | None = None,
   train_ids: np.ndarray | None = None,
-  draw_groups: int = 1,
+  draw_groups: int | None = None,
   compression: str | None = "int8",
   batch_size: int = 128,
   devices: Sequence[jax.Device] | None = None,
@@ -56,7 +61,8 @@ def influence(
     seed: of the draws.
     measurement: what is measured of a query; see jaxinf.diffusion.measurements.
     query_ids, train_ids: stable ids, which the random keys follow; row numbers where None.
-    draw_groups: groups the training draws are split into, for standard errors; divides draws.
+    draw_groups: groups the training draws are split into, for standard errors; divides draws. None:
+      the largest divisor of draws up to 5.
     compression: "int8" or None (float32), of the preconditioned query gradients.
     batch_size: (image, draw) pairs at a time over all devices; at least one group of draws on each
       goes through at once, so that more groups need less memory.
@@ -70,11 +76,17 @@ def influence(
   train_ids = checked_ids(train_ids, len(train_images), "train_ids")
   measured = measurement_named(measurement)
   checked_damping(damping)
+  if draw_groups is None:
+    draw_groups = default_groups(draws)
   checked_draws(draws, draw_groups)
   if compression not in COMPRESSIONS:
     raise ValueError(f"Unknown compression {compression!r}; there are: {list(COMPRESSIONS)}.")
-  for images in (queries, train_images):
-    task.check_images(images.shape[1:])
+  if queries.shape[1:] != train_images.shape[1:]:
+    raise ValueError(
+      f"Queries of shape {queries.shape[1:]} do not match training images of shape "
+      f"{train_images.shape[1:]}."
+    )
+  task.check_images(train_images.shape[1:])
   _check_curvature(task, curvature)
   if batch_size < 1:
     raise ValueError(f"batch_size must be at least 1; got {batch_size}.")

@@ -115,11 +115,13 @@ def cover(
 
 def _complaint(coverage: Coverage) -> str:
   missing = [row for row in coverage.rows if row.block is None]
-  example = re.escape(layer_name(missing[0].parameter))
+  layer, _, leaf = missing[0].parameter.rpartition("/")
+  example = f"^{re.escape(layer)}/" if layer else f"^{re.escape(leaf)}$"
   return (
     f"{len(missing)} of {len(coverage.rows)} parameter arrays are in no curvature block:\n"
     f"{coverage.table()}\n"
-    f'Leave layers out by name, as with skip=("{example}", …). {ADVICE}'
+    "Leave layers out by regular expressions on their paths, beside those for normalisation: "
+    f'fit_curvature(…, skip=(*SKIP_NORMALISATION, r"{example}")). {ADVICE}'
   )
 
 

@@ -29,7 +29,7 @@ _LOG = logging.getLogger("jaxinf")
 SKIP_NORMALISATION = (r"(?i)norm[^/]*/(scale|bias)$",)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Curvature:
   """The fitted curvature H ≈ GGN: block-diagonal over layers, G ⊗ A in each.
 
@@ -46,6 +46,9 @@ class Curvature:
   coverage: Coverage
   task: Task
   settings: dict
+
+  def __repr__(self) -> str:
+    return f"Curvature({len(self.layers)} layers: {self.coverage.summary()}; {self.settings})"
 
   def multiply(self, grads: Params, damping: float) -> Params:
     """(H + λI) · grads for a pytree shaped like the parameters; zeros outside the curvature.
@@ -156,7 +159,7 @@ def monte_carlo_cotangents(keys: jax.Array, pairs: Noised) -> jax.Array:
 
 def checked_damping(damping: float) -> None:
   if not damping > 0:
-    raise ValueError(f"damping must be positive: some eigenvalues are zero; got {damping}.")
+    raise ValueError(f"damping must be positive (the curvature is singular); got {damping}.")
 
 
 METHODS = ("kfac",)

@@ -10,7 +10,7 @@ from jaxinf.diffusion.schedule import Schedule
 from jaxinf.types import ApplyFn, Array, Params
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Task:
   """A diffusion model whose samples are to be explained.
 
@@ -39,6 +39,10 @@ class Task:
           f"Parameter {jax.tree_util.keystr(path)} is {getattr(leaf, 'dtype', type(leaf))}, "
           "not float32: cast with jax.tree.map(lambda x: x.astype('float32'), params)."
         )
+
+  def __repr__(self) -> str:
+    num = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+    return f"Task({num:,} parameters, {self.schedule.num_steps} timesteps)"
 
   def check_images(self, image_shape: tuple[int, ...]) -> None:
     """Raises ValueError unless the model maps images [B, H, W, C] of this shape to their like."""

@@ -47,6 +47,11 @@ def group_keys(keys: jax.Array, groups: jax.Array, draws: int) -> jax.Array:
   return jax.vmap(lambda key, group: draw_keys(key, draws, first=group * draws))(keys, groups)
 
 
+def default_groups(draws: int) -> int:
+  """The largest number of equal groups, up to 5, that the draws split into."""
+  return max((groups for groups in range(1, 6) if draws % groups == 0), default=1)
+
+
 def checked_draws(draws: int, groups: int) -> None:
   """Raises ValueError unless draws split evenly into groups."""
   if groups < 1 or draws < 1 or draws % groups:

@@ -184,8 +184,16 @@ def test_bad_settings_are_refused(problem, change, message):
 )
 def test_images_of_the_wrong_kind_are_refused(problem, bad):
   task, curvature, _, train = problem
-  with pytest.raises(ValueError, match=r"apply_fn|Images must be"):
+  with pytest.raises(ValueError, match=r"do not match training images|Images must be"):
     jaxinf.influence(task, curvature, bad, train, **SETTINGS)
+
+
+def test_standard_errors_come_without_asking(problem):
+  """The default splits the draws into the most equal groups up to five."""
+  settings = {key: SETTINGS[key] for key in ("damping", "draws", "seed")}
+  scores = jaxinf.influence(*problem, **settings)
+  assert scores.settings["draw_groups"] == 4
+  assert np.isfinite(scores.std_errors).all()
 
 
 def test_images_out_of_range_or_not_finite_are_refused(problem):

@@ -42,6 +42,7 @@ Outcome = tuple[Mapping[str, np.ndarray], Mapping[str, Any], str]
 
 def train(run: Run) -> Artifact:
   """Trains the model; the artefact holds its EMA parameters."""
+  _ = run.model  # fields that do not fit are refused before anything begins
   return _stage(run, "train", _train)
 
 

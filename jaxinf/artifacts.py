@@ -155,8 +155,13 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 def write_text(path: Path, text: str) -> None:
   """Writes a text file atomically."""
+  write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+  """Writes a file atomically."""
   partial = path.with_name(path.name + ".partial")
-  partial.write_text(text, encoding="utf-8")
+  partial.write_bytes(content)
   os.replace(partial, path)
 
 

@@ -11,7 +11,7 @@ kernels [H, W, in, out] are [out, in, H, W] there and dense kernels [in, out] ar
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jaxtyping import Array, Float, Int
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from jaxinf.artifacts import write_text
 from jaxinf.models.diffusers_config import from_config, read_options, to_config
 from jaxinf.models.unet import UNet
+from jaxinf.types import ApplyFn
 
 __all__ = ["from_config", "load", "save"]
 
@@ -34,7 +35,6 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 # What older releases of diffusers call the layers of an attention.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
-ApplyFn = Callable[[Any, Float[Array, "B H W C"], Int[Array, " B"]], Float[Array, "B H W out"]]
 Shape = tuple[int, ...]
 
 
@@ -95,9 +95,7 @@ def save(folder: str | Path, model: UNet, params: Mapping[str, Any], image_size:
   part = folder / f"{WEIGHTS_FILE}.part"
   save_file(tensors, part, metadata={"format": "pt"})
   os.replace(part, folder / WEIGHTS_FILE)
-  part = folder / f"{CONFIG_FILE}.part"
-  part.write_text(json.dumps(config, indent=2) + "\n")
-  os.replace(part, folder / CONFIG_FILE)
+  write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
 
 def _model_folder(folder: Path) -> Path:

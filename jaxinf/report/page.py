@@ -5,7 +5,6 @@ Everything shown is worked out here or below; the template page.html.j2 only arr
 
 import base64
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from jaxinf.artifacts import write_bytes
 from jaxinf.config import Config, as_dict
 from jaxinf.curvature.coverage import Coverage
 from jaxinf.data.dataset import Dataset
@@ -83,10 +83,10 @@ def write_report(
   )
   figure = attribution_figure(rows, unit)
   folder.mkdir(parents=True, exist_ok=True)
-  return [
-    _write(folder / "index.html", page.encode()),
-    _write(folder / "attributions.png", figure),
-  ]
+  files = {folder / "index.html": page.encode(), folder / "attributions.png": figure}
+  for path, content in files.items():
+    write_bytes(path, content)
+  return list(files)
 
 
 def _template() -> jinja2.Template:
@@ -98,13 +98,6 @@ def _template() -> jinja2.Template:
     lstrip_blocks=True,
   )
   return environment.get_template("page.html.j2")
-
-
-def _write(path: Path, content: bytes) -> Path:
-  partial = path.with_name(path.name + ".partial")
-  partial.write_bytes(content)
-  os.replace(partial, path)
-  return path
 
 
 def _headline(dataset: Dataset, scores: Scores, coverage: Coverage) -> list[tuple[str, str]]:

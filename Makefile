@@ -14,7 +14,7 @@ export MALLOC_MMAP_MAX_ = 0
 export MALLOC_TRIM_THRESHOLD_ = 68719476736
 export MALLOC_TOP_PAD_ = 67108864
 
-.PHONY: demo test test-interop bench-kernels lint lock clean
+.PHONY: demo test test-interop bench-kernels bench-curvature lint lock clean
 
 # Train, sample, fit curvature, attribute and report on scikit-learn's digits.
 demo: .venv/installed
@@ -30,6 +30,11 @@ test-interop: .venv-interop/installed
 # Curvature update and training-gradient pass against a plain training step.
 bench-kernels: .venv/installed
 	$(RUN) -m tests.benchmarks.kernels $(ARGS)
+
+# Fitting curvature against plain training steps, by batch and in whole; ARGS="--work=FOLDER" puts the
+# result beside those of other programs on the same network and pairs.
+bench-curvature: .venv/installed
+	$(RUN) -m tests.benchmarks.curvature $(ARGS)
 
 lint: .venv/installed
 	$(RUN) -m ruff check .

@@ -48,9 +48,36 @@ def get_config() -> ConfigDict:
   config.sample.keep_trajectory = False
 
   config.curvature = ConfigDict()
+  config.curvature.method = "kfac"
+  config.curvature.sharing = "expand"
+  config.curvature.estimator = "mc"
+  config.curvature.targets = 1
   config.curvature.draws = 250
   config.curvature.batch_size = 128
   config.curvature.skip = (r"(?i)norm[^/]*/(scale|bias)$",)
+  config.curvature.diagonal = ()
+  config.curvature.only = placeholder(tuple)
+  config.curvature.partitions = 1
+  config.curvature.decompose = "host"
+  config.curvature.solver = ConfigDict()
+  config.curvature.solver.tolerance = 1e-3
+  config.curvature.solver.max_iterations = 500
+  config.curvature.solver.precision = "float32"
+  config.curvature.solver.sketch_rank = 500
+  config.curvature.checkpoint_every = 500
+
+  config.curvature_study = ConfigDict()
+  config.curvature_study.num_images = 512
+  config.curvature_study.num_queries = 8
+  config.curvature_study.draws = 1
+  config.curvature_study.gradient_draws = 16
+  config.curvature_study.dampings = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+  config.curvature_study.batch_size = 128
+  config.curvature_study.solver = ConfigDict()
+  config.curvature_study.solver.tolerance = 1e-2
+  config.curvature_study.solver.max_iterations = 200
+  config.curvature_study.solver.precision = "float32"
+  config.curvature_study.solver.sketch_rank = 1_000
 
   config.attribute = ConfigDict()
   config.attribute.measurement = "loss"

@@ -6,11 +6,13 @@ Stages, in order:
   train      train the model; checkpoints, metrics.jsonl and TensorBoard events on the way
   sample     generate the samples to be explained
   curvature  fit the K-FAC curvature over all training images
+  curvature-study  compare approximations of the curvature with the exact one (not part of all)
   attribute  score every training image for every sample
   report     draw DIR/report/index.html
   all        all of these; finished stages are reused
 
 Any field of the config can be set on the command line, as --config.attribute.damping=1e-6.
+--dry-run with the stage curvature prints what it takes in memory, layer by layer.
 """
 
 import logging
@@ -36,6 +38,9 @@ _CONFIG = config_flags.DEFINE_config_file(
   lock_config=False,
   accept_new_attributes=True,
 )
+_DRY_RUN = flags.DEFINE_bool(
+  "dry-run", False, "With the stage curvature: print what it would take in memory, and stop."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run's artefacts.")
 
 
@@ -46,7 +51,12 @@ def main(argv: list[str]) -> None:
   try:
     stage = _stage_name(argv, list(stages.STAGES))
     run = Run(typed(_required(_CONFIG)), Path(_required(_WORKDIR)))
-    stages.STAGES[stage](run)
+    if not _DRY_RUN.value:
+      stages.STAGES[stage](run)
+    elif stage == "curvature":
+      print(stages.curvature_memory(run))
+    else:
+      raise ValueError("--dry-run goes with the stage curvature.")
   except ValueError as error:
     sys.exit(f"jaxinf: {error}")
 

@@ -60,14 +60,7 @@ def finished(folder: Path, key: Mapping[str, Any]) -> bool:
     return False  # it stopped before anything was saved, so there is nothing to mix up
   for name in ("manifest.json", "started.json"):
     if name in files:
-      found = json.loads((folder / name).read_text())["key"]
-      different = differences(found, _plain(key))
-      if different:
-        lines = "\n".join(f"  {line}" for line in different)
-        raise StaleArtifact(
-          f"{folder} was made with other settings:\n{lines}\n"
-          "Use another --workdir, undo the change, or delete that folder to make it again."
-        )
+      refuse_stale(folder, json.loads((folder / name).read_text())["key"], key, "folder")
   if "manifest.json" not in files:
     return False
   return files.issuperset(read_manifest(folder)["notes"].get("files", ()))
@@ -76,7 +69,7 @@ def finished(folder: Path, key: Mapping[str, Any]) -> bool:
 def begin(folder: Path, key: Mapping[str, Any]) -> None:
   """Marks `folder` as belonging to `key`, so that unfinished work resumes only under it."""
   folder.mkdir(parents=True, exist_ok=True)
-  write_text(folder / "started.json", json.dumps({"key": _plain(key)}, indent=2))
+  write_text(folder / "started.json", json.dumps({"key": plain(key)}, indent=2))
 
 
 def write(
@@ -94,10 +87,10 @@ def write(
   np.savez(partial, allow_pickle=False, **arrays)
   os.replace(partial, folder / "arrays.npz")
   manifest = {
-    "key": _plain(key),
+    "key": plain(key),
     "content": fingerprint(arrays),
-    "notes": _plain(notes),
-    "cost": _plain(cost),
+    "notes": plain(notes),
+    "cost": plain(cost),
     "shapes": {name: [str(a.dtype), *a.shape] for name, a in arrays.items()},
     "versions": versions(),
     "devices": [device.device_kind for device in jax.local_devices()],
@@ -236,6 +229,17 @@ def git_revision() -> str | None:
   return result.stdout.strip() or None
 
 
-def _plain(value: Any) -> Any:
+def refuse_stale(place: Path, found: Any, key: Mapping[str, Any], what: str) -> None:
+  """Raises StaleArtifact with the difference where the `what` at `place` has another key."""
+  different = differences(found, plain(key))
+  if different:
+    lines = "\n".join(f"  {line}" for line in different)
+    raise StaleArtifact(
+      f"{place} was made with other settings:\n{lines}\n"
+      f"Use another --workdir, undo the change, or delete that {what} to make it again."
+    )
+
+
+def plain(value: Any) -> Any:
   """The value as JSON would give it back, so that comparisons are like with like."""
   return json.loads(json.dumps(value))

@@ -62,10 +62,39 @@ class SampleConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SolverConfig:
+  tolerance: float  # relative residual of a solve
+  max_iterations: int  # for each query
+  precision: str  # float32 or float64
+  sketch_rank: int  # of the Nyström preconditioner; 0: EK-FAC preconditions
+
+
+@dataclasses.dataclass(frozen=True)
 class CurvatureConfig:
-  draws: int  # of (t, ε) for each example, each with one model-sampled target
+  method: str  # kfac, ekfac, diagonal, identity or cg (exact, for small sets)
+  sharing: str  # expand or reduce, over positions
+  estimator: str  # mc, empirical or exact
+  targets: int  # model-sampled targets for each draw
+  draws: int  # of (t, ε) for each example
   batch_size: int  # (example, draw) pairs at a time
   skip: tuple[str, ...]  # regular expressions on parameter paths to leave out
+  diagonal: tuple[str, ...]  # likewise, layers whose curvature is diagonal
+  only: tuple[str, ...] | None  # likewise, parameters to keep; None: all
+  partitions: int  # groups of layers fitted one after another, in less memory
+  decompose: str  # host (float64) or devices (float32)
+  solver: SolverConfig  # of cg
+  checkpoint_every: int  # batches
+
+
+@dataclasses.dataclass(frozen=True)
+class CurvatureStudyConfig:
+  num_images: int  # training images: the curvatures are of them, and they are scored
+  num_queries: int  # samples
+  draws: int  # of (t, ε) for each image, in the curvatures
+  gradient_draws: int  # for each gradient
+  dampings: tuple[float, ...]
+  batch_size: int  # (example, draw) pairs at a time
+  solver: SolverConfig  # of the exact reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +122,7 @@ class Config:
   train: TrainConfig
   sample: SampleConfig
   curvature: CurvatureConfig
+  curvature_study: CurvatureStudyConfig
   attribute: AttributeConfig
   report: ReportConfig
 

@@ -11,14 +11,17 @@ _QUIET_SECONDS = 20.0
 
 
 class Progress:
-  """Counts units of work and shows rate and time left. Use as a context manager."""
+  """Counts units of work and shows rate and time left, or nothing where label is None.
 
-  def __init__(self, label: str, total: int, unit: str, start: int = 0):
+  Use as a context manager.
+  """
+
+  def __init__(self, label: str | None, total: int, unit: str, start: int = 0):
     self._label, self._total, self._unit = label, total, unit
     self._done, self._start = start, start
     self._began = self._spoke = time.monotonic()
     self._bar = None
-    if sys.stderr.isatty() and _LOG.isEnabledFor(logging.INFO):
+    if label is not None and sys.stderr.isatty() and _LOG.isEnabledFor(logging.INFO):
       self._bar = tqdm.tqdm(
         total=total, initial=start, desc=label, unit=f" {unit}", leave=False, dynamic_ncols=True
       )
@@ -42,7 +45,7 @@ class Progress:
       self._bar.update(amount)
       return
     now = time.monotonic()
-    if now - self._spoke >= _QUIET_SECONDS:
+    if self._label is not None and now - self._spoke >= _QUIET_SECONDS:
       self._spoke = now
       rate = (self._done - self._start) / (now - self._began)
       left = (self._total - self._done) / rate

@@ -9,16 +9,21 @@ from typing import Any
 import flax.linen as nn
 import flax.traverse_util
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jaxinf import artifacts, data, models
 from jaxinf.config import Config, as_dict
 from jaxinf.curvature.coverage import Coverage, Row
-from jaxinf.curvature.fit import Curvature
+from jaxinf.curvature.curvature import Curvature
+from jaxinf.curvature.exact import GGN, Solver
 from jaxinf.curvature.layers import Layer
 from jaxinf.data.dataset import Dataset
 from jaxinf.diffusion.schedule import SCHEDULES, Schedule
 from jaxinf.diffusion.task import Task
-from jaxinf.types import Eigenbasis, Params, Scores
+from jaxinf.parallel import Rows
+from jaxinf.random import example_numbers
+from jaxinf.types import ApplyFn, Eigenbasis, Params, Scores
 
 ORDER = ("train", "sample", "curvature", "attribute", "report")
 
@@ -26,7 +31,8 @@ ORDER = ("train", "sample", "curvature", "attribute", "report")
 _PACE = {
   "train": {"log_every", "checkpoint_every"},
   "sample": {"batch_size"},
-  "curvature": {"batch_size"},
+  "curvature": {"batch_size", "partitions", "checkpoint_every"},
+  "curvature-study": {"batch_size"},
   "attribute": {"batch_size"},
 }
 
@@ -77,13 +83,16 @@ def key_of(run: Run, stage: str) -> dict:
   """
   config = run.config
   pace = _PACE.get(stage, set())
-  own = {k: v for k, v in as_dict(getattr(config, stage)).items() if k not in pace}
+  section = as_dict(getattr(config, stage.replace("-", "_")))
+  own = {k: v for k, v in section.items() if k not in pace}
   sections, inputs = _DEPENDS[stage]
   key: dict[str, Any] = {"seed": config.seed, stage: own}
   key |= {name: as_dict(getattr(config, name)) for name in sections}
   dataset = run.dataset
   if stage != "sample":
     key["data"] = {"content": run.data_content, "random_flip": dataset.random_flip}
+  if stage == "curvature-study":
+    key["skip"] = list(config.curvature.skip)
   if stage == "report":
     labels = {} if dataset.labels is None else {"labels": dataset.labels}
     key["data"] |= {
@@ -99,6 +108,7 @@ _DEPENDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
   "train": (("model", "diffusion"), ()),
   "sample": (("diffusion",), ("train",)),
   "curvature": (("diffusion",), ("train",)),
+  "curvature-study": (("diffusion",), ("train", "sample")),
   "attribute": ((), ("train", "sample", "curvature")),
   "report": ((), ("attribute",)),
 }
@@ -106,14 +116,18 @@ _DEPENDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 def load_task(run: Run) -> Task:
   """The trained model of a run."""
-  model = run.model
   arrays = artifacts.read(run.folder("train")).arrays
   params: Params = flax.traverse_util.unflatten_dict(dict(arrays), sep="/")
+  return Task(_apply_fn(run), params, run.schedule)
 
-  def apply_fn(params: Params, x_t: jax.Array, t: jax.Array) -> Any:
-    return model.apply({"params": params}, x_t, t)
 
-  return Task(apply_fn, params, run.schedule)
+def fresh_task(run: Run) -> Task:
+  """The model of a run with parameters of zero, for what depends on shapes alone."""
+  network = run.model
+  images, t = jnp.zeros((1, *run.dataset.image_shape)), jnp.zeros(1, jnp.int32)
+  shapes = jax.eval_shape(network.init, jax.random.key(0), images, t)["params"]
+  params = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
+  return Task(_apply_fn(run), params, run.schedule)
 
 
 def load_curvature(run: Run, task: Task) -> Curvature:
@@ -123,10 +137,18 @@ def load_curvature(run: Run, task: Task) -> Curvature:
   coverage = load_coverage(artifact.manifest)
   parts = [field.name for field in dataclasses.fields(Eigenbasis)]
   bases = {
-    layer.name: Eigenbasis(*(artifact.arrays[f"{layer.name}/{part}"] for part in parts))
+    layer.name: Eigenbasis(*(artifact.arrays.get(f"{layer.name}/{part}") for part in parts))
     for layer in layers
   }
-  return Curvature(layers, bases, coverage, task, dict(artifact.notes["settings"]))
+  settings, diagnostics = (dict(artifact.notes[name]) for name in ("settings", "diagnostics"))
+  exact = None
+  if settings["method"] == "cg":
+    rows = Rows(run.dataset.images, example_numbers(run.dataset.ids), settings["draws"])
+    exact = GGN(
+      task, layers, rows, seed=settings["seed"], batch_size=run.config.curvature.batch_size,
+      devices=run.devices, solver=Solver(**settings["solver"]),
+    )  # fmt: skip
+  return Curvature(layers, bases, coverage, task, settings, diagnostics, exact)
 
 
 def load_coverage(manifest: Mapping[str, Any]) -> Coverage:
@@ -138,6 +160,15 @@ def load_scores(run: Run) -> Scores:
   """The scores of a run."""
   artifact = artifacts.read(run.folder("attribute"))
   return Scores(**artifact.arrays, settings=artifact.notes["settings"])
+
+
+def _apply_fn(run: Run) -> ApplyFn:
+  network = run.model
+
+  def apply_fn(params: Params, x_t: jax.Array, t: jax.Array) -> Any:
+    return network.apply({"params": params}, x_t, t)
+
+  return apply_fn
 
 
 def _from_json(cls: type, fields: Mapping[str, Any]) -> Any:

@@ -7,6 +7,8 @@ finished one is reused where config and inputs match, and refused with the diffe
 import dataclasses
 import json
 import logging
+import math
+import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,22 +19,31 @@ import numpy as np
 from jaxinf import artifacts, models, training
 from jaxinf.artifacts import Artifact
 from jaxinf.attribution.influence import influence
+from jaxinf.config import SolverConfig
 from jaxinf.costs import measured
-from jaxinf.curvature.fit import fit_curvature
+from jaxinf.curvature.coverage import Selection
+from jaxinf.curvature.exact import Solver
+from jaxinf.curvature.fit import Resume, fit_curvature, partition
+from jaxinf.curvature.memory import layer_memory, memory_table
+from jaxinf.curvature.registration import register
 from jaxinf.diffusion import sampler
-from jaxinf.parallel import Rows, map_batches
+from jaxinf.evaluation.curvature_study import curvature_study as evaluate_curvatures
+from jaxinf.parallel import Rows, map_batches, num_devices
 from jaxinf.progress import clock
 from jaxinf.random import fold_in_each, stream
 from jaxinf.report.page import write_report
+from jaxinf.report.study import write_study
 from jaxinf.runs import (
   ORDER,
   Run,
+  fresh_task,
   key_of,
   load_coverage,
   load_curvature,
   load_scores,
   load_task,
 )
+from jaxinf.unfinished import Kept
 
 _LOG = logging.getLogger("jaxinf")
 
@@ -56,6 +67,11 @@ def curvature(run: Run) -> Artifact:
   return _stage(run, "curvature", _curvature)
 
 
+def curvature_study(run: Run) -> Artifact:
+  """Compares approximations of the curvature with the exact one, on a few images and samples."""
+  return _stage(run, "curvature-study", _curvature_study)
+
+
 def attribute(run: Run) -> Artifact:
   """Scores every training image for every sample."""
   return _stage(run, "attribute", _attribute)
@@ -64,6 +80,27 @@ def attribute(run: Run) -> Artifact:
 def report(run: Run) -> Artifact:
   """Draws the page report/index.html."""
   return _stage(run, "report", _report)
+
+
+def curvature_memory(run: Run) -> str:
+  """What the curvature would take, as a table; needs no trained model and computes nothing."""
+  config, task, image_shape = run.config.curvature, fresh_task(run), run.dataset.image_shape
+  diagonal = (".",) if config.method == "diagonal" else config.diagonal
+  selection = Selection(config.skip, diagonal, config.only)
+  model = register(task.apply_fn, task.params, image_shape, selection)
+  devices = num_devices(run.devices)
+  targets = math.prod(image_shape) if config.estimator == "exact" else config.targets
+  memory = layer_memory(
+    model, task.params, image_shape, method=config.method, sharing=config.sharing,
+    targets=targets, batch_size=math.ceil(config.batch_size / devices),
+  )  # fmt: skip
+  table = memory_table(memory, partition(model.layers, config.partitions))
+  return (
+    f"{model.coverage.summary()}\nMiB a layer, each on every one of {devices} devices but for "
+    f"eigenbases (host and disk); workspace is at most, for {config.batch_size} pairs:\n{table}\n"
+    "More curvature.partitions make the sums and rotations smaller, a smaller "
+    "curvature.batch_size the workspace."
+  )
 
 
 def everything(run: Run) -> Artifact:
@@ -127,19 +164,56 @@ def _curvature(run: Run) -> Outcome:
   config = run.config.curvature
   fitted = fit_curvature(
     load_task(run), run.dataset.images, ids=run.dataset.ids, draws=config.draws,
-    seed=run.config.seed, skip=config.skip, batch_size=config.batch_size, devices=run.devices,
+    seed=run.config.seed, method=config.method, sharing=config.sharing,
+    estimator=config.estimator, targets=config.targets, skip=config.skip,
+    diagonal=config.diagonal, only=config.only, partitions=config.partitions,
+    decompose=config.decompose, batch_size=config.batch_size, devices=run.devices,
+    solver=_solver(config.solver),
+    resume=Resume(run.folder("curvature") / "sums", config.checkpoint_every),
   )  # fmt: skip
   arrays = {
     f"{name}/{field.name}": np.asarray(getattr(basis, field.name))
     for name, basis in fitted.bases.items()
     for field in dataclasses.fields(basis)
+    if getattr(basis, field.name) is not None
   }
   notes = {
     "layers": [dataclasses.asdict(layer) for layer in fitted.layers],
     "coverage": [dataclasses.asdict(row) for row in fitted.coverage.rows],
     "settings": fitted.settings,
+    "diagnostics": fitted.diagnostics,
   }
   return arrays, notes, f"the curvature of {len(fitted.layers)} layers"
+
+
+def _curvature_study(run: Run) -> Outcome:
+  config, folder = run.config.curvature_study, run.folder("curvature-study")
+  dataset = run.dataset.sample(config.num_images, run.config.seed)
+  samples = artifacts.read(run.folder("sample")).arrays
+  num_queries = config.num_queries
+  if not 1 <= num_queries <= len(samples["images"]):
+    raise ValueError(
+      f"curvature_study.num_queries must lie in 1…{len(samples['images'])}, the number of samples; "
+      f"got {num_queries}."
+    )
+  study = evaluate_curvatures(
+    load_task(run), dataset.images, samples["images"][:num_queries], dampings=config.dampings,
+    draws=config.draws, gradient_draws=config.gradient_draws, seed=run.config.seed,
+    ids=dataset.ids, query_ids=samples["ids"][:num_queries], skip=run.config.curvature.skip,
+    solver=_solver(config.solver),
+    batch_size=config.batch_size, devices=run.devices, keep=Kept(folder / "sums"),
+  )  # fmt: skip
+  print(study.table())
+  files = write_study(folder, study)
+  arrays = {
+    name: np.asarray(getattr(study, name))
+    for name in ("dampings", "errors", "correlations", "residuals", "iterations")
+  }
+  notes = {
+    "files": [path.name for path in files], "names": study.names, "settings": study.settings,
+    "largest_eigenvalue": study.largest_eigenvalue,
+  }  # fmt: skip
+  return arrays, notes, f"a comparison of {len(study.names)} approximations"
 
 
 def _attribute(run: Run) -> Outcome:
@@ -174,10 +248,14 @@ def _report(run: Run) -> Outcome:
   return {}, {"files": [path.name for path in files]}, " and ".join(path.name for path in files)
 
 
+def _solver(config: SolverConfig) -> Solver:
+  return Solver(config.tolerance, config.max_iterations, config.precision, config.sketch_rank)
+
+
 def _stage(run: Run, name: str, compute: Callable[[Run], Outcome]) -> Artifact:
   """Reuses a matching artefact; otherwise computes and saves it, and says what comes next."""
   folder, key = run.folder(name), key_of(run, name)
-  rest = ORDER[ORDER.index(name) + 1 :]
+  rest = ORDER[ORDER.index(name) + 1 :] if name in ORDER else ()
   hint = f"next: {rest[0]}" if rest else f"open {(folder / 'index.html').absolute()}"
   if artifacts.finished(folder, key):
     _LOG.info("%s: reused %s; %s", name, folder, hint)
@@ -187,6 +265,7 @@ def _stage(run: Run, name: str, compute: Callable[[Run], Outcome]) -> Artifact:
   with measured() as cost:
     arrays, notes, what = compute(run)
   artifact = artifacts.write(folder, key, arrays, notes=notes, cost=cost)
+  shutil.rmtree(folder / "sums", ignore_errors=True)
   _LOG.info("%s: wrote %s to %s in %s; %s", name, what, folder, clock(cost["seconds"]), hint)
   return artifact
 
@@ -195,6 +274,7 @@ STAGES: dict[str, Callable[[Run], Artifact]] = {
   "train": train,
   "sample": sample,
   "curvature": curvature,
+  "curvature-study": curvature_study,
   "attribute": attribute,
   "report": report,
   "all": everything,

@@ -15,10 +15,11 @@ import numpy as np
 Array = Any  # jax.Array or np.ndarray: a kernel's arguments come as either
 PyTree = Any
 Params = PyTree
-Matrices = dict[str, Array]  # layer name -> [..., d_out, d_in]
+Matrices = dict[str, Array]  # layer name -> [..., (groups,) d_out, d_in]
 
-# apply_fn(params, x_t [B, H, W, C], t [B]) -> predicted noise [B, H, W, C]
-ApplyFn = Callable[[Params, jax.Array, jax.Array], jax.Array]
+# apply_fn(params, x_t [B, H, W, C], t [B]) -> predicted noise [B, H, W, C]; a conditional model is
+# apply_fn(params, x_t, t, conditioning), with a pytree of arrays [B, …]. See objective.predict.
+ApplyFn = Callable[..., jax.Array]
 
 
 @flax.struct.dataclass
@@ -30,19 +31,22 @@ class Batch:
     ids: [B] uint32 example numbers, from which each example's random keys derive.
     draws: [B] int32, which draw of (t, ε), or group of draws, a row is; None: all of them.
     mask: [B] float32, 1 for an example and 0 for padding.
+    conditioning: pytree of arrays [B, …], such as labels [B] or text embeddings [B, L, E]; None
+      where the model has no further inputs.
   """
 
   images: Array
   ids: Array
   draws: Array
   mask: Array
+  conditioning: PyTree = None
 
 
 @flax.struct.dataclass
 class KroneckerFactors:
   """K-FAC factors of one layer: G ⊗ A approximates the layer's GGN block.
 
-  Attributes:
+  Attributes (a grouped convolution has an axis of groups in front):
     a: [d_in, d_in] second moment of the layer's inputs (1 appended for a bias), mean over
       examples, draws and positions.
     g: [d_out, d_out] second moment of the gradients at its outputs, mean over examples and
@@ -57,9 +61,9 @@ class KroneckerFactors:
 class Eigenbasis:
   """The Kronecker eigenbasis of one layer, Q_out ⊗ Q_in, and the eigenvalues in it.
 
-  Attributes:
-    q_in: [d_in, d_in] eigenvectors of A in columns.
-    q_out: [d_out, d_out] eigenvectors of G in columns.
+  Attributes (a grouped convolution has an axis of groups in front):
+    q_in: [d_in, d_in] eigenvectors of A in columns; None for the identity (diagonal curvature).
+    q_out: [d_out, d_out] eigenvectors of G in columns, or None likewise.
     eigenvalues: Λ [d_out, d_in] ≥ 0, in squared gradients of the pixel-mean loss.
   """
 

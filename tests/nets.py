@@ -49,6 +49,25 @@ def conv_net(params, x_t, t):
   return conv(params["conv_out"], h)
 
 
+CONDITIONAL_SHAPES = {
+  "image": {"kernel": (16, 5), "bias": (5,)},
+  "label": {"kernel": (3, 5)},
+  "time": {"kernel": (2, 5), "bias": (5,)},
+  "out": {"kernel": (5, 16), "bias": (16,)},
+}
+
+
+def conditional_net(params, x_t, t, labels):
+  """Two dense layers on 4 × 4 images, with embeddings of the time and of a label in {0, 1, 2}."""
+  h = dense(params["image"], x_t.reshape(-1, 16)) + dense(params["time"], time_features(t))
+  h = jnp.tanh(h + jnp.dot(jax.nn.one_hot(labels, 3), params["label"]["kernel"]))
+  return dense(params["out"], h).reshape(x_t.shape)
+
+
+def conditional_task(seed: int = 0) -> Task:
+  return Task(conditional_net, random_params(CONDITIONAL_SHAPES, seed), SCHEDULE)
+
+
 def conv_task(seed: int = 0) -> Task:
   return Task(conv_net, random_params(CONV_SHAPES, seed), SCHEDULE)
 

@@ -7,9 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "jaxinf"
 ORDER = (
-  "types", "random", "config", "progress", "parallel", "costs", "artifacts", "data", "models",
-  "diffusion", "training", "curvature", "gradients", "attribution", "report", "runs", "stages",
-  "__main__",
+  "types", "random", "config", "progress", "rows", "parallel", "costs", "artifacts", "unfinished",
+  "data", "models", "diffusion", "training", "curvature", "gradients", "attribution", "evaluation",
+  "report", "runs", "stages", "__main__",
 )  # fmt: skip
 MODULES = sorted(
   path.relative_to(PACKAGE).as_posix()
@@ -67,6 +67,7 @@ def test_devices_configs_and_array_files_have_one_home(module):
     "ConfigDict": ("config.py",),
     "np.save np.load savez savez_compressed safetensors orbax": (
       "artifacts.py",
+      "unfinished.py",
       "data/",
       "models/diffusers",
     ),

@@ -1,46 +1,23 @@
 """Whole runs in seconds: stages on one and two devices, reuse, refusal, and what is written."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
-from configs import digits
 from jaxinf import artifacts, runs, stages
 from jaxinf.config import typed
+from tests import tiny
 
 # Of the largest number: training and sampling amplify float32 rounding, and where that moves a
 # number across the middle between two int8 steps, it moves by 1/127 of its block.
 TOLERANCE = {"train": 1e-3, "sample": 1e-3, "curvature": 1e-3, "attribute": 5e-3}
 
 
-def tiny_config() -> ConfigDict:
-  """A multilayer perceptron on 24 digits, with a schedule of 20 timesteps."""
-  config = digits.get_config()
-  config.data.num_examples = 24
-  config.model = ConfigDict({"name": "mlp", "hidden": (8,), "time_features": 4})
-  config.diffusion.num_steps = 20
-  config.train.steps = 20
-  config.train.warmup_steps = 2
-  config.train.batch_size = 10
-  config.train.checkpoint_every = 10
-  config.train.log_every = 5
-  config.sample.num_samples = 3
-  config.sample.keep_trajectory = True
-  config.curvature.draws = 3
-  config.curvature.skip = ()
-  config.attribute.draws = 4
-  config.attribute.draw_groups = 2
-  config.attribute.damping = 1e-4
-  config.report.num_queries = 2
-  config.report.top_k = 3
-  return config
-
-
 def run_of(workdir, config=None, devices=None) -> runs.Run:
-  return runs.Run(typed(tiny_config() if config is None else config), workdir, devices)
+  return runs.Run(typed(tiny.get_config() if config is None else config), workdir, devices)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +77,7 @@ def test_finished_stages_are_reused(finished):
 
 
 def test_the_pace_of_a_stage_may_change(finished):
-  config = tiny_config()
+  config = tiny.get_config()
   config.curvature.batch_size = 7
   config.attribute.batch_size = 7
   stages.attribute(run_of(finished.workdir, config))
@@ -118,7 +95,7 @@ def test_the_pace_of_a_stage_may_change(finished):
 def test_a_changed_config_refuses_the_stale_artefact_with_the_difference(
   finished, section, field, value, stage
 ):
-  config = tiny_config()
+  config = tiny.get_config()
   old = config[section][field]
   config[section][field] = value
   with pytest.raises(artifacts.StaleArtifact) as caught:
@@ -167,7 +144,7 @@ def test_an_unfinished_training_resumes_from_its_checkpoint(finished, tmp_path):
   ],
 )
 def test_unknown_names_list_the_valid_ones(finished, tmp_path, section, value, message):
-  config = tiny_config()
+  config = tiny.get_config()
   config[section].update(value)
   workdir = tmp_path if section != "sample" else finished.workdir.parent / "sampler"
   if section == "sample":
@@ -177,3 +154,33 @@ def test_unknown_names_list_the_valid_ones(finished, tmp_path, section, value, m
     stages.sample(run_of(workdir, config)) if section == "sample" else stages.train(
       run_of(workdir, config)
     )
+
+
+def test_a_curvature_study_leaves_its_numbers_a_page_and_a_figure(finished, capsys):
+  """It is no stage of `all`; its table goes to the screen too."""
+  artifact = stages.STAGES["curvature-study"](finished)
+  num = len(artifact.notes["names"])
+  assert artifact.arrays["errors"].shape == artifact.arrays["correlations"].shape == (num, 1, 2)
+  assert (artifact.arrays["residuals"] < 1e-2).all()
+  folder = finished.folder("curvature-study")
+  assert {path.name for path in folder.iterdir()} >= {"index.html", "curvature-study.png"}
+  assert not (folder / "sums").exists()
+  assert "EK-FAC" in capsys.readouterr().out
+
+
+def test_more_queries_than_samples_are_refused_by_the_study(finished, tmp_path):
+  config = tiny.get_config()
+  config.curvature_study.num_queries = 4
+  for stage in ("train", "sample"):
+    shutil.copytree(finished.folder(stage), tmp_path / stage)
+  run = run_of(tmp_path, config, devices=jax.devices()[:1])
+  with pytest.raises(ValueError, match=r"num_queries must lie in 1…3"):
+    stages.STAGES["curvature-study"](run)
+
+
+def test_the_memory_of_a_curvature_is_told_without_a_model(tmp_path):
+  config = tiny.get_config()
+  config.curvature.partitions = 2
+  table = stages.curvature_memory(run_of(tmp_path, config))
+  assert "most of 2 partitions" in table
+  assert not list(tmp_path.iterdir())

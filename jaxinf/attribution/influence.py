@@ -1,54 +1,72 @@
 """Influence of training examples on queries (paper, Eq. 4 and Algorithm 1).
 
-scores[q, n] = ⟨∇m_q, (H + λI)⁻¹ ∇ℓ_n⟩. Query gradients are computed once, preconditioned and
-quantised; the training gradients stream past them in blocks of examples, all queries at once, and
-are never kept.
+scores[q, n] = ⟨∇m_q, (H + λI)⁻¹ ∇ℓ_n⟩. Query gradients are computed once, preconditioned once a
+damping and quantised; the training gradients stream past them in blocks of examples, all queries
+and dampings at once, and are never kept.
 """
 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import overload
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxinf import parallel
-from jaxinf.curvature.eigenbasis import precondition
-from jaxinf.curvature.fit import Curvature, checked_damping
-from jaxinf.curvature.registration import Registration, register
-from jaxinf.diffusion.measurements import LOSS, Measurement, measurement_named
-from jaxinf.diffusion.schedule import Schedule
-from jaxinf.diffusion.task import Task, checked_ids, checked_images
-from jaxinf.gradients.per_example import (
-  checked_draws,
-  default_groups,
-  example_gradients,
-  group_keys,
-)
+from jaxinf.attribution.kernels import DrawGroups, gradient_kernel, score_kernel
+from jaxinf.attribution.queries import compressed_queries
+from jaxinf.curvature.curvature import Curvature
+from jaxinf.curvature.eigenbasis import checked_damping
+from jaxinf.curvature.registration import register
+from jaxinf.diffusion.measurements import measurement_named
+from jaxinf.diffusion.task import Task, checked_conditioning, checked_ids, checked_images
+from jaxinf.gradients.per_example import checked_draws, default_groups
 from jaxinf.gradients.quantise import COMPRESSIONS
-from jaxinf.random import example_numbers, fold_in_each, stream
-from jaxinf.types import Array, Batch, Matrices, PyTree, Scores
+from jaxinf.random import example_numbers
+from jaxinf.types import Array, PyTree, Scores
 
 
+# fmt: off
+@overload
+def influence(
+  task: Task, curvature: Curvature, queries: Array, train_images: Array, *,
+  damping: float, draws: int, seed: int, measurement: str = ...,
+  query_ids: np.ndarray | None = ..., train_ids: np.ndarray | None = ...,
+  query_conditioning: PyTree = ..., train_conditioning: PyTree = ...,
+  draw_groups: int | None = ..., compression: str | None = ..., batch_size: int = ...,
+  devices: Sequence[jax.Device] | None = ...,
+) -> Scores: ...
+@overload
+def influence(
+  task: Task, curvature: Curvature, queries: Array, train_images: Array, *,
+  damping: Sequence[float], draws: int, seed: int, measurement: str = ...,
+  query_ids: np.ndarray | None = ..., train_ids: np.ndarray | None = ...,
+  query_conditioning: PyTree = ..., train_conditioning: PyTree = ...,
+  draw_groups: int | None = ..., compression: str | None = ..., batch_size: int = ...,
+  devices: Sequence[jax.Device] | None = ...,
+) -> tuple[Scores, ...]: ...
+# fmt: on
 def influence(
   task: Task,
   curvature: Curvature,
   queries: Array,
   train_images: Array,
   *,
-  damping: float,
+  damping: float | Sequence[float],
   draws: int,
   seed: int,
   measurement: str = "loss",
   query_ids: np.ndarray | None = None,
   train_ids: np.ndarray | None = None,
+  query_conditioning: PyTree = None,
+  train_conditioning: PyTree = None,
   draw_groups: int | None = None,
   compression: str | None = "int8",
   batch_size: int = 128,
   devices: Sequence[jax.Device] | None = None,
-) -> Scores:
+) -> Scores | tuple[Scores, ...]:
   """Scores every training image for every query.
 
   Args:
@@ -56,11 +74,15 @@ def influence(
     curvature: fitted at the task's parameters.
     queries: [Q, H, W, C] images to explain, float32 in [-1, 1] or uint8.
     train_images: [N, H, W, C], likewise.
-    damping: λ > 0, in the units of the curvature (squared gradient of the pixel-mean loss).
+    damping: λ > 0, in the units of the curvature (squared gradient of the pixel-mean loss); or
+      several of them, all scored in one pass over the training gradients. Each takes as much
+      memory for the preconditioned query gradients as one.
     draws: draws of (t, ε) for each image, for training losses and for queries.
     seed: of the draws.
     measurement: what is measured of a query; see jaxinf.diffusion.measurements.
     query_ids, train_ids: stable ids, which the random keys follow; row numbers where None.
+    query_conditioning, train_conditioning: what a conditional model is given with each image, such
+      as labels: pytrees of arrays [Q, …] and [N, …] of one form; None where it has no such inputs.
     draw_groups: groups the training draws are split into, for standard errors; divides draws. None:
       the largest divisor of draws up to 5.
     compression: "int8" or None (float32), of the preconditioned query gradients.
@@ -69,43 +91,52 @@ def influence(
     devices: local devices; all of them where None.
 
   Returns:
-    Scores with values [Q, N]; positive: the training image supports the query.
+    Scores with values [Q, N]; positive: the training image supports the query. A tuple of them, in
+    the order of the dampings, where these are a sequence.
+
+  Raises:
+    ValueError: the arguments don't fit together, or scores are not finite.
   """
-  queries, train_images = checked_images(queries), checked_images(train_images)
-  query_ids = checked_ids(query_ids, len(queries), "query_ids")
-  train_ids = checked_ids(train_ids, len(train_images), "train_ids")
+  dampings = _checked_dampings(damping)
+  query = _examples(queries, query_ids, query_conditioning, "query")
+  train = _examples(train_images, train_ids, train_conditioning, "train")
   measured = measurement_named(measurement)
-  checked_damping(damping)
   if draw_groups is None:
     draw_groups = default_groups(draws)
   checked_draws(draws, draw_groups)
   if compression not in COMPRESSIONS:
     raise ValueError(f"Unknown compression {compression!r}; there are: {list(COMPRESSIONS)}.")
-  if queries.shape[1:] != train_images.shape[1:]:
-    raise ValueError(
-      f"Queries of shape {queries.shape[1:]} do not match training images of shape "
-      f"{train_images.shape[1:]}."
-    )
-  task.check_images(train_images.shape[1:])
-  _check_curvature(task, curvature)
   if batch_size < 1:
     raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+  _check_alike(query, train)
+  image_shape = train.images.shape[1:]
+  task.check_images(image_shape, train.conditioning)
+  _check_curvature(task, curvature, train)
   compress, restore = COMPRESSIONS[compression]
-  skip = curvature.settings["skip"]
-  model = register(task.apply_fn, task.params, train_images.shape[1:], skip)
-  groups = DrawGroups(seed=seed, num=draw_groups, size=draws // draw_groups)
-  drive = functools.partial(
-    parallel.map_batches, batch_size=max(1, batch_size // groups.size), devices=devices
+  model = register(
+    task.apply_fn,
+    task.params,
+    image_shape,
+    curvature.selection,
+    conditioning=train.conditioning,
   )
-  preconditioned = drive(
-    query_kernel(model, measured, task.schedule, groups, damping, compress),
-    (task.params, curvature.bases), parallel.Rows(queries, example_numbers(query_ids)),
+  if model.layers != curvature.layers:
+    raise ValueError("The curvature has other layers than the task's model: fit it for this task.")
+  groups = DrawGroups(seed=seed, num=draw_groups, size=draws // draw_groups)
+  num_rows = max(1, batch_size // groups.size)
+  drive = functools.partial(parallel.map_batches, batch_size=num_rows, devices=devices)
+  grads = drive(
+    gradient_kernel(model, measured, task.schedule, groups), task.params, query.rows(),
     label="query gradients", unit="queries",
   )  # fmt: skip
+  with jax.default_device(devices[0] if devices else None):
+    preconditioned = compressed_queries(
+      curvature, grads, dampings=dampings, compress=compress, num_rows=num_rows
+    )
+  del grads  # as large as the preconditioned ones or larger
   products = drive(
     score_kernel(model, task.schedule, groups, restore), (task.params, preconditioned),
-    parallel.Rows(train_images, example_numbers(train_ids), draw_groups),
-    label="training gradients", unit=f"groups of {groups.size} draws",
+    train.rows(draw_groups), label="training gradients", unit=f"groups of {groups.size} draws",
   )  # fmt: skip
   if not np.isfinite(products).all():
     raise ValueError(
@@ -113,85 +144,68 @@ def influence(
       "for these images at every timestep, or raise the damping."
     )
   settings = {f"curvature_{name}": value for name, value in curvature.settings.items()} | dict(
-    measurement=measurement, damping=damping, draws=draws, draw_groups=draw_groups,
-    compression=compression, seed=seed,
+    measurement=measurement, draws=draws, draw_groups=draw_groups, compression=compression,
+    seed=seed,
   )  # fmt: skip
-  grouped = products.reshape(len(train_images), draw_groups, len(queries))
-  return Scores(np.transpose(grouped, (1, 2, 0)), query_ids, train_ids, settings)
+  split = products.reshape(len(train.ids), draw_groups, len(dampings), len(query.ids))
+  scores = tuple(
+    Scores(np.transpose(part, (1, 2, 0)), query.ids, train.ids, settings | {"damping": value})
+    for value, part in zip(dampings, np.moveaxis(split, 2, 0), strict=True)
+  )
+  return scores[0] if np.ndim(damping) == 0 else scores
 
 
 @dataclasses.dataclass(frozen=True)
-class DrawGroups:
-  """How the draws of each example are made: `num` groups of `size` draws from `seed`."""
+class _Examples:
+  """Queries or training examples: images [n, H, W, C], ids [n], conditioning [n, …] or None."""
 
-  seed: int
-  num: int
-  size: int
+  images: np.ndarray
+  ids: np.ndarray
+  conditioning: PyTree
 
-
-def query_kernel(
-  model: Registration,
-  measurement: Measurement,
-  schedule: Schedule,
-  groups: DrawGroups,
-  damping: float,
-  compress: Callable,
-) -> parallel.Kernel:
-  """Kernel from queries to their compressed (H + λI)⁻¹ ∇m, averaged over all groups of draws."""
-
-  def kernel(operands, batch: Batch) -> PyTree:
-    params, bases = operands
-    keys = fold_in_each(stream(groups.seed, "query_gradients"), batch.ids)
-
-    def add_group(total, group):
-      grads = example_gradients(
-        model, measurement, schedule, params, images=batch.images,
-        keys=group_keys(keys, jnp.full(keys.shape, group), groups.size),
-      )  # fmt: skip
-      return jax.tree.map(jnp.add, total, grads), None
-
-    zeros = {layer.name: jnp.zeros((len(batch.ids), *layer.matrix_shape)) for layer in model.layers}
-    total, _ = jax.lax.scan(add_group, zeros, jnp.arange(groups.num))
-    with jax.default_matmul_precision("highest"):
-      return {
-        name: compress(flat(precondition(grad / groups.num, bases[name], damping)))
-        for name, grad in total.items()
-      }
-
-  return kernel
+  def rows(self, draws: int | None = None) -> parallel.Rows:
+    return parallel.Rows(self.images, example_numbers(self.ids), draws, self.conditioning)
 
 
-def score_kernel(
-  model: Registration, schedule: Schedule, groups: DrawGroups, restore: Callable
-) -> parallel.Kernel:
-  """Kernel from (training example, group of draws) rows to scores [B, Q] for all queries."""
-
-  def kernel(operands, batch: Batch) -> jax.Array:
-    params, preconditioned = operands
-    keys = fold_in_each(stream(groups.seed, "train_gradients"), batch.ids)
-    grads = example_gradients(
-      model, LOSS, schedule, params, images=batch.images,
-      keys=group_keys(keys, batch.draws, groups.size),
-    )  # fmt: skip
-    return inner_products(grads, {name: restore(q) for name, q in preconditioned.items()})
-
-  return kernel
+def _examples(images: Array, ids: np.ndarray | None, conditioning: PyTree, name: str) -> _Examples:
+  images = checked_images(images)
+  ids = checked_ids(ids, len(images), f"{name}_ids")
+  conditioning = checked_conditioning(conditioning, len(images), f"{name}_conditioning")
+  return _Examples(images, ids, conditioning)
 
 
-def inner_products(grads: Matrices, queries: dict[str, jax.Array]) -> jax.Array:
-  """Σ over layers of inner products of grads [B, d_out, d_in] and queries [Q, P]: [B, Q]."""
-  with jax.default_matmul_precision("highest"):
-    products = [flat(grad) @ queries[name].T for name, grad in grads.items()]
-  return jnp.sum(jnp.stack(products), axis=0)
+def _checked_dampings(damping: float | Sequence[float]) -> tuple[float, ...]:
+  """The dampings as floats; ValueError unless there are any, all positive and different."""
+  if np.ndim(damping) > 1 or not np.size(damping):
+    raise ValueError(f"damping must be a number or a non-empty sequence of them; got {damping}.")
+  dampings = tuple(map(float, np.atleast_1d(damping)))
+  for value in dampings:
+    checked_damping(value)
+  if len(set(dampings)) < len(dampings):
+    raise ValueError(f"Each damping must be given once; got {list(dampings)}.")
+  return dampings
 
 
-def flat(matrices: jax.Array) -> jax.Array:
-  """[B, d_out, d_in] → [B, P]."""
-  return matrices.reshape(len(matrices), -1)
+def _check_alike(query: _Examples, train: _Examples) -> None:
+  """Raises ValueError unless queries and training examples are inputs of the same network."""
+  if query.images.shape[1:] != train.images.shape[1:]:
+    raise ValueError(
+      f"Queries of shape {query.images.shape[1:]} do not match training images of shape "
+      f"{train.images.shape[1:]}."
+    )
+  ours, theirs = (
+    jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), examples.conditioning)
+    for examples in (query, train)
+  )
+  if ours != theirs:
+    raise ValueError(
+      "query_conditioning and train_conditioning must be None or pytrees of one form, the same in "
+      f"shape and type of every row; got rows {ours} and {theirs}."
+    )
 
 
-def _check_curvature(task: Task, curvature: Curvature) -> None:
-  """Raises ValueError unless the curvature is one of this task."""
+def _check_curvature(task: Task, curvature: Curvature, train: _Examples) -> None:
+  """Raises ValueError unless the curvature is one of this task and such training examples."""
   for what in ("params", "schedule"):
     ours, theirs = getattr(task, what), getattr(curvature.task, what)
     pairs = itertools.zip_longest(*map(jax.tree.leaves_with_path, (ours, theirs)))
@@ -199,3 +213,14 @@ def _check_curvature(task: Task, curvature: Curvature) -> None:
       raise ValueError(
         f"The curvature was fitted for other {what} than the task's: fit it for this task."
       )
+  if curvature.settings["conditional"] != (train.conditioning is not None):
+    raise ValueError(
+      "The curvature was fitted with conditioning, or the training images have it: one of both."
+    )
+  if curvature.task.apply_fn is not task.apply_fn:
+    try:
+      curvature.task.check_images(train.images.shape[1:], train.conditioning)
+    except ValueError as error:
+      raise ValueError(
+        f"The curvature was fitted for a model with other inputs than the task's: {error}"
+      ) from error

@@ -1,219 +1,294 @@
-"""K-FAC-expand blocks for kfac-jax (paper, Section 3.1 and Appendix B; Eschenhagen et al. 2023).
+"""Blocks for kfac-jax: one class a kind of layer, which brings its arrays into one form.
 
-For a layer with inputs a_r (1 appended where it has a bias) and output gradients g_r at positions
-r = 1 … R of an example,
-
-  A = E over examples, draws, positions of a_r a_rᵀ,    G = E over examples, draws of Σ_r g_r g_rᵀ,
-
-and G ⊗ A approximates the GGN block of its matrix [W | b]. A dense layer with no positions has
-R = 1; attention projections and 2-D convolutions (on unfolded inputs) have R > 1.
-
-kfac-jax hands each block the layer's inputs and output gradients. Our blocks take its `ema_new` as
-one weight a pair, [B], so that padding (weight 0) leaves no trace, and each update replaces the
-state by the sums over its own batch: adding up over batches is the drivers' business.
+A block turns what kfac-jax hands it (a layer's inputs and the gradients at its outputs) into
+a [B, R, d_in] and g [B, R, d_out] (see factors.py), and says how the parameters make the matrix
+[W | b]. The blocks of scale and shift have no Kronecker structure: their curvature is diagonal.
 """
 
-import abc
-from typing import NamedTuple
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import kfac_jax
+import numpy as np
 
-from jaxinf.types import KroneckerFactors
+from jaxinf.curvature import chunks, factors
+from jaxinf.curvature.convolution import autocorrelates, autocorrelation, patch_moments, unfold
+from jaxinf.curvature.factors import Tap
+from jaxinf.types import Eigenbasis, PyTree
 
-
-class Tap(NamedTuple):
-  """What K-FAC needs of a layer for B (example, draw) pairs with R positions each."""
-
-  inputs: jax.Array  # a [B, R, d_in], without the 1 for a bias
-  gradients: jax.Array  # g [B, R, d_out], of whatever was back-propagated
+_LETTERS = "abcdefgh"
+Arrays = tuple[jax.Array, jax.Array]  # a layer's input x and the gradient dy at its output
 
 
 class KroneckerBlock(kfac_jax.KroneckerFactored):
   """A layer whose curvature is G ⊗ A. Subclasses bring inputs and gradients into one form."""
 
-  kind: str
+  structure = "kronecker"
+
+  def __init__(self, layer_tag_eq, **options):
+    self._layer_tag_eq = layer_tag_eq
+    if "parameters_specs" not in options:  # for kfac-jax: kernel and bias as [d_in, d_out]
+      letters = [_LETTERS[: len(shape)] for shape in self.parameters_shapes]
+      rows, columns = ("".join(letters[0][axis] for axis in axes) for axes in self.axes)
+      specs = [f"{letters[0]} -> ({columns})({rows})", *(f"{b} -> 1({b})" for b in letters[1:])]
+      options["parameters_specs"] = specs
+    super().__init__(layer_tag_eq, **options)
 
   @property
-  @abc.abstractmethod
-  def kernel_order(self) -> tuple[int, ...]:
-    """Axes of the kernel with the outputs first and the inputs in the order of `inputs`."""
+  def form(self) -> Any:
+    """Where inputs, outputs and matrix lie (see tagging.py)."""
+    return self.layer_tag_extra_params["form"]
 
-  @abc.abstractmethod
+  @property
+  def has_bias(self) -> bool:
+    return self.number_of_parameters == 2
+
+  @property
+  def axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Axes of the kernel that make rows and columns of the matrix."""
+    raise NotImplementedError
+
+  @property
+  def groups(self) -> int:
+    return 1
+
   def inputs(self, x: jax.Array) -> jax.Array:
-    """Layer inputs as [B, R, d_in], without the 1 for a bias."""
+    """Layer inputs as [B, R, (groups,) d_in], without the 1 for a bias."""
+    raise NotImplementedError
 
-  @abc.abstractmethod
   def output_gradients(self, dy: jax.Array) -> jax.Array:
-    """Gradients at the layer's outputs as [B, R, d_out]."""
+    """Gradients at the layer's outputs as [B, R, (groups,) d_out]."""
+    raise NotImplementedError
+
+  def tap(self, arrays: Arrays) -> Tap:
+    """Inputs and output gradients with positions on one axis."""
+    x, dy = arrays
+    return Tap(inputs=self.inputs(x), gradients=self.output_gradients(_float32(dy)))
+
+  def input_sums(self, x: jax.Array, weights: jax.Array, sharing: str) -> PyTree:
+    """Sums over pairs from which `input_factor` makes Σ_b w_b (1/R) Σ_r a_r a_rᵀ."""
+    return factors.input_sum(self.inputs(x), weights, has_bias=self.has_bias, sharing=sharing)
+
+  def input_factor(self, sums: PyTree) -> np.ndarray:
+    """A [(groups,) d_in, d_in] on the host."""
+    return np.asarray(sums)
+
+  def gradient_sums(self, dy: jax.Array, weights: jax.Array, sharing: str) -> jax.Array:
+    """Σ_b w_b Σ_r g_r g_rᵀ [(groups,) d_out, d_out]."""
+    return factors.gradient_sum(self.output_gradients(_float32(dy)), weights, sharing=sharing)
+
+  def matrices(self, arrays: Arrays, rows: int) -> jax.Array:
+    """Gradients [rows, (groups,) d_out, d_in], each summed over B / rows consecutive pairs."""
+    each = len(arrays[1]) // rows
+
+    def gradients(arrays):
+      count = len(arrays[1]) // each
+      return factors.gradient_matrices(self.tap(arrays), rows=count, has_bias=self.has_bias)
+
+    one = self._single_position(arrays)
+    return gradients(arrays) if one else chunks.stacked(gradients, arrays, each=each)
+
+  def eigenvalue_sums(self, arrays: Arrays, basis: Eigenbasis, weights: jax.Array) -> jax.Array:
+    """Σ_b w_b (Q_outᵀ gradient Q_in)² [(groups,) d_out, d_in]."""
+
+    def sums(weighted):
+      arrays, weights = weighted
+      return factors.eigenvalue_sum(self.tap(arrays), basis, weights, has_bias=self.has_bias)
+
+    one = self._single_position(arrays)
+    return sums((arrays, weights)) if one else chunks.summed(sums, (arrays, weights))
+
+  def _single_position(self, arrays: Arrays) -> bool:
+    return jax.eval_shape(self.tap, arrays).inputs.shape[1] == 1
 
   def update_curvature_matrix_estimate(
     self, state, estimation_data, ema_old, ema_new, identity_weight, batch_size
   ):
-    """Replaces the state's factors by sums over this batch, weighted by ema_new [B]."""
-    del ema_old, identity_weight, batch_size
-    tap = self.tap(estimation_data)
-    factors = factor_sums(tap, weights=ema_new, has_bias=self.number_of_parameters == 2)
+    """kfac-jax's own use of the block: running means of the two factors of one device's batch."""
+    del identity_weight
+    if self.groups > 1:
+      raise NotImplementedError("kfac-jax's own estimators hold one pair of factors a layer.")
+    (x,), (dy,) = estimation_data.primals.inputs, estimation_data.tangents.outputs
+    weights = jnp.full(len(dy), 1 / batch_size)
+    a = factors.input_sum(self.inputs(x), weights, has_bias=self.has_bias, sharing="expand")
+    g = self.gradient_sums(dy, weights, "expand")
     state = state.copy()
-    for average, value in zip(state.factors, (factors.a, factors.g), strict=True):
-      average.value = value
+    for average, value in zip(state.factors, (a, g), strict=True):
+      average.update(value, ema_old, ema_new)
     return state
-
-  def tap(self, data: kfac_jax.LayerVjpData) -> "Tap":
-    """The layer's inputs and output gradients with positions on one axis."""
-    (x,) = data.primals.inputs
-    (dy,) = data.tangents.outputs
-    return Tap(inputs=self.inputs(x), gradients=self.output_gradients(dy))
 
 
 class DenseBlock(KroneckerBlock):
-  """Dense layer y = x W + b on x [B, …, d_in], W [d_in, d_out]; every position counts."""
-
-  kind = "dense"
+  """A matrix product over any axes of x; every other axis but the first is a position."""
 
   @property
-  def kernel_order(self) -> tuple[int, ...]:
-    return (1, 0)
+  def axes(self):
+    return self.form.kernel_out, self.form.kernel_in
 
   def inputs(self, x):
-    return x.reshape(x.shape[0], -1, x.shape[-1])
+    return _features_last(_float32(x), self.form.x_in)
 
   def output_gradients(self, dy):
-    return dy.reshape(dy.shape[0], -1, dy.shape[-1])
+    return _features_last(dy, self.form.y_out)
 
 
-class Conv2DBlock(KroneckerBlock):
-  """2-D convolution of any stride, padding and layout; inputs are unfolded into patches."""
-
-  kind = "conv2d"
+class ConvBlock(KroneckerBlock):
+  """A convolution over any number of axes; inputs are unfolded into patches."""
 
   @property
-  def kernel_order(self) -> tuple[int, ...]:
-    out, features, *spatial = self._conv["dimension_numbers"].rhs_spec
-    return (out, *spatial, features)
+  def axes(self):
+    out, features, *space = self.form.kernel_spec
+    return (out,), (*space, features)
 
   @property
-  def _conv(self) -> dict:
-    return self.layer_tag_extra_params
+  def groups(self) -> int:
+    return self.form.groups
+
+  @property
+  def _geometry(self) -> dict:
+    form, shape = self.form, self.parameters_shapes[0]
+    kernel = tuple(shape[axis] for axis in form.kernel_spec[2:])
+    return dict(
+      kernel=kernel, strides=form.strides, padding=form.padding, dilation=form.rhs_dilation,
+      x_dilation=form.lhs_dilation,
+    )  # fmt: skip
 
   def inputs(self, x):
-    kernel = [self.parameters_shapes[0][axis] for axis in self.kernel_order[1:3]]
-    patches = unfold(
-      _channels_last(x, self._conv["dimension_numbers"].lhs_spec),
-      kernel=kernel,
-      strides=self._conv["window_strides"],
-      padding=self._conv["padding"],
-      dilation=self._conv["rhs_dilation"],
+    patches = unfold(self._images(x), **self._geometry)  # [B, *positions, K, C]
+    *_, size, channels = patches.shape
+    if self.groups == 1:
+      return patches.reshape(len(x), -1, size * channels)
+    patches = patches.reshape(len(x), -1, size, self.groups, channels // self.groups)
+    return jnp.swapaxes(patches, 2, 3).reshape(*patches.shape[:2], self.groups, -1)
+
+  def output_gradients(self, dy):
+    rows = _channels_last(dy, self.form.y_spec)
+    flat = rows.reshape(len(dy), -1, rows.shape[-1])
+    return flat if self.groups == 1 else flat.reshape(*flat.shape[:2], self.groups, -1)
+
+  def input_sums(self, x, weights, sharing):
+    if sharing != "expand" or not self._autocorrelates:
+      return super().input_sums(x, weights, sharing)
+    images = self._images(x)
+    scaled = weights / math.prod(images.shape[1:-1])
+    sums: dict[str, Any] = {"moments": autocorrelation(images, scaled)}
+    if self.has_bias:
+      sums["total"], sums["means"] = jnp.sum(weights), self._patch_sums(images, scaled)
+    return sums
+
+  def input_factor(self, sums):
+    if not isinstance(sums, dict):
+      return super().input_factor(sums)
+    moments = patch_moments(sums["moments"])
+    if not self.has_bias:
+      return moments
+    return np.block(
+      [[moments, sums["means"][:, None]], [sums["means"][None], sums["total"].reshape(1, 1)]]
     )
-    return patches.reshape(x.shape[0], -1, patches.shape[-1])
+
+  @property
+  def _autocorrelates(self) -> bool:
+    return autocorrelates(**self._geometry, groups=self.groups)
+
+  def _patch_sums(self, images: jax.Array, weights: jax.Array) -> jax.Array:
+    """Σ_b w_b Σ_r of patches [K · C], without unfolding: of the mean image, which is linear."""
+    mean = jnp.einsum("b...,b->...", images, weights, precision=jax.lax.Precision.HIGHEST)
+    patches = unfold(mean[None], **self._geometry)
+    return jnp.sum(patches, axis=tuple(range(patches.ndim - 2))).reshape(-1)
+
+  def _images(self, x):
+    return _channels_last(_float32(x), self.form.x_spec)
+
+
+class EmbedBlock(KroneckerBlock):
+  """Rows of a table [V, C] by index: a matrix product with one-hot inputs, so d_in = V."""
+
+  axes = ((1,), (0,))
+
+  def inputs(self, x):
+    size = self.parameters_shapes[0][0]
+    return jax.nn.one_hot(x[..., 0].reshape(len(x), -1), size)
 
   def output_gradients(self, dy):
-    dy = _channels_last(dy, self._conv["dimension_numbers"].out_spec)
-    return dy.reshape(dy.shape[0], -1, dy.shape[-1])
+    return dy.reshape(len(dy), -1, dy.shape[-1])
+
+
+class ElementBlock(kfac_jax.Diagonal):
+  """x · p or x + p with p of any shape: its matrix is p as a column [size, 1]."""
+
+  structure = "diagonal"
+  has_bias = False
+  groups = 1
+
+  @property
+  def form(self) -> Any:
+    return self.layer_tag_extra_params["form"]
+
+  @property
+  def axes(self):
+    return tuple(range(len(self.parameters_shapes[0]))), ()
+
+  def matrices(self, arrays: Arrays, rows: int) -> jax.Array:
+    """Gradients [rows, size, 1], each summed over B / rows consecutive pairs."""
+    x, dy = arrays
+    product = dy * x if self.form.kind == "scale" else dy
+    product = product.reshape(rows, -1, *product.shape[1:])
+    shape = self.parameters_shapes[0]
+    # The first axis of dy, the batch, has become two; axes of length 1 may have vanished.
+    kept = [axis + 1 for axis, size in zip(self.form.axes, shape, strict=True) if size != 1]
+    rest = tuple(axis for axis in range(1, product.ndim) if axis not in kept)
+    return jnp.sum(product, axis=rest).reshape(rows, -1, 1)
+
+  def eigenvalue_sums(self, arrays: Arrays, basis: Eigenbasis, weights: jax.Array) -> jax.Array:
+    """Σ_b w_b gradient² [size, 1]."""
+    del basis
+    squares = jnp.square(self.matrices(arrays, rows=len(arrays[1])))
+    return jnp.sum(squares * weights[:, None, None], axis=0)
+
+  def update_curvature_matrix_estimate(
+    self, state, estimation_data, ema_old, ema_new, identity_weight, batch_size
+  ):
+    """kfac-jax's own use of the block: a running mean of the diagonal."""
+    del identity_weight
+    arrays = (estimation_data.primals.inputs[0], estimation_data.tangents.outputs[0])
+    weights = jnp.full(len(arrays[1]), 1 / batch_size)
+    value = self.eigenvalue_sums(arrays, Eigenbasis(None, None, None), weights)
+    state = state.copy()
+    (average,) = state.diagonal_factors
+    average.update(value.reshape(self.parameters_shapes[0]), ema_old, ema_new)
+    return state
 
 
 class Uncovered(kfac_jax.ScaledIdentity):
-  """Stands in for a layer that has no Kronecker block; `reason` says why."""
-
-  def __init__(self, layer_tag_eq, reason: str, **options):
-    self.reason = reason
-    super().__init__(layer_tag_eq, **options)
+  """Stands in for a parameter that is in no layer."""
 
 
-def factor_sums(tap: Tap, *, weights: jax.Array, has_bias: bool) -> KroneckerFactors:
-  """Σ_b w_b (1/R) Σ_r a_r a_rᵀ and Σ_b w_b Σ_r g_r g_rᵀ.
-
-  Args:
-    tap: a [B, R, d_in] and g [B, R, d_out].
-    weights: w [B].
-    has_bias: whether a 1 is appended to the inputs.
-  """
-  scale = weights[:, None, None]
-  weighted = tap.inputs * (scale / tap.inputs.shape[1])
-  a = _gram(weighted, tap.inputs)
-  if has_bias:
-    sums = jnp.sum(weighted, axis=(0, 1))[None]
-    corner = jnp.sum(weights).reshape(1, 1)
-    a = jnp.block([[a, sums.T], [sums, corner]])
-  return KroneckerFactors(a=a, g=_gram(tap.gradients * scale, tap.gradients))
+def _float32(x: jax.Array) -> jax.Array:
+  """Inputs and gradients of layers that compute in bfloat16 are multiplied up in float32."""
+  return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
-def gradient_matrices(tap: Tap, *, rows: int, has_bias: bool) -> jax.Array:
-  """Σ over pairs and positions of g aᵀ for each of `rows` equal runs of pairs.
-
-  Args:
-    tap: a [B, R, d_in] and g [B, R, d_out]; rows divides B.
-    rows: M, how many matrices; each sums B / M consecutive pairs.
-    has_bias: whether a 1 is appended to the inputs.
-
-  Returns:
-    [M, d_out, d_in], the bias in the last column.
-  """
-  inputs, gradients = (x.reshape(rows, -1, x.shape[-1]) for x in (tap.inputs, tap.gradients))
-  matrices = jnp.einsum("mko,mki->moi", gradients, inputs, precision=jax.lax.Precision.HIGHEST)
-  if not has_bias:
-    return matrices
-  return jnp.concatenate([matrices, jnp.sum(gradients, axis=1)[..., None]], axis=-1)
-
-
-def unfold(x: jax.Array, *, kernel, strides, padding, dilation) -> jax.Array:
-  """Patches [B, H', W', kh · kw · C] (in that order) of images x [B, H, W, C].
-
-  Shifted slices are far cheaper on a CPU than XLA's patches by convolution.
-  """
-  x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-  size = [(x.shape[1 + i] - dilation[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in range(2)]
-  slices = []
-  for row in range(kernel[0]):
-    for column in range(kernel[1]):
-      start = (row * dilation[0], column * dilation[1])
-      limit = [start[i] + strides[i] * (size[i] - 1) + 1 for i in range(2)]
-      slices.append(x[:, start[0] : limit[0] : strides[0], start[1] : limit[1] : strides[1]])
-  return jnp.concatenate(slices, axis=-1) if len(slices) > 1 else slices[0]
-
-
-def _gram(x: jax.Array, y: jax.Array) -> jax.Array:
-  x, y = (v.reshape(-1, v.shape[-1]) for v in (x, y))
-  return jnp.matmul(x.T, y, precision=jax.lax.Precision.HIGHEST)
+def _features_last(x: jax.Array, features: tuple[int, ...]) -> jax.Array:
+  """[B, R, d] from an array with the batch first and its features at `features`."""
+  rest = [axis for axis in range(x.ndim) if axis not in features]
+  size = math.prod(x.shape[axis] for axis in features)
+  return jnp.transpose(x, (*rest, *features)).reshape(len(x), -1, size)
 
 
 def _channels_last(x: jax.Array, spec: tuple[int, ...]) -> jax.Array:
-  """[B, H, W, C] from an array whose batch, channel and spatial axes stand at `spec`."""
-  batch, channel, *spatial = spec
-  return jnp.transpose(x, (batch, *spatial, channel))
+  """[B, *space, C] from an array whose batch, channel and space axes stand at `spec`."""
+  batch, channel, *space = spec
+  return jnp.transpose(x, (batch, *space, channel))
 
 
-def _dense(eqn, **options):
-  block = DenseBlock(eqn, **options)
-  num_axes = len(block.parameters_shapes[0])
-  if num_axes != 2:
-    reason = f"a dense kernel with {num_axes} axes (DenseGeneral) has no block yet"
-    return Uncovered(eqn, reason, **options)
-  return block
-
-
-def _conv2d(eqn, **options):
-  if any(d != 1 for d in eqn.params["lhs_dilation"]):
-    return Uncovered(eqn, "transposed convolutions have no block yet", **options)
-  if eqn.params["feature_group_count"] != 1 or eqn.params["batch_group_count"] != 1:
-    return Uncovered(eqn, "grouped convolutions have no block yet", **options)
-  return Conv2DBlock(eqn, **options)
-
-
-def _scale_and_shift(eqn, **options):
-  return Uncovered(eqn, "a scale or shift (normalisation) has no Kronecker block", **options)
-
-
-def _generic(eqn, **options):
-  return Uncovered(eqn, "kfac-jax found no dense or convolution layer around it", **options)
-
-
-# What kfac-jax calls for each kind of layer; it passes options that differ between its versions.
+# What kfac-jax calls for each kind of tag; it passes options that differ between its versions.
 BLOCKS = {
-  "dense": _dense,
-  "repeated_dense": _dense,
-  "conv2d": _conv2d,
-  "scale_and_shift": _scale_and_shift,
-  "generic": _generic,
+  "dense": DenseBlock,
+  **{f"{kind}{n}d": ConvBlock for kind in ("conv", "conv_transpose") for n in (1, 2, 3)},
+  "embed": EmbedBlock,
+  "scale": ElementBlock,
+  "shift": ElementBlock,
+  "generic": Uncovered,
 }

@@ -1,4 +1,4 @@
-"""The coverage contract: every parameter is in a Kronecker block or in a declared skip list.
+"""The coverage contract: every parameter is in a Kronecker block, or declared diagonal or skipped.
 
 Anything else stops the fit with a table parameter → block and the reason; nothing falls back to a
 diagonal approximation in silence.
@@ -10,15 +10,13 @@ import re
 from collections.abc import Mapping, Sequence
 
 import jax
-import kfac_jax
 
-from jaxinf.curvature.blocks import KroneckerBlock
-from jaxinf.curvature.layers import Layer, layer_name, leaf_names
+from jaxinf.curvature.layers import Layer, leaf_names
 from jaxinf.types import Params
 
 ADVICE = (
-  "Ordinary dense and convolution layers are found where apply_fn is not under jit, in float32, "
-  "and without shared parameters, nn.scan, nn.vmap or nn.remat: kfac-jax reads its plain trace."
+  "A parameter that enters nn.scan or nn.vmap, is used more than once, or is reshaped before its "
+  "product is in no layer; kfac_jax.register_dense(y, x, w, b) in the network declares one by hand."
 )
 
 
@@ -40,7 +38,7 @@ class Coverage:
 
   @property
   def num_covered(self) -> int:
-    """Parameters (numbers, not arrays) in Kronecker blocks."""
+    """Parameters (numbers, not arrays) in blocks."""
     return sum(_size(row) for row in self.rows if row.block not in (None, "skipped"))
 
   @property
@@ -63,54 +61,116 @@ class Coverage:
   def summary(self) -> str:
     share = self.num_covered / self.num_parameters
     return (
-      f"{self.num_covered:,} of {self.num_parameters:,} parameters ({share:.1%}) in Kronecker "
+      f"{self.num_covered:,} of {self.num_parameters:,} parameters ({share:.1%}) in curvature "
       f"blocks; {len(self.skipped)} arrays skipped"
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Selection:
+  """Which parameters the curvature covers, and how: regular expressions found in their paths.
+
+  Attributes:
+    skip: parameters to leave out.
+    diagonal: layers whose curvature is diagonal; scales and shifts have no other.
+    only: parameters to keep, all others being left out; all where None.
+  """
+
+  skip: Sequence[str] = ()
+  diagonal: Sequence[str] = ()
+  only: Sequence[str] | None = None
+
+  def __post_init__(self):
+    for name in ("skip", "diagonal", "only"):
+      patterns = getattr(self, name)
+      if isinstance(patterns, str):
+        raise ValueError(
+          f"{name} must be a sequence of regular expressions; write {name}=({patterns!r},)."
+        )
+      for pattern in patterns or ():
+        _check_expression(name, pattern)
+
+  def as_dict(self) -> dict:
+    """The fields as plain lists."""
+    fields = dataclasses.asdict(self)
+    return {name: None if value is None else list(value) for name, value in fields.items()}
+
+  def skips(self, parameter: str) -> bool:
+    """Whether a parameter is left out."""
+    kept = self.only is None or any(re.search(p, parameter) for p in self.only)
+    return not kept or any(re.search(p, parameter) for p in self.skip)
+
+  def makes_diagonal(self, parameter: str) -> bool:
+    """Whether a parameter's layer is declared diagonal."""
+    return any(re.search(p, parameter) for p in self.diagonal)
+
+
 def cover(
-  blocks: Mapping[tuple[int, ...], kfac_jax.CurvatureBlock],
+  layers: Sequence[Layer],
   params: Params,
-  skip: Sequence[str],
-  objections: Mapping[tuple[int, ...], str],
+  selection: Selection,
+  reasons: Mapping[int, str],
 ) -> tuple[tuple[Layer, ...], Coverage]:
   """The layers that are covered, and the table.
 
   Args:
-    blocks: positions of parameters among the leaves → the block registered for them.
+    layers: all that were found.
     params: the parameters.
-    objections: like `blocks`, why a Kronecker block cannot be used after all.
-    skip: regular expressions; a parameter whose path matches one anywhere is left out.
+    selection: what to leave out, and what is diagonal.
+    reasons: leaf → why its layer, or the lack of one, stands in the way.
 
   Raises:
-    ValueError: a parameter is in no Kronecker block and not skipped, a layer is skipped in part,
-      or a regular expression is malformed.
+    ValueError: a parameter is in no layer and not skipped, a layer is skipped in part, or an
+      expression of `diagonal` finds only what is skipped.
   """
-  patterns = [_compiled(pattern) for pattern in skip]
   names, leaves = leaf_names(params), jax.tree.leaves(params)
-  layers, rows = [], {}
-  for indices, block in blocks.items():
-    skipped = [any(p.search(names[i]) for p in patterns) for i in indices]
-    reason = getattr(block, "reason", objections.get(indices, ""))
-    kronecker = block if isinstance(block, KroneckerBlock) and not reason else None
-    what = None
+  _check_diagonal(selection, names)
+  blocks: dict[int, str | None] = {i: None for i in range(len(names))}
+  reasons = dict(reasons)
+  covered = []
+  for layer in layers:
+    indices = [i for i in (layer.kernel, layer.bias) if i is not None]
+    skipped = [selection.skips(names[i]) for i in indices]
+    diagonal = all(selection.makes_diagonal(names[i]) for i in indices)
     if all(skipped):
-      what = "skipped"
-    elif any(skipped):
-      reason = "its layer is skipped in part: skip the whole layer or nothing of it"
-    elif kronecker is not None:
-      what = f"{kronecker.kind} (K-FAC expand)"
-      layers.append(_layer(kronecker, indices, names))
-    for i in indices:
-      rows[i] = Row(names[i], tuple(leaves[i].shape), what, reason)
-  coverage = Coverage(tuple(rows[i] for i in sorted(rows)))
+      continue
+    if any(skipped):
+      reasons |= dict.fromkeys(
+        indices, "its layer is skipped in part: skip the whole layer or nothing of it"
+      )
+    elif layer.structure == "diagonal" and not diagonal:
+      reasons |= dict.fromkeys(
+        indices, f"a {layer.kind} has no Kronecker factors: name it in `diagonal` or in `skip`"
+      )
+    elif not any(i in reasons for i in indices):
+      layer = dataclasses.replace(layer, structure="diagonal") if diagonal else layer
+      blocks |= dict.fromkeys(indices, f"{layer.kind} ({layer.structure})")
+      covered.append(layer)
+  for i, name in enumerate(names):
+    if blocks[i] is None and selection.skips(name) and "in part" not in reasons.get(i, ""):
+      blocks[i] = "skipped"
+  coverage = Coverage(
+    tuple(
+      Row(names[i], tuple(leaves[i].shape), block, "" if block else reasons.get(i, ""))
+      for i, block in blocks.items()
+    )
+  )
   if any(row.block is None for row in coverage.rows):
     raise ValueError(_complaint(coverage))
-  if not layers:
-    raise ValueError(
-      f"No layer is left for the curvature; skip={list(skip)} leaves out everything."
-    )
-  return tuple(layers), coverage
+  if not covered:
+    raise ValueError(f"No layer is left for the curvature: {selection} leaves out everything.")
+  return tuple(covered), coverage
+
+
+def _check_diagonal(selection: Selection, names: Sequence[str]) -> None:
+  """Raises ValueError where all that an expression of `diagonal` finds is skipped."""
+  for pattern in selection.diagonal:
+    found = [name for name in names if re.search(pattern, name)]
+    if found and all(map(selection.skips, found)):
+      raise ValueError(
+        f"diagonal: all that {pattern!r} finds is skipped, such as {found[0]}. To cover "
+        "normalisation: fit_curvature(…, skip=(), diagonal=jaxinf.SKIP_NORMALISATION)."
+      )
 
 
 def _complaint(coverage: Coverage) -> str:
@@ -125,22 +185,11 @@ def _complaint(coverage: Coverage) -> str:
   )
 
 
-def _layer(block: KroneckerBlock, indices: tuple[int, ...], names: list[str]) -> Layer:
-  return Layer(
-    name=layer_name(names[indices[0]]),
-    kind=block.kind,
-    kernel=indices[0],
-    bias=indices[1] if len(indices) == 2 else None,
-    kernel_shape=tuple(block.parameters_shapes[0]),
-    order=block.kernel_order,
-  )
-
-
-def _compiled(pattern: str) -> re.Pattern:
+def _check_expression(name: str, pattern: str) -> None:
   try:
-    return re.compile(pattern)
+    re.compile(pattern)
   except re.error as error:
-    raise ValueError(f"skip: {pattern!r} is not a regular expression: {error}.") from error
+    raise ValueError(f"{name}: {pattern!r} is not a regular expression: {error}.") from error
 
 
 def _size(row: Row) -> int:

@@ -1,39 +1,75 @@
-"""Eigendecomposition of Kronecker factors, and (G + λI)^±1 in the basis (paper, Eq. 6 and 12)."""
+"""Eigendecomposition of Kronecker factors, and (H + λI)^±1 in the basis (paper, Eq. 6 and 12)."""
 
+import dataclasses
+
+import jax.numpy as jnp
 import numpy as np
 
 from jaxinf.types import Array, Eigenbasis, KroneckerFactors
 
 
-def eigenbasis(factors: KroneckerFactors, layer: str) -> Eigenbasis:
-  """The eigenbasis of G ⊗ A, in float64 on the host.
+@dataclasses.dataclass(frozen=True)
+class Decomposition:
+  """The eigendecomposition of one factor.
 
-  Eigenvalues are outer products of those of the factors. Rounding can make a small one negative:
-  those are clipped to zero.
-
-  Args:
-    factors: A [d_in, d_in] and G [d_out, d_out], symmetric.
-    layer: its name, for the error message.
-
-  Raises:
-    ValueError: a factor has infinite entries or NaN.
+  Attributes:
+    values: [..., d] ≥ 0, ascending.
+    vectors: [..., d, d] in columns.
+    num_clipped: negative eigenvalues set to zero.
+    most_negative: the least of them ÷ the largest eigenvalue; 0 where there is none.
   """
-  decomposed = []
-  for name, factor in (("input factor A", factors.a), ("gradient factor G", factors.g)):
-    factor = np.asarray(factor, np.float64)
+
+  values: np.ndarray
+  vectors: np.ndarray
+  num_clipped: int
+  most_negative: float
+
+
+def eigh_on_host(factor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Eigenvalues [..., d], ascending, and eigenvectors [..., d, d] in float64 by LAPACK."""
+  return np.linalg.eigh(factor)
+
+
+def eigh_on_device(factor: Array) -> tuple[Array, Array]:
+  """The same as a JAX computation in float32: eigenvalues are good to 1e-7 of the largest."""
+  return jnp.linalg.eigh(jnp.asarray(factor, jnp.float32))
+
+
+def checked_factors(factors: KroneckerFactors, layer: str) -> KroneckerFactors:
+  """The factors, symmetric in float64; ValueError where entries are infinite or NaN."""
+  symmetric = {}
+  for name, what in (("a", "input factor A"), ("g", "gradient factor G")):
+    factor = np.asarray(getattr(factors, name), np.float64)
     if not np.isfinite(factor).all():
+      cause = {"a": "activations", "g": "gradients"}[name]
       raise ValueError(
-        f"The {name} of layer {layer} is not finite: the model's activations or gradients "
-        "overflow. Check that the model's outputs are finite for training images at every timestep."
+        f"The {what} of layer {layer} is not finite: its {cause} overflow. Check that the model's "
+        "outputs are finite for training images at every timestep, or skip the layer by name."
       )
-    values, vectors = np.linalg.eigh((factor + factor.T) / 2)
-    decomposed.append((np.maximum(values, 0), vectors))
-  (values_in, q_in), (values_out, q_out) = decomposed
-  return Eigenbasis(q_in=q_in, q_out=q_out, eigenvalues=np.outer(values_out, values_in))
+    symmetric[name] = (factor + np.swapaxes(factor, -1, -2)) / 2
+  return KroneckerFactors(**symmetric)
+
+
+def decomposition(values: Array, vectors: Array) -> Decomposition:
+  """Clips negative eigenvalues, which rounding makes of small ones, and counts them."""
+  values, vectors = np.asarray(values, np.float64), np.asarray(vectors, np.float64)
+  largest = max(float(values.max()), np.finfo(np.float64).tiny)
+  return Decomposition(
+    values=np.maximum(values, 0),
+    vectors=vectors,
+    num_clipped=int((values < 0).sum()),
+    most_negative=min(float(values.min()) / largest, 0.0),
+  )
+
+
+def eigenbasis(a: Decomposition, g: Decomposition) -> Eigenbasis:
+  """The eigenbasis of G ⊗ A, whose eigenvalues are outer products of those of the factors."""
+  eigenvalues = g.values[..., :, None] * a.values[..., None, :]
+  return Eigenbasis(q_in=a.vectors, q_out=g.vectors, eigenvalues=eigenvalues)
 
 
 def precondition(grads: Array, basis: Eigenbasis, damping: float) -> Array:
-  """Applies (G + λI)⁻¹ to layer gradients in the Kronecker eigenbasis.
+  """Applies (H + λI)⁻¹ to layer gradients in the Kronecker eigenbasis.
 
   With V = Q_outᵀ · grads · Q_in, returns Q_out · (V / (Λ + λ)) · Q_inᵀ. NumPy arrays stay on the
   host in their precision; JAX arrays give a JAX computation.
@@ -47,10 +83,18 @@ def precondition(grads: Array, basis: Eigenbasis, damping: float) -> Array:
 
 
 def multiply(grads: Array, basis: Eigenbasis, damping: float) -> Array:
-  """Applies G + λI to layer gradients [..., d_out, d_in]; the inverse of `precondition`."""
+  """Applies H + λI to layer gradients [..., d_out, d_in]; the inverse of `precondition`."""
   return _scaled(grads, basis, basis.eigenvalues + damping)
 
 
+def checked_damping(damping: float) -> None:
+  """Raises ValueError unless λ > 0."""
+  if not damping > 0:
+    raise ValueError(f"damping must be positive (the curvature is singular); got {damping}.")
+
+
 def _scaled(grads: Array, basis: Eigenbasis, scale: Array) -> Array:
-  rotated = basis.q_out.T @ grads @ basis.q_in
-  return basis.q_out @ (rotated * scale) @ basis.q_in.T
+  if basis.q_in is None:
+    return grads * scale
+  rotated = basis.q_out.swapaxes(-1, -2) @ grads @ basis.q_in
+  return basis.q_out @ (rotated * scale) @ basis.q_in.swapaxes(-1, -2)

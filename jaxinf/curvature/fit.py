@@ -1,78 +1,52 @@
-"""Fits K-FAC curvature of a diffusion model (paper, Section 3.1).
+"""Fits curvature to a model: one or two passes over (example, draw) pairs (paper, Section 3.1).
 
-The GGN of the pixel-mean loss is (2/D) E[JᵀJ] over examples and draws of (t, ε), with D = H·W·C
-and J = ∂ε_θ/∂θ. A target drawn from the model's own Gaussian has the output gradient √(2/D) ξ,
-ξ ~ N(0, I), whose covariance is (2/D) I: back-propagating it gives the Monte-Carlo Fisher, which
-is the GGN in expectation.
+kfac:     factors A and G of every layer, then their eigenbasis;
+ekfac:    then a second pass for the eigenvalues in that basis, over the same pairs;
+diagonal: the second pass alone, in the identity basis;
+identity: no pass, H = I: scores are inner products of gradients;
+cg:       the exact GGN (exact.py), preconditioned by a sketch of it or by ekfac.
 """
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxinf import parallel
-from jaxinf.curvature.coverage import Coverage
-from jaxinf.curvature.eigenbasis import eigenbasis, multiply, precondition
-from jaxinf.curvature.layers import Layer, from_matrices, to_matrices
+from jaxinf.artifacts import fingerprint
+from jaxinf.curvature.coverage import Selection
+from jaxinf.curvature.curvature import Curvature
+from jaxinf.curvature.decompose import DECOMPOSERS, decomposed
+from jaxinf.curvature.exact import GGN, Solver
+from jaxinf.curvature.factors import SHARINGS
+from jaxinf.curvature.layers import Layer
 from jaxinf.curvature.registration import Registration, register
-from jaxinf.diffusion.objective import Noised, float_images, noised
-from jaxinf.diffusion.task import Task, checked_ids, checked_images
-from jaxinf.random import example_numbers, fold_in_each, stream, substreams
-from jaxinf.types import Array, Batch, Eigenbasis, KroneckerFactors, Params
+from jaxinf.curvature.targets import ESTIMATORS, checked_targets, curvature_pairs
+from jaxinf.diffusion.task import Task, checked_conditioning, checked_ids, checked_images
+from jaxinf.random import example_numbers
+from jaxinf.types import Array, Batch, Eigenbasis, PyTree
+from jaxinf.unfinished import PartialSums
 
 _LOG = logging.getLogger("jaxinf")
 
 SKIP_NORMALISATION = (r"(?i)norm[^/]*/(scale|bias)$",)
+METHODS = ("kfac", "ekfac", "diagonal", "identity", "cg")
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
-class Curvature:
-  """The fitted curvature H ≈ GGN: block-diagonal over layers, G ⊗ A in each.
+@dataclasses.dataclass(frozen=True)
+class Resume:
+  """Where a fit keeps its sums so far, so that a killed one goes on from there.
 
   Attributes:
-    layers: the covered layers.
-    bases: layer name → its eigenbasis.
-    coverage: what became of every parameter.
-    task: what it was fitted for.
-    settings: how it was fitted.
+    folder: of the files; delete it when the curvature is safe.
+    every: batches between two savings.
   """
 
-  layers: tuple[Layer, ...]
-  bases: dict[str, Eigenbasis]
-  coverage: Coverage
-  task: Task
-  settings: dict
-
-  def __repr__(self) -> str:
-    return f"Curvature({len(self.layers)} layers: {self.coverage.summary()}; {self.settings})"
-
-  def multiply(self, grads: Params, damping: float) -> Params:
-    """(H + λI) · grads for a pytree shaped like the parameters; zeros outside the curvature.
-
-    In float64 on the host, and so returned: at a damping far below the largest eigenvalue, float32
-    could not tell the small eigendirections from the rounding of the large ones.
-    """
-    return self._apply(multiply, grads, damping)
-
-  def precondition(self, grads: Params, damping: float) -> Params:
-    """(H + λI)⁻¹ · grads; otherwise as `multiply`, whose inverse it is inside the curvature."""
-    return self._apply(precondition, grads, damping)
-
-  def _apply(self, function, grads: Params, damping: float) -> Params:
-    checked_damping(damping)
-    expected, got = (jax.tree.map(np.shape, tree) for tree in (self.task.params, grads))
-    if expected != got:
-      raise ValueError("grads must be a pytree with the structure and shapes of the parameters.")
-    grads = jax.tree.map(lambda x: np.asarray(x, np.float64), grads)
-    matrices = to_matrices(self.layers, grads)
-    applied = {
-      name: function(matrix, self.bases[name], damping) for name, matrix in matrices.items()
-    }
-    return from_matrices(self.layers, applied, grads)
+  folder: Path
+  every: int = 100
 
 
 def fit_curvature(
@@ -82,10 +56,19 @@ def fit_curvature(
   draws: int,
   seed: int,
   ids: np.ndarray | None = None,
+  conditioning: PyTree = None,
   method: str = "kfac",
+  sharing: str = "expand",
   estimator: str = "mc",
+  targets: int = 1,
   skip: Sequence[str] = SKIP_NORMALISATION,
+  diagonal: Sequence[str] = (),
+  only: Sequence[str] | None = None,
+  partitions: int = 1,
+  decompose: str = "host",
+  solver: Solver | None = None,
   batch_size: int = 128,
+  resume: Resume | None = None,
   devices: Sequence[jax.Device] | None = None,
 ) -> Curvature:
   """Fits the curvature of a model's loss over training images.
@@ -93,74 +76,199 @@ def fit_curvature(
   Args:
     task: the model.
     images: [N, H, W, C] float32 in [-1, 1] or uint8.
-    draws: draws of (t, ε) for each image, each with one model-sampled target.
+    draws: draws of (t, ε) for each image.
     seed: of the draws and targets.
     ids: [N] stable ids of the images, which their random keys follow; 0 … N − 1 where None.
-    method: "kfac".
-    estimator: "mc", model-sampled targets.
+    conditioning: pytree of arrays [N, …], further inputs of the model; None for none.
+    method: "kfac", "ekfac" (eigenvalues corrected), "diagonal", "identity" or "cg" (exact GGN by
+      conjugate gradients: a referee for small sets).
+    sharing: K-FAC over positions, "expand" or "reduce".
+    estimator: "mc" (model-sampled targets), "empirical" (true noise) or "exact" (all outputs;
+      small networks only).
+    targets: model-sampled targets for each draw ("mc").
     skip: regular expressions on parameter paths to leave out; normalisation layers by default.
+    diagonal: likewise, layers whose curvature is diagonal; scales and shifts have no other.
+    only: likewise, parameters to keep, all others being left out; None for all.
+    partitions: groups of layers fitted one after another, each by passes of its own: equal results
+      in less memory.
+    decompose: eigendecomposition on the "host" (float64) or on the "devices" (float32, the layers
+      split among them by cost: eigenvalues below some 1e-7 of the largest are noise).
+    solver: of "cg": tolerance, iterations and precision.
     batch_size: (image, draw) pairs at a time over all devices.
+    resume: keeps sums on disk; None: a killed fit begins again.
     devices: local devices; all of them where None.
 
   Raises:
     ValueError: a parameter is neither covered nor skipped, a factor is not finite, or the
       arguments don't fit together.
   """
-  for value, valid, what in ((method, METHODS, "method"), (estimator, ESTIMATORS, "estimator")):
+  choices = (
+    (method, METHODS, "method"), (sharing, SHARINGS, "sharing"),
+    (estimator, tuple(ESTIMATORS), "estimator"), (decompose, tuple(DECOMPOSERS), "decompose"),
+  )  # fmt: skip
+  for value, valid, what in choices:
     if value not in valid:
       raise ValueError(f"Unknown {what} {value!r}; there are: {', '.join(valid)}.")
-  if draws < 1:
-    raise ValueError(f"draws must be at least 1; got {draws}.")
-  if isinstance(skip, str):
-    raise ValueError(f"skip must be a sequence of regular expressions; write skip=({skip!r},).")
+  for count, what in ((draws, "draws"), (targets, "targets"), (partitions, "partitions")):
+    if count < 1:
+      raise ValueError(f"{what} must be at least 1; got {count}.")
+  selection = Selection(skip, (".",) if method == "diagonal" else diagonal, only)
   images = checked_images(images)
-  numbers = example_numbers(checked_ids(ids, len(images), "ids"))
-  task.check_images(images.shape[1:])
-  model = register(task.apply_fn, task.params, images.shape[1:], skip)
+  conditioning = checked_conditioning(conditioning, len(images), "conditioning")
+  rows = parallel.Rows(
+    images, example_numbers(checked_ids(ids, len(images), "ids")), draws, conditioning
+  )
+  task.check_images(images.shape[1:], conditioning)
+  if method != "identity":  # which takes no pass
+    targets = checked_targets(task, images.shape[1:], conditioning, len(rows), estimator, targets)
+  model = register(
+    task.apply_fn, task.params, images.shape[1:], selection, conditioning=conditioning
+  )
+  skipped = model.coverage.skipped
   _LOG.info("curvature: %s", model.coverage.summary())
-  _LOG.info("curvature: skipped %s", ", ".join(model.coverage.skipped) or "nothing")
-  rows = parallel.Rows(images, numbers, draws)
-  factors = fit_factors(task, model, rows, seed, batch_size, devices)
-  bases = {name: eigenbasis(factor, name) for name, factor in factors.items()}
-  settings = dict(method=method, estimator=estimator, draws=draws, seed=seed, skip=list(skip))
-  return Curvature(model.layers, bases, model.coverage, task, settings)
-
-
-def fit_factors(
-  task: Task,
-  model: Registration,
-  rows: parallel.Rows,
-  seed: int,
-  batch_size: int,
-  devices: Sequence[jax.Device] | None = None,
-) -> dict[str, KroneckerFactors]:
-  """Layer name → mean factors over all (example, draw) rows, with Monte-Carlo targets."""
-  schedule = task.schedule
-
-  def kernel(params: Params, batch: Batch):
-    keys = fold_in_each(fold_in_each(stream(seed, "curvature"), batch.ids), batch.draws)
-    pairs = noised(schedule, float_images(batch.images), keys)
-    cotangents = monte_carlo_cotangents(substreams(keys, "targets"), pairs)
-    return model.factor_sums(params, pairs, cotangents, batch.mask)
-
-  sums = parallel.reduce_batches(
-    kernel, task.params, rows, batch_size=batch_size, label="curvature", unit="pairs",
-    devices=devices,
+  some = ", ".join(skipped[:4]) + (" …" if len(skipped) > 4 else "")
+  _LOG.info("curvature: skipped %s", some or "nothing")
+  settings = dict(
+    method=method, sharing=sharing, estimator=estimator, targets=targets, draws=draws,
+    seed=seed, solver=None if method != "cg" else dataclasses.asdict(solver or Solver()),
+    conditional=conditioning is not None, **selection.as_dict(),
   )  # fmt: skip
-  return jax.tree.map(lambda x: x / len(rows), sums)
+  fit = Fit(task, model, rows, settings, batch_size, decompose, resume, devices)
+  bases, diagnostics = fit.bases(partitions)
+  exact = None
+  if method == "cg":
+    exact = GGN(
+      task, model.layers, rows, seed=seed, batch_size=batch_size, devices=devices, solver=solver
+    )  # fmt: skip
+  return Curvature(model.layers, bases, model.coverage, task, settings, diagnostics, exact)
 
 
-def monte_carlo_cotangents(keys: jax.Array, pairs: Noised) -> jax.Array:
-  """√(2/D) ξ [B, H, W, C]: loss gradients at targets sampled from the model's Gaussian."""
-  shape = pairs.noise.shape[1:]
-  noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-  return jnp.sqrt(2 / np.prod(shape)) * noise
+@dataclasses.dataclass(frozen=True)
+class Fit:
+  """The passes of one fit; the fields are arguments of `fit_curvature`, checked."""
+
+  task: Task
+  model: Registration
+  rows: parallel.Rows
+  settings: Mapping
+  batch_size: int = 128
+  decompose: str = "host"
+  resume: Resume | None = None
+  devices: Sequence[jax.Device] | None = None
+
+  def bases(self, partitions: int = 1) -> tuple[dict[str, Eigenbasis], dict]:
+    """Layer name → eigenbasis, and diagnostics."""
+    solver = self.settings["solver"]
+    if self.settings["method"] == "identity" or (solver and solver["sketch_rank"]):
+      one = lambda layer: Eigenbasis(None, None, np.ones(layer.matrix_shape))
+      return {layer.name: one(layer) for layer in self.model.layers}, {}
+    bases: dict[str, Eigenbasis] = {}
+    diagnostics: dict = {}
+    for number, names in enumerate(partition(self.model.layers, partitions), start=1):
+      part = f"{number} of {partitions}" if partitions > 1 else ""
+      found, notes = self._part_bases(self.model.only(names), part)
+      bases |= found
+      diagnostics |= notes
+    if diagnostics:
+      _LOG.info(
+        "curvature: clipped %d negative eigenvalues in %d layers to zero, at most %.1e of the "
+        "largest", sum(d["num_clipped"] for d in diagnostics.values()), len(diagnostics),
+        max(-d["most_negative"] for d in diagnostics.values()),
+      )  # fmt: skip
+    return {layer.name: bases[layer.name] for layer in self.model.layers}, diagnostics
+
+  def _part_bases(self, model: Registration, part: str) -> tuple[dict[str, Eigenbasis], dict]:
+    sums = self.first_pass(model, part)
+    bases, diagnostics = decomposed(
+      model.factors(sums, total=len(self.rows)), self.decompose, self.devices
+    )
+    for layer in model.layers:
+      if layer.structure == "diagonal":
+        values = np.asarray(sums[layer.name], np.float64) / len(self.rows)
+        bases[layer.name] = Eigenbasis(None, None, _finite(values, layer.name))
+    if self.settings["method"] in ("ekfac", "cg"):
+      bases |= self.second_pass(model, bases, part)
+    return bases, diagnostics
+
+  def first_pass(self, model: Registration, part: str = "") -> dict[str, PyTree]:
+    """Layer name → sums of factors, or of squared gradients where the layer is diagonal."""
+
+    def kernel(params, batch: Batch):
+      pairs, cotangents = self._targets(batch)
+      return model.factor_sums(
+        params, pairs, cotangents, batch.mask, sharing=self.settings["sharing"]
+      )
+
+    return self._reduce(kernel, self.task.params, "curvature", part)
+
+  def second_pass(
+    self, model: Registration, bases: Mapping[str, Eigenbasis], part: str = ""
+  ) -> dict[str, Eigenbasis]:
+    """The bases of Kronecker layers, with eigenvalues corrected (EK-FAC)."""
+    names = [layer.name for layer in model.layers if layer.structure == "kronecker"]
+    rotated = model.only(names)
+
+    def kernel(operands, batch: Batch):
+      params, rotations = operands
+      pairs, cotangents = self._targets(batch)
+      return rotated.eigenvalue_sums(params, pairs, cotangents, batch.mask, rotations)
+
+    single = lambda x: np.asarray(x, np.float32)
+    rotations = {
+      name: Eigenbasis(single(bases[name].q_in), single(bases[name].q_out), None) for name in names
+    }
+    if not names:
+      return {}
+    sums = self._reduce(kernel, (self.task.params, rotations), "eigenvalues", part)
+    mean = lambda name: np.asarray(sums[name], np.float64) / len(self.rows)
+    return {
+      name: dataclasses.replace(bases[name], eigenvalues=_finite(mean(name), name))
+      for name in names
+    }
+
+  def _targets(self, batch: Batch):
+    """The pairs of a batch's rows, and their cotangents."""
+    pairs, keys = curvature_pairs(self.task.schedule, self.settings["seed"], batch)
+    cotangents = ESTIMATORS[self.settings["estimator"]](keys, pairs, self.settings["targets"])
+    return pairs, cotangents
+
+  def _reduce(self, kernel: parallel.Kernel, operands: PyTree, label: str, part: str) -> PyTree:
+    partial = None
+    if self.resume is not None:
+      name = f"{label} {part}".strip().replace(" ", "-")
+      key = dict(self.settings) | {
+        "pass": label, "part": part, "decompose": self.decompose, "inputs": self._content,
+      }  # fmt: skip
+      partial = PartialSums(self.resume.folder / f"{name}.npz", key, self.resume.every)
+    return parallel.reduce_batches(
+      kernel, operands, self.rows, batch_size=self.batch_size, unit="pairs", devices=self.devices,
+      label=f"{label} ({part})" if part else label, partial=partial,
+    )  # fmt: skip
+
+  @property
+  def _content(self) -> str:
+    """Hash of everything the sums come from, but for the network's code."""
+    trees = (self.task.params, self.task.schedule, self.rows.conditioning)
+    arrays = {f"tree_{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(trees))}
+    return fingerprint({"images": np.asarray(self.rows.images), "ids": self.rows.ids, **arrays})
 
 
-def checked_damping(damping: float) -> None:
-  if not damping > 0:
-    raise ValueError(f"damping must be positive (the curvature is singular); got {damping}.")
+def partition(layers: Sequence[Layer], num: int) -> list[list[str]]:
+  """Names of the layers in at most `num` groups of about equal memory, by d_in² + d_out²."""
+  groups: list[list[str]] = [[] for _ in range(min(num, len(layers)))]
+  sizes = [0] * len(groups)
+  size = {layer.name: sum(d * d for d in layer.matrix_shape[-2:]) for layer in layers}
+  for name in sorted(size, key=lambda name: -size[name]):
+    least = sizes.index(min(sizes))
+    groups[least].append(name)
+    sizes[least] += size[name]
+  return groups
 
 
-METHODS = ("kfac",)
-ESTIMATORS = ("mc",)
+def _finite(values: np.ndarray, layer: str) -> np.ndarray:
+  if not np.isfinite(values).all():
+    raise ValueError(
+      f"The eigenvalues of layer {layer} are not finite: its gradients overflow. Check that the "
+      "model's outputs are finite for training images at every timestep, or skip the layer by name."
+    )
+  return values

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from jaxinf.config import DataConfig
 from jaxinf.data.cifar import cifar2, cifar10
-from jaxinf.data.dataset import Dataset, stratified_positions
+from jaxinf.data.dataset import Dataset
 from jaxinf.data.digits import digits
 from jaxinf.data.files import arrays, folder
 
@@ -26,16 +26,7 @@ def load(config: DataConfig) -> Dataset:
   dataset = DATASETS[config.name](config)
   if config.num_examples is None:
     return dataset
-  if not 1 <= config.num_examples <= len(dataset):
-    raise ValueError(
-      f"data.num_examples must lie in 1…{len(dataset)}, the size of data set {config.name!r}, "
-      f"or be None for all; got {config.num_examples}."
-    )
-  return dataset.take(
-    stratified_positions(
-      dataset.ids, dataset.labels, num_examples=config.num_examples, seed=config.seed
-    )
-  )
+  return dataset.sample(config.num_examples, config.seed)
 
 
 DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {

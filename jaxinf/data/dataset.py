@@ -89,6 +89,17 @@ class Dataset:
     """The examples with these ids, in that order; unknown ids are an error."""
     return self.take(self.positions(ids))
 
+  def sample(self, num_examples: int, seed: int) -> "Dataset":
+    """A random subset with the labels' proportions; ValueError unless 1 ≤ num_examples ≤ N."""
+    if not 1 <= num_examples <= len(self):
+      raise ValueError(
+        f"The number of examples must lie in 1…{len(self)}, the size of data set {self.name!r}; "
+        f"got {num_examples}."
+      )
+    return self.take(
+      stratified_positions(self.ids, self.labels, num_examples=num_examples, seed=seed)
+    )
+
   def float_images(self, indices: Iterable[int] | np.ndarray | None = None) -> np.ndarray:
     """A float32 copy [n, H, W, C] in [-1, 1] of all images, or of those at `indices`.
 

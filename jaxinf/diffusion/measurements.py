@@ -11,9 +11,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxinf.diffusion.objective import Noised, float_images, noised, squared_errors
+from jaxinf.diffusion.objective import Noised, float_images, noised, predict, squared_errors
 from jaxinf.diffusion.schedule import Schedule
-from jaxinf.types import ApplyFn, Params
+from jaxinf.types import ApplyFn, Params, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,17 +21,23 @@ class Measurement:
   """The mean over draws of value(ε_θ(x_t, t), pair), with the pair from (image, key).
 
   Attributes:
-    draw: (schedule, images [B, H, W, C], keys [B]) → pairs.
+    draw: (schedule, images [B, H, W, C], keys [B]) → pairs, to which conditioning is added after.
     value: (network outputs [B, H, W, C], pairs) → [B].
   """
 
   draw: Callable[[Schedule, jax.Array, jax.Array], Noised]
   value: Callable[[jax.Array, Noised], jax.Array]
 
-  def pairs(self, schedule: Schedule, images: jax.Array, keys: jax.Array) -> Noised:
-    """The B · S pairs of images [B, H, W, C] (or uint8) and keys [B, S], image-major."""
-    images = jnp.repeat(float_images(images), keys.shape[1], axis=0)
-    return self.draw(schedule, images, keys.reshape(-1))
+  def pairs(
+    self, schedule: Schedule, images: jax.Array, keys: jax.Array, conditioning: PyTree = None
+  ) -> Noised:
+    """The B · S pairs of images [B, H, W, C] (or uint8) and keys [B, S], image-major.
+
+    Each pair carries its image's row of the conditioning, a pytree of arrays [B, …].
+    """
+    repeat = lambda rows: jnp.repeat(rows, keys.shape[1], axis=0)
+    pairs = self.draw(schedule, repeat(float_images(images)), keys.reshape(-1))
+    return pairs._replace(conditioning=jax.tree.map(repeat, conditioning))
 
   def cotangents(self, pairs: Noised, draws: int) -> Callable[[jax.Array], jax.Array]:
     """Gradient at the network's outputs of each image's measurement, a mean over `draws` pairs."""
@@ -44,10 +50,11 @@ class Measurement:
     schedule: Schedule,
     images: jax.Array,
     keys: jax.Array,
+    conditioning: PyTree = None,
   ) -> jax.Array:
     """[B] measurements of images [B, H, W, C] with draws from keys [B, S]."""
-    pairs = self.pairs(schedule, images, keys)
-    values = self.value(apply_fn(params, pairs.x_t, pairs.t), pairs)
+    pairs = self.pairs(schedule, images, keys, conditioning)
+    values = self.value(predict(apply_fn, params, pairs), pairs)
     return values.reshape(keys.shape).mean(axis=1)
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxinf.diffusion.schedule import Schedule, add_noise
 from jaxinf.random import substreams
+from jaxinf.types import ApplyFn, Params, PyTree
 
 
 class Noised(NamedTuple):
@@ -19,6 +20,14 @@ class Noised(NamedTuple):
   x_t: jax.Array  # [B, H, W, C]
   t: jax.Array  # [B] int32
   noise: jax.Array  # [B, H, W, C], ε
+  conditioning: PyTree = None  # of arrays [B, …]; None where the model has no further inputs
+
+
+def predict(apply_fn: ApplyFn, params: Params, pairs: Noised) -> jax.Array:
+  """ε_θ(x_t, t) or ε_θ(x_t, t, conditioning), [B, H, W, C]: the one call of a network on pairs."""
+  if pairs.conditioning is None:
+    return apply_fn(params, pairs.x_t, pairs.t)
+  return apply_fn(params, pairs.x_t, pairs.t, pairs.conditioning)
 
 
 def float_images(images: jax.Array) -> jax.Array:
@@ -29,7 +38,10 @@ def float_images(images: jax.Array) -> jax.Array:
 
 
 def noised(schedule: Schedule, images: jax.Array, keys: jax.Array) -> Noised:
-  """One draw of (t, ε) for each image [B, H, W, C] from its key [B]; t is uniform in [0, T)."""
+  """One draw of (t, ε) for each image [B, H, W, C] from its key [B]; t is uniform in [0, T).
+
+  Draws do not depend on conditioning: `noised(…)._replace(conditioning=…)` adds it.
+  """
   uniform = jax.vmap(lambda key: jax.random.randint(key, (), 0, schedule.num_steps))
   normal = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))
   t, noise = uniform(substreams(keys, "t")), normal(substreams(keys, "noise"))

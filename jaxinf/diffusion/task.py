@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinf.diffusion.objective import Noised, predict
 from jaxinf.diffusion.schedule import Schedule
-from jaxinf.types import ApplyFn, Array, Params
+from jaxinf.types import ApplyFn, Array, Params, PyTree
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -16,7 +17,8 @@ class Task:
 
   Attributes:
     apply_fn: apply_fn(params, x_t [B, H, W, C], t [B] int32) → ε [B, H, W, C]: any JAX function,
-      with dropout off, in float32 and not under `jit` (curvature is registered from its trace).
+      with dropout off, in float32 and not under `jit` (curvature is registered from its trace). A
+      conditional model is apply_fn(params, x_t, t, conditioning), with a pytree of arrays [B, …].
     params: pytree of float32 arrays; the EMA parameters where training kept them.
     schedule: the diffusion process the model was trained with.
   """
@@ -44,15 +46,25 @@ class Task:
     num = sum(leaf.size for leaf in jax.tree.leaves(self.params))
     return f"Task({num:,} parameters, {self.schedule.num_steps} timesteps)"
 
-  def check_images(self, image_shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless the model maps images [B, H, W, C] of this shape to their like."""
-    x_t = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
-    t = jax.ShapeDtypeStruct((2,), jnp.int32)
+  def check_images(self, image_shape: tuple[int, ...], conditioning: PyTree = None) -> None:
+    """Raises ValueError unless the model maps images [B, H, W, C] of this shape to their like.
+
+    Args:
+      image_shape: (H, W, C).
+      conditioning: pytree of arrays [N, …] whose rows the model is given; None for none.
+    """
+    two_rows = lambda shape, dtype: jax.ShapeDtypeStruct((2, *shape), dtype)
+    x_t, t = two_rows(image_shape, jnp.float32), two_rows((), jnp.int32)
+    given = jax.tree.map(lambda x: two_rows(x.shape[1:], x.dtype), conditioning)
+    network = lambda params, x_t, t, c: predict(self.apply_fn, params, Noised(x_t, t, x_t, c))
     try:
-      eps = jax.eval_shape(self.apply_fn, self.params, x_t, t)
+      eps = jax.eval_shape(network, self.params, x_t, t, given)
     except Exception as error:
+      call, what = "apply_fn(params, x_t, t)", ""
+      if conditioning is not None:
+        call, what = "apply_fn(params, x_t, t, conditioning)", f" and conditioning {given}"
       raise ValueError(
-        f"apply_fn(params, x_t, t) fails for x_t {x_t.shape} float32 and t {t.shape} int32: {error}"
+        f"{call} fails for x_t {x_t.shape} float32, t {t.shape} int32{what}: {error}"
       ) from error
     if getattr(eps, "shape", None) != x_t.shape:
       raise ValueError(
@@ -83,3 +95,37 @@ def checked_ids(ids: np.ndarray | None, num: int, name: str) -> np.ndarray:
   if ids.shape != (num,) or len(np.unique(ids)) != num:
     raise ValueError(f"{name} must be {num} different ids, one an image; got shape {ids.shape}.")
   return ids
+
+
+def checked_conditioning(conditioning: PyTree, num: int, name: str) -> PyTree:
+  """Conditioning as NumPy arrays [num, …], integers as JAX keeps them (int32); None stays None.
+
+  Raises:
+    ValueError: calls it `name`; a leaf has another leading axis than `num`, is not of numbers, is
+      float64 or not finite, or has integers beyond 32 bits; or there are no leaves.
+  """
+  if conditioning is not None and not jax.tree.leaves(conditioning):
+    raise ValueError(f"{name} holds no arrays: pass None for a model without conditioning.")
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: _checked_leaf(leaf, num, name + jax.tree_util.keystr(path)), conditioning
+  )
+
+
+def _checked_leaf(leaf: Array, num: int, name: str) -> np.ndarray:
+  leaf = np.asarray(leaf)
+  if leaf.shape[:1] != (num,):
+    raise ValueError(
+      f"{name} must be an array with one row for each of the {num} images; got shape {leaf.shape}."
+    )
+  if leaf.dtype == np.float64:
+    raise ValueError(f"{name} is float64: cast it with .astype('float32').")
+  if jnp.issubdtype(leaf.dtype, jnp.floating):
+    if not np.isfinite(leaf).all():
+      raise ValueError(f"{name} is not finite.")
+    return leaf
+  if leaf.dtype.kind not in "biu":
+    raise ValueError(f"{name} must hold numbers or booleans; got {leaf.dtype}.")
+  kept = leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype))
+  if not np.array_equal(kept, leaf):
+    raise ValueError(f"{name} has integers that do not fit {kept.dtype}.")
+  return kept

@@ -6,7 +6,7 @@ from jaxinf.curvature.registration import Registration
 from jaxinf.diffusion.measurements import Measurement
 from jaxinf.diffusion.schedule import Schedule
 from jaxinf.random import draw_keys
-from jaxinf.types import Matrices, Params
+from jaxinf.types import Matrices, Params, PyTree
 
 
 def example_gradients(
@@ -17,6 +17,7 @@ def example_gradients(
   *,
   images: jax.Array,
   keys: jax.Array,
+  conditioning: PyTree = None,
 ) -> Matrices:
   """Gradients of each image's measurement over its draws.
 
@@ -27,11 +28,12 @@ def example_gradients(
     params: the parameters.
     images: [B, H, W, C], float32 in [-1, 1] or uint8.
     keys: [B, S], one a draw.
+    conditioning: pytree of arrays [B, …], or None.
 
   Returns:
     Layer name → [B, d_out, d_in].
   """
-  pairs = measurement.pairs(schedule, images, keys)
+  pairs = measurement.pairs(schedule, images, keys, conditioning)
   cotangents = measurement.cotangents(pairs, draws=keys.shape[1])
   return model.gradients(params, pairs, cotangents, rows=len(images))
 

@@ -1,5 +1,7 @@
 """Influence scores: a naive float64 twin, sign and scale by leave-one-out, and invariances."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 from scipy import stats
 
 import jaxinf
-from jaxinf.curvature.eigenbasis import eigenbasis, precondition
+from jaxinf.curvature.coverage import Selection
+from jaxinf.curvature.decompose import decomposed
+from jaxinf.curvature.eigenbasis import precondition
 from jaxinf.curvature.registration import register
 from jaxinf.diffusion.measurements import LOSS
 from jaxinf.gradients.per_example import group_keys
@@ -134,13 +138,12 @@ def test_leave_one_out_on_ridge_regression_pins_sign_and_scale():
   params = {"linear": {"kernel": everything[:, :-1].T, "bias": everything[:, -1]}}
   params = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), params)
   task = jaxinf.Task(apply_fn, params, nets.SCHEDULE)
-  model = register(apply_fn, params, (2, 2, 1), skip=())
+  model = register(apply_fn, params, (2, 2, 1), Selection())
   rows = x.reshape(-1, size + 1)
   factors = KroneckerFactors(a=rows.T @ rows / len(rows), g=2 / size * np.eye(size))
-  curvature = jaxinf.Curvature(
-    model.layers, {"linear": eigenbasis(factors, "linear")}, model.coverage, task,
-    {"skip": [], "draws": draws},
-  )  # fmt: skip
+  bases, _ = decomposed({"linear": factors}, "host")
+  settings = {"draws": draws, "conditional": False, **Selection().as_dict()}
+  curvature = jaxinf.Curvature(model.layers, bases, model.coverage, task, settings)
   scores = jaxinf.influence(
     task, curvature, queries, train, damping=damping, draws=draws, seed=5, compression=None
   )
@@ -208,6 +211,13 @@ def test_a_curvature_of_another_schedule_is_refused(problem):
   other = jaxinf.Task(task.apply_fn, task.params, jaxinf.Schedule.linear(50, 1e-4, 0.02))
   with pytest.raises(ValueError, match="fitted for other schedule"):
     jaxinf.influence(other, curvature, queries, train, **SETTINGS)
+
+
+def test_a_curvature_of_other_layers_is_refused(problem):
+  task, curvature, queries, train = problem
+  part = dataclasses.replace(curvature, layers=curvature.layers[1:])
+  with pytest.raises(ValueError, match="other layers than the task's model"):
+    jaxinf.influence(task, part, queries, train, **SETTINGS)
 
 
 def test_rankings_name_the_best_worst_and_most_neutral_examples():

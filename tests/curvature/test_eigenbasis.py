@@ -5,10 +5,13 @@ import numpy as np
 import pytest
 
 from jaxinf import Curvature
-from jaxinf.curvature.eigenbasis import eigenbasis, multiply, precondition
+from jaxinf.curvature.coverage import Selection
+from jaxinf.curvature.decompose import DECOMPOSERS, decomposed
+from jaxinf.curvature.eigenbasis import multiply, precondition
 from jaxinf.curvature.registration import register
-from jaxinf.types import KroneckerFactors
+from jaxinf.types import Eigenbasis, KroneckerFactors
 from tests import nets
+from tests.curvature import naive
 
 D_OUT, D_IN = 3, 7
 
@@ -20,6 +23,11 @@ def random_factor(size: int, seed: int) -> np.ndarray:
   return (q * np.logspace(0, -6, size)) @ q.T
 
 
+def eigenbasis(factors: KroneckerFactors) -> Eigenbasis:
+  bases, _ = decomposed({"layer": factors}, "host")
+  return bases["layer"]
+
+
 @pytest.fixture(scope="module")
 def factors():
   return KroneckerFactors(a=random_factor(D_IN, 0), g=random_factor(D_OUT, 1))
@@ -27,7 +35,7 @@ def factors():
 
 @pytest.mark.parametrize("damping", [1e-8, 1e-4, 1.0])
 def test_precondition_equals_a_dense_solve(factors, damping):
-  basis = eigenbasis(factors, "layer")
+  basis = eigenbasis(factors)
   grads = np.random.default_rng(2).normal(size=(5, D_OUT, D_IN))
   dense = np.kron(factors.g, factors.a) + damping * np.eye(D_OUT * D_IN)
   expected = np.linalg.solve(dense, grads.reshape(5, -1).T).T.reshape(grads.shape)
@@ -36,7 +44,7 @@ def test_precondition_equals_a_dense_solve(factors, damping):
 
 
 def test_multiply_equals_the_explicit_kronecker_product(factors):
-  basis = eigenbasis(factors, "layer")
+  basis = eigenbasis(factors)
   grads = np.random.default_rng(2).normal(size=(5, D_OUT, D_IN))
   dense = np.kron(factors.g, factors.a) + 0.1 * np.eye(D_OUT * D_IN)
   expected = (grads.reshape(5, -1) @ dense).reshape(grads.shape)
@@ -44,7 +52,7 @@ def test_multiply_equals_the_explicit_kronecker_product(factors):
 
 
 def test_float32_on_a_device_is_close_to_float64(factors):
-  basis = eigenbasis(factors, "layer")
+  basis = eigenbasis(factors)
   grads = np.random.default_rng(2).normal(size=(5, D_OUT, D_IN))
   on_device = jax.jit(precondition, static_argnums=2)(grads.astype(np.float32), basis, 1e-3)
   expected = precondition(grads, basis, 1e-3)
@@ -52,29 +60,79 @@ def test_float32_on_a_device_is_close_to_float64(factors):
   np.testing.assert_allclose(on_device, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
-def test_negative_rounding_of_eigenvalues_is_clipped():
-  a = np.diag([1.0, -1e-9])
-  assert (eigenbasis(KroneckerFactors(a=a, g=np.eye(2)), "layer").eigenvalues >= 0).all()
+def test_groups_are_blocks_of_their_own(factors):
+  """Leading axes of factors and gradients are carried through everything."""
+  pair = [factors, KroneckerFactors(a=random_factor(D_IN, 5), g=random_factor(D_OUT, 6))]
+  stacked = KroneckerFactors(*(np.stack([getattr(f, x) for f in pair]) for x in ("a", "g")))
+  grads = np.random.default_rng(2).normal(size=(5, 2, D_OUT, D_IN))
+  for apply in (multiply, precondition):
+    found = apply(grads, eigenbasis(stacked), 0.1)
+    each = [apply(grads[:, i], eigenbasis(f), 0.1) for i, f in enumerate(pair)]
+    np.testing.assert_allclose(found, np.stack(each, axis=1), rtol=1e-9)
+
+
+@pytest.mark.parametrize("where", DECOMPOSERS)
+def test_bases_express_the_product_of_the_factors(where, devices):
+  """Layers of several sizes, and one of two groups, on one device and two."""
+  sizes = {"small": (2, 3), "tall": (6, 2), "wide": (1, 9), "square": (5, 5)}
+  layers = {
+    name: KroneckerFactors(a=random_factor(d_in, i), g=random_factor(d_out, 9 + i))
+    for i, (name, (d_out, d_in)) in enumerate(sizes.items())
+  }
+  layers["groups"] = KroneckerFactors(
+    a=np.stack([random_factor(3, 3), random_factor(3, 4)]), g=np.ones((2, 1, 1))
+  )
+  bases, _ = decomposed(layers, where, devices)
+  assert bases.keys() == layers.keys()
+  for name, f in layers.items():
+    pairs = zip(f.g.reshape(-1, *f.g.shape[-2:]), f.a.reshape(-1, *f.a.shape[-2:]), strict=True)
+    expected = np.stack([np.kron(g, a) for g, a in pairs])
+    found = naive.dense(bases[name])
+    # Entries are at most 1. float32 rounding, some steps of 6e-8 an eigenvalue; float64's
+    atol = {"devices": 3e-6, "host": 1e-14}[where]
+    np.testing.assert_allclose(found, expected.reshape(found.shape), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("where", DECOMPOSERS)
+def test_negative_eigenvalues_are_clipped_and_counted(where):
+  """Of what rounding makes of a null space, the sign is chance: H + λI must stay invertible."""
+  factors = KroneckerFactors(a=np.diag([-2e-3, 4.0, -1e-3]), g=np.diag([1.0, -1e-4]))
+  fine = KroneckerFactors(a=np.eye(3), g=np.eye(2))
+  bases, clipped = decomposed({"null/space": factors, "fine": fine}, where)
+  expected = np.zeros((2, 3))
+  expected[1, 2] = 4.0  # ascending along both axes
+  np.testing.assert_allclose(bases["null/space"].eigenvalues, expected, rtol=1e-6)
+  assert clipped.keys() == {"null/space"}
+  assert clipped["null/space"]["num_clipped"] == 3
+  # the least ÷ the largest of its factor: −2e-3 / 4
+  np.testing.assert_allclose(clipped["null/space"]["most_negative"], -5e-4, rtol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_factor_that_is_not_finite_stops_with_the_layer_and_factor(bad):
-  a = np.eye(3)
-  a[0, 1] = bad
-  with pytest.raises(ValueError, match="input factor A of layer up/conv is not finite"):
-    eigenbasis(KroneckerFactors(a=a, g=np.eye(2)), "up/conv")
+@pytest.mark.parametrize(
+  ("side", "message"),
+  [
+    ("a", "input factor A of layer up/conv .* activations"),
+    ("g", "G of layer up/conv .* gradients"),
+  ],
+)
+def test_a_factor_that_is_not_finite_stops_with_the_layer_and_factor(bad, side, message):
+  factors = KroneckerFactors(a=np.eye(3), g=np.eye(2))
+  getattr(factors, side)[0, 1] = bad
+  with pytest.raises(ValueError, match=message):
+    decomposed({"up/conv": factors}, "host")
 
 
 @pytest.fixture(scope="module")
 def curvature():
   """A curvature of random factors, with the time layer skipped."""
   task = nets.conv_task()
-  model = register(task.apply_fn, task.params, (4, 4, 1), skip=("time",))
+  model = register(task.apply_fn, task.params, (4, 4, 1), Selection(skip=("time",)))
   bases = {}
   for i, layer in enumerate(model.layers):
     d_out, d_in = layer.matrix_shape
     factors = KroneckerFactors(a=random_factor(d_in, i), g=random_factor(d_out, 10 + i))
-    bases[layer.name] = eigenbasis(factors, layer.name)
+    bases[layer.name] = eigenbasis(factors)
   return Curvature(model.layers, bases, model.coverage, task, {})
 
 

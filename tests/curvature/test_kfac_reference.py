@@ -6,6 +6,7 @@ See make_kfac_reference.py.
 """
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +16,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxinf.curvature.eigenbasis import eigenbasis, precondition
-from jaxinf.curvature.fit import SKIP_NORMALISATION
+from jaxinf.curvature.coverage import Selection
+from jaxinf.curvature.decompose import decomposed
+from jaxinf.curvature.eigenbasis import precondition
 from jaxinf.curvature.registration import register
 from jaxinf.diffusion.objective import Noised
 from jaxinf.diffusion.schedule import Schedule, add_noise
@@ -55,19 +57,19 @@ def ours(referee, tmp_path_factory):
   tensors = {k.removeprefix("param/"): v for k, v in referee.items() if k.startswith("param/")}
   save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
   apply_fn, params = diffusers.load(folder)
-  model = register(apply_fn, params, (8, 8, 3), SKIP_NORMALISATION)
+  only = tuple(f"^{re.escape(layer_of(referee, short))}/" for short in LAYERS)
+  model = register(apply_fn, params, (8, 8, 3), Selection(only=only))
 
   train, query = (stored_pairs(referee, split) for split in ("train", "query"))
   num, size = len(train.t), 8 * 8 * 3
-  # The sum-of-squares loss has the Hessian 2I at the output: cotangents √2 e_c for every output c.
-  each_output = jnp.sqrt(2) * jnp.eye(size).reshape(1, size, 8, 8, 3)
+  # The sum-of-squares loss has the Hessian 2I at the output: cotangents √2 e_c for every output c,
+  # of which `factor_sums` takes the mean.
+  units = jnp.sqrt(2) * jnp.eye(size).reshape(size, 1, 8, 8, 3)
 
   @quick_jit
-  def factors(params, pairs):
-    repeated = jax.tree.map(lambda x: jnp.repeat(x, size, axis=0), pairs)
-    cotangents = jnp.broadcast_to(each_output, (len(pairs.t), size, 8, 8, 3))
-    weights = jnp.ones(len(pairs.t) * size)
-    return model.factor_sums(params, repeated, cotangents.reshape(-1, 8, 8, 3), weights)
+  def sums(params, pairs):
+    cotangents = lambda out: jnp.broadcast_to(units, (size, *out.shape))
+    return model.factor_sums(params, pairs, cotangents, jnp.ones(num))
 
   @quick_jit
   def gradients(params, pairs):
@@ -76,10 +78,8 @@ def ours(referee, tmp_path_factory):
     rows = model.gradients(params, pairs, cotangents, rows=len(pairs.t) // draws)
     return rows, apply_fn(params, pairs.x_t, pairs.t)
 
-  sums = factors(params, train)
-  means = {  # A: mean over (pair, output) rows, all alike for one pair; G: sum over outputs
-    name: f.replace(a=f.a / (num * size), g=f.g / num) for name, f in sums.items()
-  }
+  means = model.factors(sums(params, train), total=num)
+  means = {name: f.replace(g=f.g * size) for name, f in means.items()}
   grads, output = gradients(params, jax.tree.map(lambda *x: jnp.concatenate(x), train, query))
   split = len(referee["train"])
   of_train = {name: grad[:split] for name, grad in grads.items()}
@@ -143,6 +143,7 @@ def test_layer_scores_equal_the_referee(referee, ours, short):
   factors, train, query, _ = ours
   name = layer_of(referee, short)
   damping = float(referee[f"{short}.damping"])
-  preconditioned = precondition(query[name], eigenbasis(factors[name], name), damping)
+  bases, _ = decomposed({name: factors[name]}, "host")
+  preconditioned = precondition(query[name], bases[name], damping)
   scores = np.einsum("qoi,noi->qn", preconditioned, train[name])
   assert_close(scores, referee[f"{short}.scores_kfac"])

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from jaxinf.config import DataConfig
-from jaxinf.data import DATASETS, Dataset, load, stratified_positions
+from jaxinf.data import DATASETS, Dataset, load
+from jaxinf.data.dataset import stratified_positions
 
 CIFAR_LABELS = [
   "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",

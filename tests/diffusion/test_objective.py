@@ -9,6 +9,7 @@ from jaxinf.diffusion import measurements
 from jaxinf.diffusion.measurements import LOSS, MEASUREMENTS, measurement_named
 from jaxinf.diffusion.objective import Noised, float_images, noised, squared_errors
 from jaxinf.random import draw_keys, fold_in_each, stream
+from tests import nets
 
 NUM = 20_000
 
@@ -61,8 +62,7 @@ def test_a_draw_depends_on_its_key_and_image_alone(schedule):
   together = noised(schedule, images, keys)
   order = np.array([4, 1])
   apart = noised(schedule, images[order], keys[order])
-  for a, b in zip(apart, together, strict=True):
-    np.testing.assert_array_equal(a, b[order])
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[order]), apart, together)
 
 
 def test_the_noised_image_is_that_of_its_draw(schedule):
@@ -109,6 +109,45 @@ def test_a_measurement_equals_a_naive_loop_over_images_and_draws(name, dtype, ml
       pair = measurement.draw(schedule, image, keys[n, s][None])
       expected[n] += measurement.value(apply_fn(params, pair.x_t, pair.t), pair)[0] / 2
   np.testing.assert_allclose(values, expected, rtol=1e-5)  # float32 sums in another order
+
+
+@pytest.mark.parametrize("name", MEASUREMENTS)
+def test_conditioning_changes_no_draw_and_stays_with_its_image(name):
+  measurement = MEASUREMENTS[name]
+  images = jnp.asarray(nets.random_images(3))
+  keys = jnp.stack([draw_keys(key, 2) for key in keys_of(3)])
+  text = jax.random.normal(stream(4, "test"), (3, 5, 2))
+  conditioning = {"label": jnp.array([2, 0, 1]), "text": text}
+  without = measurement.pairs(nets.SCHEDULE, images, keys)
+  pairs = measurement.pairs(nets.SCHEDULE, images, keys, conditioning)
+  assert without.conditioning is None
+  jax.tree.map(np.testing.assert_array_equal, pairs._replace(conditioning=None), without)
+  np.testing.assert_array_equal(pairs.conditioning["label"], [2, 2, 0, 0, 1, 1])
+  np.testing.assert_array_equal(pairs.conditioning["text"], np.repeat(text, 2, axis=0))
+
+
+@pytest.mark.parametrize("name", MEASUREMENTS)
+def test_a_conditional_measurement_equals_a_loop_over_closed_over_labels(name):
+  """Every image by itself, under the unconditional network that its label makes."""
+  measurement, task = MEASUREMENTS[name], nets.conditional_task()
+  images, labels = jnp.asarray(nets.random_images(4)), jnp.array([2, 0, 1, 2])
+  keys = jnp.stack([draw_keys(key, 3) for key in keys_of(4)])
+  values = measurement.evaluate(task.apply_fn, task.params, task.schedule, images, keys, labels)
+  expected = []
+  for n in range(4):
+
+    def apply_fn(params, x_t, t, label=labels[n]):
+      return task.apply_fn(params, x_t, t, jnp.full(len(x_t), label))
+
+    one = measurement.evaluate(
+      apply_fn, task.params, task.schedule, images[n : n + 1], keys[n : n + 1]
+    )
+    expected.append(one[0])
+  np.testing.assert_allclose(values, expected, rtol=1e-5)  # float32 sums in another order
+  others = measurement.evaluate(
+    task.apply_fn, task.params, task.schedule, images, keys, (labels + 1) % 3
+  )
+  assert not np.isclose(values, others, rtol=1e-3).any()
 
 
 @pytest.mark.parametrize("name", MEASUREMENTS)

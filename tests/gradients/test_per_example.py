@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinf.curvature.coverage import Selection
 from jaxinf.curvature.layers import to_matrices
 from jaxinf.curvature.registration import register
-from jaxinf.diffusion.measurements import MEASUREMENTS
+from jaxinf.diffusion.measurements import LOSS, MEASUREMENTS
 from jaxinf.gradients.per_example import checked_draws, example_gradients, group_keys
 from jaxinf.random import draw_keys, fold_in_each, stream
 from tests import nets
@@ -18,7 +19,7 @@ NUM, DRAWS = 3, 4
 @pytest.mark.parametrize("name", MEASUREMENTS)
 def test_tapped_gradients_equal_a_loop_over_examples(name):
   task, measurement = nets.conv_task(), MEASUREMENTS[name]
-  model = register(task.apply_fn, task.params, (4, 4, 1), skip=())
+  model = register(task.apply_fn, task.params, (4, 4, 1), Selection())
   images = jnp.asarray(nets.random_images(NUM))
   keys = fold_in_each(stream(0, "test"), jnp.arange(NUM))
   keys = group_keys(keys, jnp.zeros(NUM, jnp.int32), DRAWS)
@@ -33,6 +34,30 @@ def test_tapped_gradients_equal_a_loop_over_examples(name):
   gradient = jax.jit(jax.grad(value))
   for n in range(NUM):
     grads = jax.tree.map(np.asarray, gradient(task.params, images[n], keys[n]))
+    for layer, expected in to_matrices(model.layers, grads).items():
+      # The same float32 sums in another order.
+      atol = 1e-5 * np.abs(expected).max()
+      np.testing.assert_allclose(tapped[layer][n], expected, rtol=0, atol=atol)
+
+
+def test_conditional_gradients_equal_a_loop_over_examples():
+  task = nets.conditional_task()
+  images, labels = jnp.asarray(nets.random_images(NUM)), jnp.array([2, 0, 1])
+  model = register(task.apply_fn, task.params, (4, 4, 1), Selection(), conditioning=labels)
+  keys = fold_in_each(stream(0, "test"), jnp.arange(NUM))
+  keys = group_keys(keys, jnp.zeros(NUM, jnp.int32), DRAWS)
+  kernel = lambda params: example_gradients(
+    model, LOSS, task.schedule, params, images=images, keys=keys, conditioning=labels
+  )
+  tapped = jax.jit(kernel)(task.params)
+
+  def value(params, image, keys, label):
+    apply_fn = lambda params, x_t, t: task.apply_fn(params, x_t, t, jnp.full(len(x_t), label))
+    return LOSS.evaluate(apply_fn, params, task.schedule, image[None], keys[None])[0]
+
+  gradient = jax.jit(jax.grad(value))
+  for n in range(NUM):
+    grads = jax.tree.map(np.asarray, gradient(task.params, images[n], keys[n], labels[n]))
     for layer, expected in to_matrices(model.layers, grads).items():
       # The same float32 sums in another order.
       atol = 1e-5 * np.abs(expected).max()

@@ -1,0 +1,1 @@
+"""What scores and curvatures are worth: studies against an exact or retrained reference."""

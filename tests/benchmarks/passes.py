@@ -1,0 +1,187 @@
+"""The passes that are timed: kernels on one batch of pairs, and fits that go through all pairs.
+
+A fit is made twice: by a bare loop over stored pairs, and by the library's own driver, which makes
+the pairs from keys as `fit_curvature` does.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinf.curvature.coverage import Selection
+from jaxinf.curvature.decompose import decomposed
+from jaxinf.curvature.fit import SKIP_NORMALISATION
+from jaxinf.curvature.registration import Registration, register
+from jaxinf.curvature.targets import curvature_pairs, monte_carlo
+from jaxinf.diffusion.measurements import LOSS
+from jaxinf.diffusion.objective import predict
+from jaxinf.parallel import Reduction
+from jaxinf.random import example_numbers
+from jaxinf.rows import Rows
+from jaxinf.types import ApplyFn, Eigenbasis, Params, PyTree
+from tests.benchmarks.workloads import SCHEDULE, Call, Pairs, Workload, random_matrix
+
+Kernel = Callable[[PyTree, Pairs], PyTree]  # (operands, pairs) → sums
+Reduce = Callable[[PyTree], PyTree]  # operands → sums over all pairs
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+  """What goes through a batch of pairs: (operands, pairs) → sums over it.
+
+  Operands are the parameters; for `ekfac`, parameters and rotations.
+  """
+
+  apply_fn: ApplyFn
+  model: Registration
+  diagonal_model: Registration
+
+  @classmethod
+  def of(cls, workload: Workload) -> "Kernels":
+    registered = lambda selection: register(
+      workload.apply_fn, workload.params, workload.images.shape[1:], selection
+    )
+    kronecker = Selection(SKIP_NORMALISATION)
+    return cls(
+      workload.apply_fn,
+      registered(kronecker),
+      registered(dataclasses.replace(kronecker, diagonal=(".",))),
+    )
+
+  def plain(self, params: Params, pairs: Pairs) -> PyTree:
+    """Forward and backward: the gradient of the loss."""
+
+    def loss(params):
+      return jnp.mean(LOSS.value(predict(self.apply_fn, params, pairs.noised), pairs.noised))
+
+    return jax.grad(loss)(params)
+
+  def taps(self, params: Params, pairs: Pairs) -> PyTree:
+    """Inputs and output gradients of all layers: what plain has in common with the passes."""
+    return self.model._layer_arrays(params, pairs.noised, _cotangents(pairs))
+
+  def kfac(self, params: Params, pairs: Pairs) -> PyTree:
+    """The first pass: Kronecker factors."""
+    return self.model.factor_sums(params, pairs.noised, _cotangents(pairs), _weights(pairs))
+
+  def ekfac(self, operands: PyTree, pairs: Pairs) -> PyTree:
+    """The second pass: eigenvalues in the eigenbases."""
+    params, rotations = operands
+    return self.model.eigenvalue_sums(
+      params, pairs.noised, _cotangents(pairs), _weights(pairs), rotations
+    )
+
+  def diagonal(self, params: Params, pairs: Pairs) -> PyTree:
+    """The one pass of diagonal curvature."""
+    sums = self.diagonal_model.factor_sums
+    return sums(params, pairs.noised, _cotangents(pairs), _weights(pairs))
+
+
+def _cotangents(pairs: Pairs) -> Callable:
+  return lambda out: pairs.cotangents[None]
+
+
+def _weights(pairs: Pairs) -> jax.Array:
+  return jnp.ones(len(pairs.cotangents))
+
+
+def random_rotations(registration: Registration) -> dict[str, Eigenbasis]:
+  """Matrices in the place of eigenvectors: times do not depend on them."""
+  rng = np.random.default_rng(0)
+
+  def rotation(layer):
+    *groups, d_out, d_in = layer.matrix_shape
+    q_in, q_out = (random_matrix(rng, (*groups, d, d)) for d in (d_in, d_out))
+    return Eigenbasis(q_in, q_out, None)
+
+  return {layer.name: rotation(layer) for layer in registration.layers}
+
+
+def stored_pairs(workload: Workload, batch: int) -> Callable[[Kernel], Reduce]:
+  """Makes a kernel a sum over all pairs of the workload, batch by batch."""
+  batches = workload.batches(batch)
+
+  def over_all(kernel: Kernel) -> Reduce:
+    add = lambda sums, *args: jax.tree.map(jnp.add, sums, kernel(*args))
+    step = jax.jit(add, donate_argnums=0)
+    zeros = jax.jit(lambda *args: jax.tree.map(jnp.zeros_like, jax.eval_shape(kernel, *args)))
+
+    def run(operands):
+      sums = zeros(operands, batches[0])
+      for pairs in batches:
+        sums = step(sums, operands, pairs)
+      return jax.block_until_ready(sums)
+
+    return run
+
+  return over_all
+
+
+def driver_pairs(workload: Workload, batch: int) -> Callable[[Kernel], Reduce]:
+  """The same through the library's driver, with as many draws from keys."""
+  num_images = len(workload.images)
+  ids = example_numbers(np.arange(num_images))
+  rows = Rows(workload.images, ids, draws=len(workload) // num_images)
+
+  def over_all(kernel: Kernel) -> Reduce:
+    def drawn(operands, rows):
+      noised, keys = curvature_pairs(SCHEDULE, 0, rows)
+      (cotangents,) = monte_carlo(keys, noised, 1)(noised.noise)
+      return kernel(operands, Pairs(noised, cotangents))
+
+    reduction = Reduction(drawn, label=None, unit="pairs")
+    return lambda operands: reduction(operands, rows, batch_size=batch)
+
+  return over_all
+
+
+def fits(
+  workload: Workload, kernels: Kernels, over_all: Callable[[Kernel], Reduce], where: str
+) -> dict[str, Call]:
+  """Benchmark → fit from all pairs, which returns the seconds of its stages.
+
+  Args:
+    workload: the network and its pairs.
+    kernels: of the network.
+    over_all: `stored_pairs` or `driver_pairs`.
+    where: of the eigendecomposition, "host" or "devices".
+  """
+  first, second = over_all(kernels.kfac), over_all(kernels.ekfac)
+  diagonal = over_all(kernels.diagonal)
+  decompose = lambda sums: decomposed(kernels.model.factors(sums, len(workload)), where)
+
+  def kfac():
+    return _stages({"factors": lambda _: first(workload.params)})
+
+  def ekfac():
+    return _stages(
+      {
+        "factors": lambda _: first(workload.params),
+        "eigenvectors": decompose,
+        "correction": lambda found: second((workload.params, _rotations(found[0]))),
+      }
+    )
+
+  def diagonals():
+    return _stages({"diagonal": lambda _: diagonal(workload.params)})
+
+  return {"kfac": kfac, "ekfac": ekfac, "diagonal": diagonals}
+
+
+def _rotations(bases: Mapping[str, Eigenbasis]) -> dict[str, Eigenbasis]:
+  single = lambda x: np.asarray(x, np.float32)
+  return {name: Eigenbasis(single(b.q_in), single(b.q_out), None) for name, b in bases.items()}
+
+
+def _stages(stages: Mapping[str, Callable]) -> dict[str, float]:
+  """Seconds of each stage, which is given what the one before returned."""
+  seconds, value = {}, None
+  for name, stage in stages.items():
+    began = time.perf_counter()
+    value = stage(value)
+    seconds[name] = time.perf_counter() - began
+  return seconds

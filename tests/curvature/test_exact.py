@@ -1,0 +1,301 @@
+"""The matrix-free GGN against the dense one: all layers jointly, cross-layer blocks included."""
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxinf import Task, fit_curvature
+from jaxinf.curvature.exact import GGN, Solver
+from jaxinf.curvature.layers import to_matrices
+from jaxinf.diffusion.objective import float_images, noised
+from jaxinf.parallel import Rows
+from jaxinf.random import fold_in_each, stream
+from tests import nets
+
+NUM, DRAWS, SEED = 5, 2, 3
+IDS = np.array([5, 3, 6, 0, 1], np.uint32)
+LABELS = np.linspace(-1, 1, NUM).astype(np.float32)
+GRADS = nets.random_params(nets.CONV_SHAPES, seed=7)
+
+
+def conditional_net(params, x_t, t, labels):
+  return nets.conv_net(params, x_t * (1 + labels[:, None, None, None]), t)
+
+
+def bytes_rows(conditioning=None) -> Rows:
+  images = np.random.default_rng(0).integers(0, 256, (NUM, 4, 4, 1)).astype(np.uint8)
+  return Rows(images, IDS, DRAWS, conditioning)
+
+
+def ggn(task, layers, *, rows=None, batch_size=10, devices=None, precision="float32") -> GGN:
+  rows = bytes_rows() if rows is None else rows
+  options = dict(batch_size=batch_size, devices=devices, solver=Solver(precision=precision))
+  return GGN(task, layers, rows, seed=SEED, **options)
+
+
+def vector(layers, tree) -> np.ndarray:
+  """[P] float64 of a pytree like the parameters."""
+  tree = jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+  return np.concatenate([np.ravel(matrix) for matrix in to_matrices(layers, tree).values()])
+
+
+def flat(matrices) -> np.ndarray:
+  """[Q, P] of layer name → [Q, d_out, d_in]."""
+  return np.concatenate([m.reshape(len(m), -1) for m in matrices.values()], axis=1)
+
+
+def dense_ggn(task, layers, conditioning=None) -> np.ndarray:
+  """[P, P] in float64: (2/D) mean of JᵀJ over single pairs, on the draws of the curvature."""
+  rows = bytes_rows()
+  examples, draws = np.repeat(np.arange(NUM), DRAWS), np.tile(np.arange(DRAWS), NUM)
+  keys = fold_in_each(fold_in_each(stream(SEED, "curvature"), IDS[examples]), draws)
+  pairs = noised(task.schedule, float_images(jnp.asarray(rows.images[examples])), keys)
+  given = () if conditioning is None else (conditioning[examples].astype(np.float64),)
+  x_t, t = np.asarray(pairs.x_t, np.float64), np.asarray(pairs.t)
+  params = jax.tree.map(lambda x: np.asarray(x, np.float64), task.params)
+  total = 0.0
+  with jax.enable_x64(True):
+    one = lambda p, *inputs: task.apply_fn(p, *(x[None] for x in inputs)).ravel()
+    jacobian = jax.jit(jax.jacrev(one))
+    for inputs in zip(x_t, t, *given, strict=True):
+      leaves = jax.tree.map(np.asarray, jacobian(params, *map(jnp.asarray, inputs)))
+      assert jax.tree.leaves(leaves)[0].dtype == np.float64
+      outputs = [jax.tree.map(lambda x, i=i: x[i], leaves) for i in range(x_t[0].size)]
+      j = np.stack([vector(layers, tree) for tree in outputs])
+      total += 2 / len(j) * j.T @ j / len(t)
+  return total
+
+
+@pytest.fixture(scope="module")
+def task():
+  return nets.conv_task()
+
+
+@pytest.fixture(scope="module")
+def kfac(task):
+  return fit_curvature(task, bytes_rows().images, ids=IDS, draws=50, seed=SEED)
+
+
+@pytest.fixture(scope="module")
+def layers(kfac):
+  return kfac.layers
+
+
+@pytest.fixture(scope="module")
+def dense(task, layers):
+  return dense_ggn(task, layers)
+
+
+@pytest.fixture(scope="module")
+def exact(task, layers):
+  """In float64, on one device."""
+  return ggn(task, layers, devices=jax.local_devices()[:1], precision="float64")
+
+
+@pytest.fixture(scope="module")
+def matrix(exact, task, layers, dense):
+  """H [P, P] as the products of `exact` have it, to the rounding of float64."""
+  _, unravel = jax.flatten_util.ravel_pytree(task.params)
+  units = [unravel(unit) for unit in np.eye(len(dense), dtype=np.float32)]
+  products = [vector(layers, exact.multiply(unit, 1.0)) for unit in units]
+  order = np.stack([vector(layers, unit) for unit in units])
+  return order.T @ np.stack(products) - np.eye(len(dense))
+
+
+@pytest.fixture(scope="module")
+def rhs(layers):
+  """Two right-hand sides."""
+  rng = np.random.default_rng(2)
+  return {layer.name: rng.normal(size=(2, *layer.matrix_shape)) for layer in layers}
+
+
+# Products in float32 round in sums of some hundred terms. In float64 the draws, which stay float32,
+# still round by the program they are compiled in: x_t by one unit in the last place here and there.
+ERRORS = {"float32": 1e-5, "float64": 1e-7}
+
+
+@pytest.mark.parametrize("precision", ERRORS)
+@pytest.mark.parametrize("batch_size", [4, 100])
+def test_products_are_those_of_the_dense_ggn(task, layers, dense, devices, batch_size, precision):
+  """Over batches with and without padding, on one device and two."""
+  product = ggn(task, layers, batch_size=batch_size, devices=devices, precision=precision).multiply(
+    GRADS, damping=0.1
+  )
+  assert all(leaf.dtype == np.float64 for leaf in jax.tree.leaves(product))
+  expected = dense @ vector(layers, GRADS) + 0.1 * vector(layers, GRADS)
+  atol = ERRORS[precision] * np.abs(expected).max()
+  np.testing.assert_allclose(vector(layers, product), expected, rtol=0, atol=atol)
+
+
+def test_blocks_between_layers_are_there(layers, dense, matrix):
+  """What a block-diagonal curvature drops is a good part of this GGN."""
+  np.testing.assert_allclose(matrix, dense, rtol=0, atol=1e-7 * np.abs(dense).max())
+  ends = np.cumsum([np.prod(layer.matrix_shape) for layer in layers])
+  owner = np.searchsorted(ends, np.arange(len(dense)), side="right")
+  between = np.where(owner[:, None] != owner, dense, 0)
+  assert np.linalg.norm(between) > 0.3 * np.linalg.norm(dense)
+
+
+def test_float64_products_are_symmetric_to_float64(matrix):
+  np.testing.assert_allclose(matrix, matrix.T, rtol=0, atol=1e-14 * np.abs(matrix).max())
+
+
+def test_a_conditional_model_is_given_its_conditioning(task, layers):
+  conditional = Task(conditional_net, task.params, nets.SCHEDULE)
+  product = ggn(conditional, layers, rows=bytes_rows(LABELS)).multiply(GRADS, damping=0.1)
+  expected = dense_ggn(conditional, layers, LABELS) @ vector(layers, GRADS)
+  actual = vector(layers, product) - 0.1 * vector(layers, GRADS)
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_parameters_outside_the_layers_neither_count_nor_change(task, layers):
+  """The GGN of some layers is the block of the whole; zeros come out for the others."""
+  some = tuple(layer for layer in layers if layer.name in ("conv_in", "mix"))
+  product = ggn(task, some).multiply(GRADS, damping=0.1)
+  expected = dense_ggn(task, some) @ vector(some, GRADS) + 0.1 * vector(some, GRADS)
+  atol = 1e-5 * np.abs(expected).max()
+  np.testing.assert_allclose(vector(some, product), expected, rtol=0, atol=atol)
+  for name in ("time", "conv_out"):
+    assert not any(leaf.any() for leaf in jax.tree.leaves(product[name]))
+
+
+def true_residuals(matrix, damping, rhs, solutions):
+  b, x = flat(rhs), flat(solutions)
+  return np.linalg.norm(x @ matrix + damping * x - b, axis=1) / np.linalg.norm(b, axis=1)
+
+
+@pytest.mark.parametrize("preconditioned", [False, True])
+@pytest.mark.parametrize("ratio", [1e-1, 1e-3, 1e-5])
+def test_solutions_are_those_of_a_dense_solve(exact, matrix, kfac, rhs, preconditioned, ratio):
+  damping = ratio * np.linalg.eigvalsh(matrix)[-1]
+  preconditioner = kfac if preconditioned else None
+  solutions, residuals = exact.solve(
+    rhs, damping, preconditioner=preconditioner, solver=Solver(tolerance=1e-7, max_iterations=1000)
+  )
+  assert residuals.converged.all()
+  expected = np.linalg.solve(matrix + damping * np.eye(len(matrix)), flat(rhs).T).T
+  # ‖x − x*‖ ≤ ‖(H + λI)⁻¹‖ ‖(H + λI) x − b‖ ≤ (1/λ) · tolerance · ‖b‖
+  bound = 1e-7 / damping * np.linalg.norm(flat(rhs), axis=1)
+  assert (np.linalg.norm(flat(solutions) - expected, axis=1) <= bound).all()
+  for name, matrices in rhs.items():
+    assert solutions[name].shape == matrices.shape
+
+
+def test_float32_solves_at_an_ordinary_damping(task, layers, dense, rhs, devices):
+  damping = 1e-3 * np.linalg.eigvalsh(dense)[-1]
+  solutions, residuals = ggn(task, layers, batch_size=4, devices=devices).solve(rhs, damping)
+  assert residuals.converged.all()
+  # Against the dense GGN, residuals have the float32 error of a product, some 1e-6 · ‖H‖ ‖x‖ / ‖b‖.
+  bound = 1e-4 + 1e-5 / 1e-3
+  assert (true_residuals(dense, damping, rhs, solutions) < bound).all()
+
+
+def test_a_fitted_curvature_saves_iterations_where_kfac_is_nearly_exact():
+  """One layer: K-FAC-expand is the GGN but for the sampling of targets, whatever the damping."""
+  scales = np.array([1, 10], np.float32)
+  net = lambda params, x_t, t: nets.conv(params["only"], x_t * scales)
+  params = nets.random_params({"only": {"kernel": (3, 3, 2, 2), "bias": (2,)}})
+  task, images = Task(net, params, nets.SCHEDULE), nets.random_images(20, (4, 4, 2))
+  kfac = fit_curvature(task, images, draws=50, seed=0)
+  rows = Rows(images, np.arange(20, dtype=np.uint32), draws=10)
+  exact = ggn(task, kfac.layers, rows=rows, batch_size=200)
+  rng = np.random.default_rng(0)
+  rhs = {layer.name: rng.normal(size=(2, *layer.matrix_shape)) for layer in kfac.layers}
+  damping = 1e-3 * exact.largest_eigenvalue()
+  _, plain = exact.solve(rhs, damping)
+  _, preconditioned = exact.solve(rhs, damping, preconditioner=kfac)
+  assert plain.converged.all() and preconditioned.converged.all()
+  assert (preconditioned.iterations <= plain.iterations / 2).all()
+
+
+def test_what_did_not_converge_is_reported_with_its_true_residual(exact, matrix, rhs, caplog):
+  damping = 1e-4 * np.linalg.eigvalsh(matrix)[-1]
+  solutions, residuals = exact.solve(rhs, damping, solver=Solver(max_iterations=1))
+  assert not residuals.converged.any()
+  assert (residuals.iterations == 1).all()
+  expected = true_residuals(matrix, damping, rhs, solutions)
+  np.testing.assert_allclose(residuals.relative, expected, rtol=1e-9)
+  (record,) = (r for r in caplog.records if r.levelname == "WARNING")
+  for part in ("2 of 2 solves", f"residuals up to {max(expected):.1e}", "more iterations"):
+    assert part in record.getMessage()
+
+
+def test_a_right_hand_side_of_zeros_is_solved_by_zeros(exact, rhs):
+  zeros = {name: np.zeros_like(matrices) for name, matrices in rhs.items()}
+  solutions, residuals = exact.solve(zeros, 1e-3)
+  assert not flat(solutions).any() and not residuals.relative.any() and residuals.converged.all()
+
+
+def test_the_largest_eigenvalue_is_approached_from_below(exact, matrix):
+  expected = np.linalg.eigvalsh(matrix)[-1]
+  one, few, many = (exact.largest_eigenvalue(n) for n in (1, 20, 100))
+  assert one < few <= many <= expected * (1 + 1e-12)
+  np.testing.assert_allclose(few, expected, rtol=1e-2)
+  np.testing.assert_allclose(many, expected, rtol=1e-12)  # more products than parameters
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_the_network_is_traced_once_for_all_products(task, layers, rhs, precision):
+  traces = []
+
+  def counted(params, x_t, t):
+    traces.append(x_t.shape)
+    return nets.conv_net(params, x_t, t)
+
+  exact = ggn(Task(counted, task.params, nets.SCHEDULE), layers, precision=precision)
+  exact.multiply(GRADS, 0.1)
+  after_the_first = len(traces)
+  exact.solve(rhs, 1e-2)
+  exact.largest_eigenvalue(3)
+  exact.multiply(task.params, 0.2)
+  assert len(traces) == after_the_first
+
+
+def test_a_network_that_casts_to_float32_inside_has_no_float64_products(task, layers):
+  single = lambda p, x_t, t: nets.conv_net(p, x_t, t).astype(jnp.float32)
+  exact = ggn(Task(single, task.params, nets.SCHEDULE), layers, precision="float64")
+  with pytest.raises(ValueError, match="apply_fn returns float32 for float64 parameters"):
+    exact.multiply(GRADS, 0.1)
+
+
+@pytest.mark.parametrize("damping", [0.0, -1.0, np.nan])
+def test_a_damping_that_is_not_positive_is_refused(exact, rhs, damping):
+  with pytest.raises(ValueError, match="damping must be positive"):
+    exact.solve(rhs, damping)
+  with pytest.raises(ValueError, match="damping must be positive"):
+    exact.multiply(GRADS, damping)
+
+
+def test_vectors_of_another_structure_are_refused(exact, rhs):
+  with pytest.raises(ValueError, match="structure and shapes of the parameters"):
+    exact.multiply({"mix": GRADS["mix"]}, 0.1)
+  wrong = (
+    {},
+    {"mix": rhs["mix"]},
+    {name: matrices[0] for name, matrices in rhs.items()},
+    {name: matrices[:0] for name, matrices in rhs.items()},
+    rhs | {"mix": rhs["mix"][:1]},
+    rhs | {"more": rhs["mix"]},
+  )
+  for value in wrong:
+    with pytest.raises(ValueError, match=r"rhs must hold a matrix \[Q, d_out, d_in\] for each"):
+      exact.solve(value, 0.1)
+  with pytest.raises(ValueError, match="rhs is not finite"):
+    exact.solve(rhs | {"mix": np.full_like(rhs["mix"], np.nan)}, 0.1)
+
+
+def test_bad_options_are_refused(task, exact, layers, rhs):
+  with pytest.raises(ValueError, match="tolerance must lie between 0 and 1; got 0"):
+    exact.solve(rhs, 0.1, solver=Solver(tolerance=0))
+  with pytest.raises(ValueError, match="max_iterations must be at least 1; got 0"):
+    exact.solve(rhs, 0.1, solver=Solver(max_iterations=0))
+  with pytest.raises(ValueError, match="iterations must be at least 1; got 0"):
+    exact.largest_eigenvalue(0)
+  with pytest.raises(ValueError, match="there are: float32, float64"):
+    ggn(task, layers, precision="half")
+  with pytest.raises(ValueError, match="give Rows their draws"):
+    ggn(task, layers, rows=Rows(bytes_rows().images, IDS))
+  with pytest.raises(ValueError, match="layers is empty"):
+    ggn(task, ())

@@ -1,0 +1,32 @@
+"""A run in seconds: a multilayer perceptron on 24 digits, with a schedule of 20 timesteps."""
+
+from ml_collections import ConfigDict
+
+from configs import digits
+
+
+def get_config() -> ConfigDict:
+  config = digits.get_config()
+  config.data.num_examples = 24
+  config.model = ConfigDict({"name": "mlp", "hidden": (8,), "time_features": 4})
+  config.diffusion.num_steps = 20
+  config.train.steps = 20
+  config.train.warmup_steps = 2
+  config.train.batch_size = 10
+  config.train.checkpoint_every = 10
+  config.train.log_every = 5
+  config.sample.num_samples = 3
+  config.sample.keep_trajectory = True
+  config.curvature.draws = 3
+  config.curvature.skip = ()
+  config.curvature_study.num_images = 6
+  config.curvature_study.num_queries = 2
+  config.curvature_study.gradient_draws = 2
+  config.curvature_study.dampings = (1e-2,)
+  config.curvature_study.solver.sketch_rank = 8
+  config.attribute.draws = 4
+  config.attribute.draw_groups = 2
+  config.attribute.damping = 1e-4
+  config.report.num_queries = 2
+  config.report.top_k = 3
+  return config

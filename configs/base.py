@@ -82,15 +82,36 @@ def get_config() -> ConfigDict:
   config.attribute = ConfigDict()
   config.attribute.measurement = "loss"
   config.attribute.damping = 1e-8
+  config.attribute.sweep = ()
   config.attribute.draws = 250
   config.attribute.draw_groups = 5
+  config.attribute.auto_draws = False
+  config.attribute.stop = ConfigDict()
+  config.attribute.stop.top_k = 10
+  config.attribute.stop.agreement = 0.8
+  config.attribute.stop.group_size = 4
+  config.attribute.query_draws = placeholder(int)
+  config.attribute.query_groups = 2
+  config.attribute.design = draw_design()
   config.attribute.compression = "int8"
+  config.attribute.compression_size = placeholder(float)
+  config.attribute.query_blocks = 1
   config.attribute.batch_size = 128
+  config.attribute.checkpoint_every = 100
 
   config.report = ConfigDict()
   config.report.num_queries = 12
   config.report.top_k = 8
   return config
+
+
+def draw_design() -> ConfigDict:
+  """How draws of (t, ε) are made; the paper's are uniform."""
+  design = ConfigDict()
+  design.timesteps = "stratified"
+  design.antithetic = False
+  design.shared = False
+  return design
 
 
 def unet() -> ConfigDict:

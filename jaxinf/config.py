@@ -98,13 +98,36 @@ class CurvatureStudyConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DrawConfig:
+  timesteps: str  # stratified or uniform
+  antithetic: bool  # draws in pairs of (t, ε) and (t, −ε)
+  shared: bool  # whether all examples have the same draws
+
+
+@dataclasses.dataclass(frozen=True)
+class StopConfig:
+  top_k: int  # examples of each query whose order is to be stable
+  agreement: float  # share of them that two halves of the draws have in common
+  group_size: int  # draws of an example in a group; a round is draw_groups groups
+
+
+@dataclasses.dataclass(frozen=True)
 class AttributeConfig:
   measurement: str  # one of jaxinf.diffusion.measurements.MEASUREMENTS
   damping: float  # λ
-  draws: int  # of (t, ε) for each example and query
+  sweep: tuple[float, ...]  # further λ, scored in the same pass, of which one is recommended
+  draws: int  # of (t, ε) for each example; at most, where auto_draws
   draw_groups: int  # groups the draws are split into, for standard errors
-  compression: str | None  # int8 or None, of the preconditioned query gradients
+  auto_draws: bool  # rounds of draws until the top of the order is stable
+  stop: StopConfig  # of auto_draws
+  query_draws: int | None  # for each query; None: as many as for an example
+  query_groups: int  # groups these are split into; each takes as much memory as one
+  design: DrawConfig
+  compression: str | None  # of the preconditioned query gradients: int8, int4, … or None
+  compression_size: float | None  # rank of svd; None: its default
+  query_blocks: int  # parts of the queries, of which one is on the devices at a time
   batch_size: int  # (example, draw) pairs at a time
+  checkpoint_every: int  # batches
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,12 @@ import numpy as np
 
 def stream(seed: int, name: str) -> jax.Array:
   """The key of one named source of randomness, such as "train_gradients"."""
-  return jax.random.fold_in(jax.random.key(seed), _number(name))
+  return stream_of(seed, stream_number(name))
+
+
+def stream_of(seed: int, number: int | jax.Array) -> jax.Array:
+  """The key of the named source of randomness with that `stream_number`, which may be traced."""
+  return jax.random.fold_in(jax.random.key(seed), number)
 
 
 def substreams(keys: jax.Array, name: str) -> jax.Array:
@@ -23,7 +28,7 @@ def substreams(keys: jax.Array, name: str) -> jax.Array:
   Parts are told apart by name because `jax.random.split(key)[i]` is `fold_in(key, i)`: two parts
   made by splitting and by folding in small numbers would be one and the same.
   """
-  return fold_in_each(keys, jnp.full(keys.shape, _number(name), jnp.uint32))
+  return fold_in_each(keys, jnp.full(keys.shape, stream_number(name), jnp.uint32))
 
 
 def fold_in_each(keys: jax.Array, numbers: jax.Array) -> jax.Array:
@@ -54,5 +59,6 @@ def example_numbers(ids: np.ndarray) -> np.ndarray:
   return np.fromiter((int.from_bytes(d, "little") for d in digests), np.uint32, len(ids))
 
 
-def _number(name: str) -> int:
+def stream_number(name: str) -> int:
+  """The uint32 number of a named source of randomness."""
   return zlib.crc32(name.encode())

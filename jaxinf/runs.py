@@ -21,8 +21,8 @@ from jaxinf.curvature.layers import Layer
 from jaxinf.data.dataset import Dataset
 from jaxinf.diffusion.schedule import SCHEDULES, Schedule
 from jaxinf.diffusion.task import Task
-from jaxinf.parallel import Rows
 from jaxinf.random import example_numbers
+from jaxinf.rows import Rows
 from jaxinf.types import ApplyFn, Eigenbasis, Params, Scores
 
 ORDER = ("train", "sample", "curvature", "attribute", "report")
@@ -33,7 +33,7 @@ _PACE = {
   "sample": {"batch_size"},
   "curvature": {"batch_size", "partitions", "checkpoint_every"},
   "curvature-study": {"batch_size"},
-  "attribute": {"batch_size"},
+  "attribute": {"batch_size", "query_blocks", "checkpoint_every"},
 }
 
 
@@ -159,7 +159,15 @@ def load_coverage(manifest: Mapping[str, Any]) -> Coverage:
 def load_scores(run: Run) -> Scores:
   """The scores of a run."""
   artifact = artifacts.read(run.folder("attribute"))
-  return Scores(**artifact.arrays, settings=artifact.notes["settings"])
+  own = {name: array for name, array in artifact.arrays.items() if "/" not in name}
+  return Scores(**own, settings=artifact.notes["settings"])
+
+
+def scores_arrays(scores: Scores, prefix: str = "") -> dict[str, np.ndarray]:
+  """The arrays of scores by name, as `load_scores` takes them; ids only without a prefix."""
+  names = ["group_values"] + ["query_group_values"] * (scores.query_group_values is not None)
+  names += ["query_ids", "train_ids"] * (not prefix)
+  return {prefix + name: getattr(scores, name) for name in names}
 
 
 def _apply_fn(run: Run) -> ApplyFn:

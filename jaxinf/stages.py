@@ -18,16 +18,21 @@ import numpy as np
 
 from jaxinf import artifacts, models, training
 from jaxinf.artifacts import Artifact
+from jaxinf.attribution.auto import AutoDraws
 from jaxinf.attribution.influence import influence
-from jaxinf.config import SolverConfig
+from jaxinf.attribution.stability import rank_stability
+from jaxinf.config import DrawConfig, SolverConfig
 from jaxinf.costs import measured
 from jaxinf.curvature.coverage import Selection
 from jaxinf.curvature.exact import Solver
-from jaxinf.curvature.fit import Resume, fit_curvature, partition
+from jaxinf.curvature.fit import fit_curvature, partition
 from jaxinf.curvature.memory import layer_memory, memory_table
 from jaxinf.curvature.registration import register
 from jaxinf.diffusion import sampler
+from jaxinf.diffusion.draws import DrawDesign
 from jaxinf.evaluation.curvature_study import curvature_study as evaluate_curvatures
+from jaxinf.evaluation.damping import recommend_damping
+from jaxinf.gradients.compression import compression_named
 from jaxinf.parallel import Rows, map_batches, num_devices
 from jaxinf.progress import clock
 from jaxinf.random import fold_in_each, stream
@@ -42,8 +47,9 @@ from jaxinf.runs import (
   load_curvature,
   load_scores,
   load_task,
+  scores_arrays,
 )
-from jaxinf.unfinished import Kept
+from jaxinf.unfinished import Kept, Resume
 
 _LOG = logging.getLogger("jaxinf")
 
@@ -219,19 +225,35 @@ def _curvature_study(run: Run) -> Outcome:
 def _attribute(run: Run) -> Outcome:
   config, task = run.config.attribute, load_task(run)
   samples = artifacts.read(run.folder("sample")).arrays
-  scores = influence(
+  draws: int | AutoDraws = config.draws
+  if config.auto_draws:
+    stop = config.stop
+    draws = AutoDraws(
+      stop.top_k, stop.agreement, config.draw_groups, stop.group_size, max_draws=config.draws
+    )
+  first, *others = influence(
     task, load_curvature(run, task), samples["images"], run.dataset.images,
-    damping=config.damping, draws=config.draws, seed=run.config.seed,
+    damping=(config.damping, *config.sweep), draws=draws, seed=run.config.seed,
     measurement=config.measurement, query_ids=samples["ids"], train_ids=run.dataset.ids,
-    draw_groups=config.draw_groups, compression=config.compression,
-    batch_size=config.batch_size, devices=run.devices,
+    draw_groups=config.draw_groups, query_draws=config.query_draws,
+    query_groups=config.query_groups, design=draw_design(config.design),
+    compression=compression_named(config.compression, config.compression_size),
+    query_blocks=config.query_blocks, batch_size=config.batch_size, devices=run.devices,
+    resume=Resume(run.folder("attribute") / "sums", config.checkpoint_every),
   )  # fmt: skip
-  arrays = {
-    "group_values": scores.group_values, "query_ids": scores.query_ids,
-    "train_ids": scores.train_ids,
-  }  # fmt: skip
-  shape = " × ".join(map(str, scores.values.shape))
-  return arrays, {"settings": scores.settings}, f"scores of {shape} (sample, training image) pairs"
+  arrays = scores_arrays(first)
+  notes: dict[str, Any] = {"settings": first.settings}
+  if len(first.group_values) > 1:
+    notes["stability"] = rank_stability(first).summary()
+    _LOG.info("attribute: %s", notes["stability"])
+  if others:
+    sweep = recommend_damping([first, *others])
+    notes["sweep"] = sweep.table()
+    _LOG.info("attribute: damping, without retraining\n%s", notes["sweep"])
+    for scores in others:
+      arrays |= scores_arrays(scores, prefix=f"damping-{scores.settings['damping']:e}/")
+  shape = " × ".join(map(str, first.values.shape))
+  return arrays, notes, f"scores of {shape} (sample, training image) pairs"
 
 
 def _report(run: Run) -> Outcome:
@@ -246,6 +268,11 @@ def _report(run: Run) -> Outcome:
     manifests=manifests,
   )
   return {}, {"files": [path.name for path in files]}, " and ".join(path.name for path in files)
+
+
+def draw_design(config: DrawConfig) -> DrawDesign:
+  """The design of draws that a config section asks for."""
+  return DrawDesign(config.timesteps, config.antithetic, config.shared)
 
 
 def _solver(config: SolverConfig) -> Solver:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxinf import parallel
+from jaxinf import hosts, parallel
 from jaxinf.config import TrainConfig
 from jaxinf.data.dataset import Dataset
 from jaxinf.diffusion.objective import float_images, noised, squared_errors
@@ -183,13 +183,14 @@ def fit(
   step_fn = parallel.parallel_step(*halves, devices=devices)
   start = int(state.step)
   end = config.steps if stop_after is None else min(config.steps, stop_after)
-  batches = _Batches(len(dataset), config.batch_size, seed, parallel.num_devices(devices))
+  num_devices = parallel.num_step_devices(devices)
+  batches = _Batches(len(dataset), config.batch_size, seed, num_devices)
   replicated = parallel.replicate(state, devices)
   recent: list[Any] = []  # metrics not yet looked at, so that the host need not wait each step
 
-  with Progress("train", config.steps, "steps", start) as progress:
+  with Progress(hosts.label("train"), config.steps, "steps", start) as progress:
     for step in range(start, end):
-      rows = parallel.shard(batches.rows(dataset, step), devices)
+      rows = parallel.shard_of_step(batches.rows(dataset, step), devices)
       replicated, metrics = step_fn(replicated, rows)
       recent.append(metrics)
       done = step + 1
@@ -206,7 +207,7 @@ def fit(
 
 def _checked_means(recent: list[Any], done: int) -> dict[str, float]:
   """Means of the metrics of the last len(recent) steps, all of which must be finite."""
-  host = [{k: float(v[0]) for k, v in metrics.items()} for metrics in recent]
+  host = [jax.tree.map(float, parallel.first(metrics)) for metrics in recent]
   for step, metrics in enumerate(host, done - len(host) + 1):
     if not np.isfinite(list(metrics.values())).all():
       raise NonFiniteLoss(

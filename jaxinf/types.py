@@ -77,7 +77,8 @@ class Quantised:
   """Rows of numbers as integers times one scale a block.
 
   Attributes:
-    values: [..., blocks, block_size] int8.
+    values: [..., blocks, block_size] int8 or int16; or [..., blocks, block_size / 2] uint8, two
+      4-bit numbers a byte.
     scales: [..., blocks] float32, the step of each block.
     size: numbers in a row before padding to whole blocks.
   """
@@ -117,12 +118,16 @@ class Scores:
     query_ids: [Q] ids of the queries.
     train_ids: [N] ids of the training examples.
     settings: what the scores were computed with (measurement, damping, draws, …).
+    query_group_values: [A, Q, N] float32, scores from A disjoint groups of query draws, each with
+      the mean over all training draws, as each of the G is with that over all query draws. None:
+      query draws were not grouped.
   """
 
   group_values: np.ndarray
   query_ids: np.ndarray
   train_ids: np.ndarray
   settings: Mapping[str, Any]
+  query_group_values: np.ndarray | None = None
 
   @property
   def values(self) -> np.ndarray:
@@ -131,11 +136,21 @@ class Scores:
 
   @property
   def std_errors(self) -> np.ndarray:
-    """[Q, N] standard errors over the training draws (NaN where there is one group only)."""
-    num_groups = len(self.group_values)
-    if num_groups < 2:
-      return np.full(self.group_values.shape[1:], np.nan, np.float32)
-    return self.group_values.std(axis=0, ddof=1) / np.sqrt(num_groups)
+    """[Q, N] float32 standard errors over draws, of training examples and of queries.
+
+    A score is bilinear in two averages over draws, the query's gradient and the example's, whose
+    noises are independent. To first order they add:
+
+      Var(score) = Var over training groups / G + Var over query groups / A.
+
+    The product of the two noises, second order, is counted twice: large errors are on the safe
+    side. Without groups of query draws (None or A = 1) the errors are over training draws alone;
+    NaN where G = 1.
+    """
+    errors = _mean_errors(self.group_values)
+    if self.query_group_values is None or len(self.query_group_values) < 2:
+      return errors
+    return np.hypot(errors, _mean_errors(self.query_group_values))
 
   def top(self, k: int) -> Ranking:
     """The k most supporting training examples of each query."""
@@ -161,3 +176,10 @@ class Scores:
       std_errors=pick(self.std_errors),
       positions=positions,
     )
+
+
+def _mean_errors(groups: np.ndarray) -> np.ndarray:
+  """[Q, N] standard errors of the mean of groups [G, Q, N]; NaN where G = 1."""
+  if len(groups) < 2:
+    return np.full(groups.shape[1:], np.nan, np.float32)
+  return groups.std(axis=0, ddof=1) / len(groups) ** 0.5

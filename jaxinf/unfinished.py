@@ -1,18 +1,37 @@
 """Work that is not finished, on disk: a stopped stage goes on from there."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from jaxinf import hosts
 from jaxinf.artifacts import plain, refuse_stale
+from jaxinf.types import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Resume:
+  """Where a computation keeps what it has so far, so that a killed one goes on from there.
+
+  Attributes:
+    folder: of the files; delete it when the result is safe.
+    every: batches between two savings.
+  """
+
+  folder: Path
+  every: int = 100
 
 
 class PartialSums:
   """The sums of an unfinished reduction (a `parallel.Partial`), in one file written atomically.
+
+  With several processes each keeps a file of its own.
 
   Args:
     path: the file, an .npz.
@@ -23,6 +42,7 @@ class PartialSums:
   def __init__(self, path: Path, key: Mapping[str, Any], every: int):
     if every < 1:
       raise ValueError(f"Sums are saved every so many batches, at least 1; got every={every}.")
+    path = path.with_name(path.stem + hosts.suffix() + path.suffix)
     self._path, self._key, self.every = path, plain(key), every
     self._unfinished = path.with_name(path.name + ".partial")
 
@@ -53,6 +73,55 @@ class PartialSums:
     """Removes the file, if there is one."""
     for path in (self._path, self._unfinished):
       path.unlink(missing_ok=True)
+
+
+class PartialOutputs:
+  """Rows of an unfinished map (a `parallel.PartialRows`): files that are written once, atomically.
+
+  Args:
+    folder: of the files; each process keeps its own there.
+    key: what the rows depend on, as JSON.
+    every: batches between two savings.
+    structure: a pytree with the structure of the rows.
+  """
+
+  def __init__(self, folder: Path, key: Mapping[str, Any], every: int, structure: PyTree = 0):
+    if every < 1:
+      raise ValueError(f"Rows are saved every so many batches, at least 1; got every={every}.")
+    self._folder, self._key, self.every = folder, plain(key), every
+    self._structure = jax.tree.structure(structure)
+    self._num_saved = 0
+
+  def load(self) -> list[PyTree]:
+    """The rows saved so far, file by file; StaleArtifact for another key, ValueError if damaged."""
+    rows = []
+    while (path := self._path(len(rows))).exists():
+      try:
+        with np.load(path, allow_pickle=False) as file:
+          key = json.loads(str(file["key"]))
+          leaves = [file[f"leaf_{i}"] for i in range(len(file.files) - 1)]
+      except Exception as error:  # zipfile and NumPy raise many kinds for damaged files
+        raise ValueError(
+          f"{path} cannot be read ({error}). Delete {self._folder} to begin again."
+        ) from error
+      refuse_stale(path, key, self._key, "file")
+      rows.append(jax.tree.unflatten(self._structure, leaves))
+    self._num_saved = len(rows)
+    return rows
+
+  def save(self, outputs: list[PyTree]) -> None:
+    self._folder.mkdir(parents=True, exist_ok=True)
+    whole = jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
+    arrays = {f"leaf_{i}": leaf for i, leaf in enumerate(jax.tree.leaves(whole))}
+    path = self._path(self._num_saved)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+      np.savez(file, allow_pickle=False, key=np.array(json.dumps(self._key)), **arrays)
+    os.replace(partial, path)
+    self._num_saved += 1
+
+  def _path(self, number: int) -> Path:
+    return self._folder / f"rows-{number:06d}{hosts.suffix()}.npz"
 
 
 class Kept:

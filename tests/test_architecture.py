@@ -7,7 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "jaxinf"
 ORDER = (
-  "types", "random", "config", "progress", "rows", "parallel", "costs", "artifacts", "unfinished",
+  "types", "random", "config", "progress", "hosts", "rows", "parallel", "costs", "artifacts",
+  "unfinished",
   "data", "models", "diffusion", "training", "curvature", "gradients", "attribution", "evaluation",
   "report", "runs", "stages", "__main__",
 )  # fmt: skip
@@ -63,11 +64,12 @@ def test_imports_point_downward(module):
 @pytest.mark.parametrize("module", MODULES)
 def test_devices_configs_and_array_files_have_one_home(module):
   homes = {
-    "pmap psum axis_name": ("parallel.py",),
+    "pmap psum axis_name": ("parallel/",),
     "ConfigDict": ("config.py",),
     "np.save np.load savez savez_compressed safetensors orbax": (
       "artifacts.py",
       "unfinished.py",
+      "gradients/store.py",
       "data/",
       "models/diffusers",
     ),

@@ -139,7 +139,8 @@ def test_rows_need_no_images(devices):
 @pytest.mark.parametrize("driver", [map_rows, reduce_rows])
 def test_every_row_is_reported_as_progress(rows, driver, monkeypatch):
   reported = []
-  monkeypatch.setattr(parallel.Progress, "advance", lambda self, amount: reported.append(amount))
+  record = lambda self, amount: reported.append(amount)
+  monkeypatch.setattr("jaxinf.progress.Progress.advance", record)
   driver(rows, 2, jax.local_devices()[:1])
   assert reported == [2, 2, 2, 1]
 

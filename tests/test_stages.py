@@ -12,8 +12,8 @@ from jaxinf.config import typed
 from tests import tiny
 
 # Of the largest number: training and sampling amplify float32 rounding, and where that moves a
-# number across the middle between two int8 steps, it moves by 1/127 of its block.
-TOLERANCE = {"train": 1e-3, "sample": 1e-3, "curvature": 1e-3, "attribute": 5e-3}
+# number across the middle between two int8 steps, it moves by 1/127 of its block (of a half-query).
+TOLERANCE = {"train": 1e-3, "sample": 1e-3, "curvature": 1e-3, "attribute": 2e-2}
 
 
 def run_of(workdir, config=None, devices=None) -> runs.Run:

@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
   config.curvature_study.solver.sketch_rank = 8
   config.attribute.draws = 4
   config.attribute.draw_groups = 2
+  config.attribute.stop.group_size = 1
   config.attribute.damping = 1e-4
   config.report.num_queries = 2
   config.report.top_k = 3

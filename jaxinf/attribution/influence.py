@@ -1,51 +1,60 @@
 """Influence of training examples on queries (paper, Eq. 4 and Algorithm 1).
 
 scores[q, n] = ⟨∇m_q, (H + λI)⁻¹ ∇ℓ_n⟩. Query gradients are computed once, preconditioned once a
-damping and quantised; the training gradients stream past them in blocks of examples, all queries
+damping and compressed; the training gradients stream past them in blocks of examples, all queries
 and dampings at once, and are never kept.
 """
 
 import dataclasses
-import functools
 import itertools
+import logging
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 import jax
 import numpy as np
 
 from jaxinf import parallel
-from jaxinf.attribution.kernels import DrawGroups, gradient_kernel, score_kernel
-from jaxinf.attribution.queries import compressed_queries
+from jaxinf.artifacts import fingerprint
+from jaxinf.attribution.auto import AutoDraws, DrawPlan, merged_rounds
+from jaxinf.attribution.kernels import QUERY, DrawGroups, gradient_kernel, gradient_operands
+from jaxinf.attribution.queries import gradient_batches, query_rows
+from jaxinf.attribution.scoring import ScorePass
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.eigenbasis import checked_damping
 from jaxinf.curvature.registration import register
-from jaxinf.diffusion.measurements import measurement_named
+from jaxinf.diffusion.draws import DrawDesign
+from jaxinf.diffusion.measurements import LOSS, measurement_named
 from jaxinf.diffusion.task import Task, checked_conditioning, checked_ids, checked_images
+from jaxinf.gradients.compression import Compression, Uncompressed, compression_named
 from jaxinf.gradients.per_example import checked_draws, default_groups
-from jaxinf.gradients.quantise import COMPRESSIONS
 from jaxinf.random import example_numbers
 from jaxinf.types import Array, PyTree, Scores
+from jaxinf.unfinished import PartialOutputs, Resume
+
+_LOG = logging.getLogger("jaxinf")
 
 
 # fmt: off
 @overload
 def influence(
   task: Task, curvature: Curvature, queries: Array, train_images: Array, *,
-  damping: float, draws: int, seed: int, measurement: str = ...,
+  damping: float, draws: int | str | AutoDraws, seed: int, measurement: str = ...,
   query_ids: np.ndarray | None = ..., train_ids: np.ndarray | None = ...,
   query_conditioning: PyTree = ..., train_conditioning: PyTree = ...,
-  draw_groups: int | None = ..., compression: str | None = ..., batch_size: int = ...,
-  devices: Sequence[jax.Device] | None = ...,
+  draw_groups: int | None = ..., query_draws: int | None = ..., query_groups: int | None = ...,
+  design: DrawDesign = ..., compression: str | Compression | None = ..., query_blocks: int = ...,
+  batch_size: int = ..., resume: Resume | None = ..., devices: Sequence[jax.Device] | None = ...,
 ) -> Scores: ...
 @overload
 def influence(
   task: Task, curvature: Curvature, queries: Array, train_images: Array, *,
-  damping: Sequence[float], draws: int, seed: int, measurement: str = ...,
+  damping: Sequence[float], draws: int | str | AutoDraws, seed: int, measurement: str = ...,
   query_ids: np.ndarray | None = ..., train_ids: np.ndarray | None = ...,
   query_conditioning: PyTree = ..., train_conditioning: PyTree = ...,
-  draw_groups: int | None = ..., compression: str | None = ..., batch_size: int = ...,
-  devices: Sequence[jax.Device] | None = ...,
+  draw_groups: int | None = ..., query_draws: int | None = ..., query_groups: int | None = ...,
+  design: DrawDesign = ..., compression: str | Compression | None = ..., query_blocks: int = ...,
+  batch_size: int = ..., resume: Resume | None = ..., devices: Sequence[jax.Device] | None = ...,
 ) -> tuple[Scores, ...]: ...
 # fmt: on
 def influence(
@@ -55,7 +64,7 @@ def influence(
   train_images: Array,
   *,
   damping: float | Sequence[float],
-  draws: int,
+  draws: int | str | AutoDraws,
   seed: int,
   measurement: str = "loss",
   query_ids: np.ndarray | None = None,
@@ -63,8 +72,13 @@ def influence(
   query_conditioning: PyTree = None,
   train_conditioning: PyTree = None,
   draw_groups: int | None = None,
-  compression: str | None = "int8",
+  query_draws: int | None = None,
+  query_groups: int | None = None,
+  design: DrawDesign = DrawDesign(),
+  compression: str | Compression | None = "int8",
+  query_blocks: int = 1,
   batch_size: int = 128,
+  resume: Resume | None = None,
   devices: Sequence[jax.Device] | None = None,
 ) -> Scores | tuple[Scores, ...]:
   """Scores every training image for every query.
@@ -77,7 +91,8 @@ def influence(
     damping: λ > 0, in the units of the curvature (squared gradient of the pixel-mean loss); or
       several of them, all scored in one pass over the training gradients. Each takes as much
       memory for the preconditioned query gradients as one.
-    draws: draws of (t, ε) for each image, for training losses and for queries.
+    draws: draws of (t, ε) for each training image; "auto" or an AutoDraws goes on until the top of
+      the order is stable, and says in settings["draws"] how many that took.
     seed: of the draws.
     measurement: what is measured of a query; see jaxinf.diffusion.measurements.
     query_ids, train_ids: stable ids, which the random keys follow; row numbers where None.
@@ -85,9 +100,18 @@ def influence(
       as labels: pytrees of arrays [Q, …] and [N, …] of one form; None where it has no such inputs.
     draw_groups: groups the training draws are split into, for standard errors; divides draws. None:
       the largest divisor of draws up to 5.
-    compression: "int8" or None (float32), of the preconditioned query gradients.
+    query_draws: draws for each query; as many as for a training image where None (256 for "auto").
+    query_groups: groups these are split into, whose spread is the queries' part of the standard
+      errors; each takes as much memory as one. None: 2, or 1 where the draws do not split.
+    design: how the draws of a group depend on each other; each group is one complete design.
+    compression: of the preconditioned query gradients: a name of gradients.compression, or a
+      Compression. None: float32. What it does to scores is measured on a sample of training images
+      and put into settings["compression_check"].
+    query_blocks: parts of the query gradients, of which one is on the devices at a time, with
+      equal results: for more queries than fit.
     batch_size: (image, draw) pairs at a time over all devices; at least one group of draws on each
       goes through at once, so that more groups need less memory.
+    resume: keeps scores on disk as they come; None: a killed pass begins again.
     devices: local devices; all of them where None.
 
   Returns:
@@ -101,57 +125,90 @@ def influence(
   query = _examples(queries, query_ids, query_conditioning, "query")
   train = _examples(train_images, train_ids, train_conditioning, "train")
   measured = measurement_named(measurement)
-  if draw_groups is None:
-    draw_groups = default_groups(draws)
-  checked_draws(draws, draw_groups)
-  if compression not in COMPRESSIONS:
-    raise ValueError(f"Unknown compression {compression!r}; there are: {list(COMPRESSIONS)}.")
-  if batch_size < 1:
-    raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+  plan = _draw_plan(draws, draw_groups, query_draws, query_groups, design)
+  if isinstance(compression, str) or compression is None:
+    compression = compression_named(compression)
+  if compression.in_eigenbasis or compression.is_costly:
+    raise ValueError(
+      f"{compression.description} cannot be restored batch by batch: take int4, int8, int16, "
+      "bfloat16, svd or None. (jaxinf compress-study compares them all.)"
+    )
+  for value, what in ((batch_size, "batch_size"), (query_blocks, "query_blocks")):
+    if value < 1:
+      raise ValueError(f"{what} must be at least 1; got {value}.")
   _check_alike(query, train)
   image_shape = train.images.shape[1:]
   task.check_images(image_shape, train.conditioning)
   _check_curvature(task, curvature, train)
-  compress, restore = COMPRESSIONS[compression]
   model = register(
-    task.apply_fn,
-    task.params,
-    image_shape,
-    curvature.selection,
-    conditioning=train.conditioning,
+    task.apply_fn, task.params, image_shape, curvature.selection, conditioning=train.conditioning
   )
   if model.layers != curvature.layers:
     raise ValueError("The curvature has other layers than the task's model: fit it for this task.")
-  groups = DrawGroups(seed=seed, num=draw_groups, size=draws // draw_groups)
-  num_rows = max(1, batch_size // groups.size)
-  drive = functools.partial(parallel.map_batches, batch_size=num_rows, devices=devices)
-  grads = drive(
-    gradient_kernel(model, measured, task.schedule, groups), task.params, query.rows(),
-    label="query gradients", unit="queries",
-  )  # fmt: skip
+
+  # 1. Rows of queries: every one's gradients, preconditioned for every damping, and compressed.
+  asked = DrawGroups(seed, plan.query_draws // plan.query_groups, design)
+  num_rows = len(query.ids) * plan.query_groups
   with jax.default_device(devices[0] if devices else None):
-    preconditioned = compressed_queries(
-      curvature, grads, dampings=dampings, compress=compress, num_rows=num_rows
-    )
-  del grads  # as large as the preconditioned ones or larger
-  products = drive(
-    score_kernel(model, task.schedule, groups, restore), (task.params, preconditioned),
-    train.rows(draw_groups), label="training gradients", unit=f"groups of {groups.size} draws",
+    rows = query_rows(
+      curvature,
+      gradient_batches(
+        gradient_kernel(model, measured, task.schedule, asked),
+        gradient_operands(task.params, QUERY), query.rows(plan.query_groups),
+        batch_size=max(1, batch_size // asked.size), devices=devices,
+      ),
+      num_rows=num_rows, dampings=dampings, compression=compression,
+    )  # fmt: skip
+
+  # 2. Training gradients, past all of them.
+  groups = DrawGroups(seed, plan.group_size, design)
+  score_pass = ScorePass(
+    gradient_kernel(model, LOSS, task.schedule, groups), task.params, train.rows(plan.draw_groups),
+    max(1, batch_size // groups.size), devices, query_blocks,
   )  # fmt: skip
-  if not np.isfinite(products).all():
-    raise ValueError(
-      "Some scores are not finite: gradients overflow. Check that the model's outputs are finite "
-      "for these images at every timestep, or raise the damping."
-    )
   settings = {f"curvature_{name}": value for name, value in curvature.settings.items()} | dict(
-    measurement=measurement, draws=draws, draw_groups=draw_groups, compression=compression,
-    seed=seed,
+    measurement=measurement, draw_groups=plan.draw_groups, query_draws=plan.query_draws,
+    query_groups=plan.query_groups, compression=compression.description, seed=seed,
+    **{field.name: getattr(design, field.name) for field in dataclasses.fields(design)},
   )  # fmt: skip
-  split = products.reshape(len(train.ids), draw_groups, len(dampings), len(query.ids))
-  scores = tuple(
-    Scores(np.transpose(part, (1, 2, 0)), query.ids, train.ids, settings | {"damping": value})
-    for value, part in zip(dampings, np.moveaxis(split, 2, 0), strict=True)
-  )
+  key = settings | {"group_size": plan.group_size, "dampings": dampings}
+  if resume is not None:
+    key["inputs"] = _content(task, query, train)
+
+  def scored_round(number: int) -> np.ndarray:
+    partial = None
+    if resume is not None:
+      partial = PartialOutputs(resume.folder / f"round-{number:03d}", key, resume.every)
+    products = score_pass.scores(
+      rows, curvature, compression, first_group=number * plan.draw_groups, partial=partial
+    )
+    if not np.isfinite(products).all():
+      raise ValueError(
+        "Some scores are not finite: gradients overflow. Check that the model's outputs are finite "
+        "for these images at every timestep, or raise the damping."
+      )
+    shape = (len(train.ids), plan.draw_groups, len(dampings), len(query.ids), plan.query_groups)
+    return products.reshape(shape)
+
+  def scores_of(products: np.ndarray, draws: int) -> tuple[Scores, ...]:
+    found = settings | {"draws": draws}
+    of_groups = np.transpose(products.mean(axis=4), (2, 1, 3, 0))
+    of_queries = np.transpose(products.mean(axis=1), (1, 3, 2, 0))
+    return tuple(
+      Scores(
+        of_groups[i], query.ids, train.ids, found | {"damping": value},
+        of_queries[i] if plan.query_groups > 1 else None,
+      )
+      for i, value in enumerate(dampings)
+    )  # fmt: skip
+
+  products, total = merged_rounds(scored_round, scores_of, plan)
+  scores = scores_of(products, total)
+  if compression != Uncompressed():
+    checks = score_pass.compression_check(
+      rows, curvature, compression, num_dampings=len(dampings), seed=seed
+    )
+    scores = tuple(map(_with_check, scores, checks or [None] * len(dampings)))
   return scores[0] if np.ndim(damping) == 0 else scores
 
 
@@ -184,6 +241,49 @@ def _checked_dampings(damping: float | Sequence[float]) -> tuple[float, ...]:
   if len(set(dampings)) < len(dampings):
     raise ValueError(f"Each damping must be given once; got {list(dampings)}.")
   return dampings
+
+
+def _draw_plan(draws, draw_groups, query_draws, query_groups, design: DrawDesign) -> DrawPlan:
+  """The plan, with defaults filled in; ValueError where draws do not split as asked."""
+  auto = AutoDraws() if draws == "auto" else draws if isinstance(draws, AutoDraws) else None
+  if isinstance(draws, str) and auto is None:
+    raise ValueError(f'draws must be a number, "auto" or an AutoDraws; got {draws!r}.')
+  if auto is not None:
+    draw_groups = auto.num_groups if draw_groups is None else draw_groups
+    a_round = auto.group_size * draw_groups
+    query_draws = 256 if query_draws is None else query_draws
+  else:
+    a_round = draws
+    draw_groups = default_groups(draws, design) if draw_groups is None else draw_groups
+    query_draws = draws if query_draws is None else query_draws
+  if query_groups is None:
+    query_groups = 2 if default_groups(query_draws, design, most=2) == 2 else 1
+  checked_draws(a_round, draw_groups, "draws", "draw_groups")
+  checked_draws(query_draws, query_groups, "query_draws", "query_groups")
+  for size in (a_round // draw_groups, query_draws // query_groups):
+    design.check_size(size)
+  return DrawPlan(a_round // draw_groups, draw_groups, query_draws, query_groups, auto)
+
+
+def _content(task: Task, *examples: _Examples) -> str:
+  """Hash of everything the scores come from but curvature and the network's code."""
+  trees = (task.params, task.schedule, *(part.conditioning for part in examples))
+  arrays = {f"tree_{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(trees))}
+  for i, part in enumerate(examples):
+    arrays |= {f"images_{i}": part.images, f"ids_{i}": part.ids}
+  return fingerprint(arrays)
+
+
+def _with_check(scores: Scores, check: dict[str, Any] | None) -> Scores:
+  """The scores, with what compression does to them in their settings, and said."""
+  if check is not None and check["spearman"] is not None:
+    _LOG.info(
+      "attribute: at λ = %.1e, %s queries against float32 on %d training images and %d queries: "
+      "rank correlation of scores %.4f (least %.4f)", scores.settings["damping"],
+      scores.settings["compression"], check["num_examples"], check["num_queries"],
+      check["spearman"], check["least_spearman"],
+    )  # fmt: skip
+  return dataclasses.replace(scores, settings={**scores.settings, "compression_check": check})
 
 
 def _check_alike(query: _Examples, train: _Examples) -> None:

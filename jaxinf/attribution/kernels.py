@@ -1,84 +1,79 @@
-"""The two kernels of influence: gradients of queries, and scores of training examples.
+"""The kernels of attribution: gradients of (image, group of draws) rows, and inner products.
 
-Each measurement is an average over draws of (t, ε), made in groups of draws: groups of training
-draws are rows of their own, for standard errors; those of a query are averaged.
+Each gradient is that of a measurement averaged over the draws of one group. Groups are rows of
+their own, from whose spread the noise of the draws is known.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from jaxinf import parallel
 from jaxinf.curvature.registration import Registration
-from jaxinf.diffusion.measurements import LOSS, Measurement
+from jaxinf.diffusion.draws import DrawDesign
+from jaxinf.diffusion.measurements import Measurement
 from jaxinf.diffusion.schedule import Schedule
+from jaxinf.gradients.compression import Compression
 from jaxinf.gradients.per_example import example_gradients, group_keys
-from jaxinf.random import fold_in_each, stream
-from jaxinf.types import Batch, Matrices
+from jaxinf.random import fold_in_each, stream_number, stream_of
+from jaxinf.types import Array, Batch, Matrices, Params, PyTree
+
+# Names of the streams of draws: those of queries and of training examples are independent.
+QUERY, TRAIN = "query_gradients", "train_gradients"
 
 
 @dataclasses.dataclass(frozen=True)
 class DrawGroups:
-  """How the draws of each example are made: `num` groups of `size` draws from `seed`."""
+  """Groups of `size` draws from `seed`, made by `design`."""
 
   seed: int
-  num: int
   size: int
+  design: DrawDesign
 
 
 def gradient_kernel(
   model: Registration, measurement: Measurement, schedule: Schedule, groups: DrawGroups
 ) -> parallel.Kernel:
-  """Kernel from queries to ∇m, layer name → [B, …, d_out, d_in], averaged over all groups of draws.
+  """Kernel from (image, group) rows to gradients, layer name → [B, …, d_out, d_in].
 
-  Its operands are the parameters.
+  Its operands are those of `gradient_operands`.
   """
 
-  def kernel(params, batch: Batch) -> Matrices:
-    keys = fold_in_each(stream(groups.seed, "query_gradients"), batch.ids)
-
-    def add_group(total, group):
-      grads = example_gradients(
-        model, measurement, schedule, params, images=batch.images,
-        keys=group_keys(keys, jnp.full(keys.shape, group), groups.size),
-        conditioning=batch.conditioning,
-      )  # fmt: skip
-      return jax.tree.map(jnp.add, total, grads), None
-
-    zeros = {layer.name: jnp.zeros((len(batch.ids), *layer.matrix_shape)) for layer in model.layers}
-    total, _ = jax.lax.scan(add_group, zeros, jnp.arange(groups.num))
-    return jax.tree.map(lambda grad: grad / groups.num, total)
-
-  return kernel
-
-
-def score_kernel(
-  model: Registration, schedule: Schedule, groups: DrawGroups, restore: Callable
-) -> parallel.Kernel:
-  """Kernel from (training example, group of draws) rows to scores [B, R] for all R query rows.
-
-  Its operands are the parameters and, layer name → R rows that `restore` turns into [R, P], the
-  preconditioned query gradients.
-  """
-
-  def kernel(operands, batch: Batch) -> jax.Array:
-    params, preconditioned = operands
-    keys = fold_in_each(stream(groups.seed, "train_gradients"), batch.ids)
-    grads = example_gradients(
-      model, LOSS, schedule, params, images=batch.images,
+  def kernel(operands: PyTree, batch: Batch) -> Matrices:
+    params, number = operands
+    numbers = groups.design.numbers(batch.ids)
+    keys = fold_in_each(stream_of(groups.seed, number), numbers)
+    return example_gradients(
+      model, measurement, schedule, params, images=batch.images,
       keys=group_keys(keys, batch.draws, groups.size), conditioning=batch.conditioning,
+      design=groups.design,
     )  # fmt: skip
-    return inner_products(grads, {name: restore(q) for name, q in preconditioned.items()})
 
   return kernel
 
 
-def inner_products(grads: Matrices, queries: dict[str, jax.Array]) -> jax.Array:
-  """Σ over layers of inner products of grads [B, …, d_out, d_in] and queries [R, P]: [B, R]."""
+def gradient_operands(params: Params, stream_name: str) -> PyTree:
+  """Operands of a gradient kernel; the stream is one, so that both streams share a program."""
+  return params, jnp.uint32(stream_number(stream_name))
+
+
+def score_kernel(compression: Compression) -> parallel.Kernel:
+  """Kernel from gradients to their inner products [B, R] with R compressed rows of each layer.
+
+  Its operands are, for each layer, (compressed rows, Λ).
+  """
+
+  def kernel(rows: dict[str, tuple[PyTree, Array]], grads: Matrices) -> jax.Array:
+    return inner_products(grads, {name: compression.restore(*rows[name]) for name in grads})
+
+  return kernel
+
+
+def inner_products(grads: Matrices, rows: Matrices) -> jax.Array:
+  """Σ over layers of inner products of grads [B, …, d_out, d_in] and rows [R, …, d_out, d_in]."""
   with jax.default_matmul_precision("highest"):
-    products = [flat(grad) @ queries[name].T for name, grad in grads.items()]
+    products = [flat(grad) @ flat(rows[name]).T for name, grad in grads.items()]
   return jnp.sum(jnp.stack(products), axis=0)
 
 

@@ -1,65 +1,138 @@
-"""From query gradients to the operand of the score pass: preconditioned, then compressed.
+"""From queries to the operand of the score pass: their gradients, preconditioned and compressed.
 
-Raw gradients [Q, …, d_out, d_in] lie on the host in float32, so that one set of them serves every
-damping; a device holds some rows of one layer at a time.
+A few queries at a time: each one's gradients are averaged within a group of draws, preconditioned
+for every damping and compressed before the next ones come, so that memory holds the compressed rows
+and little else. The rows of one layer are damping-major, then query-major: row (l, q, a) is that of
+damping l, query q and group a of its draws.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import collections
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf.attribution.kernels import flat
+from jaxinf import hosts, parallel
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.eigenbasis import precondition
+from jaxinf.gradients.compression import Compression
 from jaxinf.types import Array, Eigenbasis, Matrices, PyTree
 
+_CHECKED_ROWS = 8  # of each damping
 
-def compressed_queries(
+
+@dataclasses.dataclass(frozen=True)
+class QueryRows:
+  """The preconditioned query gradients of a score pass, on the host.
+
+  Attributes:
+    compressed: layer name → pytree with leading axis R = L · Q · A.
+    checked: positions [C] of the rows that are kept uncompressed too: the first few of each
+      damping, in the primary process.
+    exact: layer name → those rows [C, …, d_out, d_in].
+  """
+
+  compressed: dict[str, PyTree]
+  checked: np.ndarray
+  exact: Matrices
+
+
+def query_rows(
   curvature: Curvature,
-  grads: Matrices,
+  gradient_batches: Iterator[Matrices],
   *,
-  dampings: Sequence[float],
-  compress: Callable,
   num_rows: int,
-) -> dict[str, PyTree]:
-  """The L · Q compressed (H + λI)⁻¹ ∇m of L dampings and Q queries, damping-major.
+  dampings: Sequence[float],
+  compression: Compression,
+) -> QueryRows:
+  """Preconditions and compresses query gradients as they come.
 
   Args:
     curvature: H.
-    grads: layer name → ∇m [Q, …, d_out, d_in] on the host.
-    dampings: the λ.
-    compress: [B, P] → pytree of arrays with leading axis B.
-    num_rows: queries at a time on the device.
-
-  Returns:
-    Layer name → what `compress` makes, with leading axis L · Q, on the host.
+    gradient_batches: layer name → ∇m [b, …, d_out, d_in], this process's share of the Q · A rows
+      in order, a few at a time.
+    num_rows: Q · A.
+    dampings: the L values of λ.
+    compression: of the rows.
   """
-  parts: dict[str, list[PyTree]] = {name: [] for name in grads}
-  for damping in dampings:
-    for name, matrices in precondition_queries(curvature, grads, damping, num_rows):
-      parts[name].append(jax.tree.map(np.asarray, jax.jit(compress)(flat(matrices))))
-  concatenate = lambda *arrays: np.concatenate(arrays)
-  return {name: jax.tree.map(concatenate, *rows) for name, rows in parts.items()}
+  solves = curvature.exact is not None
+  if solves:
+    gradient_batches = iter([_everyones_rows(gradient_batches, num_rows)])
+  parts: list[dict[str, list[PyTree]]] = [collections.defaultdict(list) for _ in dampings]
+  exact: dict[str, list[np.ndarray]] = collections.defaultdict(list)
+  num_checked = 0
+  for number, grads in enumerate(gradient_batches):
+    if number == 0:
+      num_checked = min(_CHECKED_ROWS, len(next(iter(grads.values()))))
+    for damping, part in zip(dampings, parts, strict=True):
+      for name, rows in _preconditioned(curvature, grads, damping):
+        compressed = _compress(compression, rows, eigenvalues_of(curvature, name))
+        part[name].append(jax.tree.map(np.asarray, compressed))
+        if number == 0:
+          exact[name].append(np.asarray(rows[:num_checked]))
+  gather = lambda x: x if solves else hosts.gathered(x, num_rows)
+  joined = lambda *arrays: gather(np.concatenate(arrays))
+  over_dampings = lambda *arrays: np.concatenate(arrays)
+  return QueryRows(
+    compressed={
+      layer.name: jax.tree.map(
+        over_dampings, *(jax.tree.map(joined, *part[layer.name]) for part in parts)
+      )
+      for layer in curvature.layers
+    },
+    checked=np.concatenate([i * num_rows + np.arange(num_checked) for i in range(len(dampings))]),
+    exact={name: np.concatenate(rows) for name, rows in exact.items()},
+  )
 
 
-def precondition_queries(
-  curvature: Curvature, grads: Matrices, damping: float, num_rows: int
+def gradient_batches(
+  kernel: parallel.Kernel,
+  operands: PyTree,
+  rows: parallel.Rows,
+  *,
+  batch_size: int,
+  devices: Sequence[jax.Device] | None,
+) -> Iterator[Matrices]:
+  """The gradients of this process's share of (query, group) rows, as they come."""
+  return parallel.stream_batches(
+    kernel, operands, rows, batch_size=batch_size, label="query gradients",
+    unit="(query, group) rows", devices=devices,
+  )  # fmt: skip
+
+
+def eigenvalues_of(curvature: Curvature, name: str) -> np.ndarray:
+  """Λ [(groups,) d_out, d_in] of a layer, float32."""
+  return np.asarray(curvature.bases[name].eigenvalues, np.float32)
+
+
+def _preconditioned(
+  curvature: Curvature, grads: Matrices, damping: float
 ) -> Iterator[tuple[str, jax.Array]]:
-  """Yields (layer name, the next at most `num_rows` rows of (H + λI)⁻¹ ∇m) in order of rows."""
+  """Yields (layer name, (H + λI)⁻¹ ∇m) layer by layer."""
   if curvature.exact is not None:
     solved, _ = curvature.exact.solve(grads, damping, preconditioner=curvature.approximation)
     for name, matrices in solved.items():
       yield name, jnp.asarray(matrices, jnp.float32)
     return
   for name, matrices in grads.items():
-    for start in range(0, len(matrices), num_rows):
-      rows = matrices[start : start + num_rows]
-      yield name, _precondition(rows, curvature.bases[name], damping)
+    yield name, _precondition(matrices, curvature.bases[name], damping)
+
+
+def _everyones_rows(batches: Iterator[Matrices], num_rows: int) -> Matrices:
+  """All processes' rows at once: a solve is a computation of all of them."""
+  whole = jax.tree.map(lambda *x: np.concatenate(x), *batches)
+  return jax.tree.map(lambda x: hosts.gathered(x, num_rows), whole)
 
 
 @jax.jit
 def _precondition(grads: Array, basis: Eigenbasis, damping: float) -> Array:
   with jax.default_matmul_precision("highest"):
     return precondition(grads, basis, damping)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compress(compression: Compression, rows: Array, eigenvalues: Array) -> PyTree:
+  return compression.compress(rows, eigenvalues)

@@ -10,7 +10,6 @@ cg:       the exact GGN (exact.py), preconditioned by a sketch of it or by ekfac
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -28,25 +27,12 @@ from jaxinf.curvature.targets import ESTIMATORS, checked_targets, curvature_pair
 from jaxinf.diffusion.task import Task, checked_conditioning, checked_ids, checked_images
 from jaxinf.random import example_numbers
 from jaxinf.types import Array, Batch, Eigenbasis, PyTree
-from jaxinf.unfinished import PartialSums
+from jaxinf.unfinished import PartialSums, Resume
 
 _LOG = logging.getLogger("jaxinf")
 
 SKIP_NORMALISATION = (r"(?i)norm[^/]*/(scale|bias)$",)
 METHODS = ("kfac", "ekfac", "diagonal", "identity", "cg")
-
-
-@dataclasses.dataclass(frozen=True)
-class Resume:
-  """Where a fit keeps its sums so far, so that a killed one goes on from there.
-
-  Attributes:
-    folder: of the files; delete it when the curvature is safe.
-    every: batches between two savings.
-  """
-
-  folder: Path
-  every: int = 100
 
 
 def fit_curvature(

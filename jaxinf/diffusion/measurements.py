@@ -11,7 +11,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxinf.diffusion.objective import Noised, float_images, noised, predict, squared_errors
+from jaxinf.diffusion.draws import UNIFORM, DrawDesign, draw_pairs
+from jaxinf.diffusion.objective import Noised, float_images, predict, squared_errors
 from jaxinf.diffusion.schedule import Schedule
 from jaxinf.types import ApplyFn, Params, PyTree
 
@@ -21,22 +22,29 @@ class Measurement:
   """The mean over draws of value(ε_θ(x_t, t), pair), with the pair from (image, key).
 
   Attributes:
-    draw: (schedule, images [B, H, W, C], keys [B]) → pairs, to which conditioning is added after.
+    draw: (schedule, images [B, H, W, C], keys [B, S], design) → B · S pairs, image-major, to which
+      conditioning is added after.
     value: (network outputs [B, H, W, C], pairs) → [B].
   """
 
-  draw: Callable[[Schedule, jax.Array, jax.Array], Noised]
+  draw: Callable[[Schedule, jax.Array, jax.Array, DrawDesign], Noised]
   value: Callable[[jax.Array, Noised], jax.Array]
 
   def pairs(
-    self, schedule: Schedule, images: jax.Array, keys: jax.Array, conditioning: PyTree = None
+    self,
+    schedule: Schedule,
+    images: jax.Array,
+    keys: jax.Array,
+    conditioning: PyTree = None,
+    design: DrawDesign = UNIFORM,
   ) -> Noised:
     """The B · S pairs of images [B, H, W, C] (or uint8) and keys [B, S], image-major.
 
-    Each pair carries its image's row of the conditioning, a pytree of arrays [B, …].
+    The S draws of an image are one group of the design. Each pair carries its image's row of the
+    conditioning, a pytree of arrays [B, …].
     """
     repeat = lambda rows: jnp.repeat(rows, keys.shape[1], axis=0)
-    pairs = self.draw(schedule, repeat(float_images(images)), keys.reshape(-1))
+    pairs = self.draw(schedule, float_images(images), keys, design)
     return pairs._replace(conditioning=jax.tree.map(repeat, conditioning))
 
   def cotangents(self, pairs: Noised, draws: int) -> Callable[[jax.Array], jax.Array]:
@@ -51,9 +59,10 @@ class Measurement:
     images: jax.Array,
     keys: jax.Array,
     conditioning: PyTree = None,
+    design: DrawDesign = UNIFORM,
   ) -> jax.Array:
     """[B] measurements of images [B, H, W, C] with draws from keys [B, S]."""
-    pairs = self.pairs(schedule, images, keys, conditioning)
+    pairs = self.pairs(schedule, images, keys, conditioning, design)
     values = self.value(predict(apply_fn, params, pairs), pairs)
     return values.reshape(keys.shape).mean(axis=1)
 
@@ -66,6 +75,6 @@ def measurement_named(name: str) -> Measurement:
 
 
 # The training loss ℓ(θ, x): mean squared error of ε over pixels and channels, t uniform.
-LOSS = Measurement(draw=noised, value=squared_errors)
+LOSS = Measurement(draw=draw_pairs, value=squared_errors)
 
 MEASUREMENTS = {"loss": LOSS}

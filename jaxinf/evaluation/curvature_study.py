@@ -17,15 +17,23 @@ import jax
 import numpy as np
 from scipy.stats import spearmanr
 
-from jaxinf.attribution.kernels import DrawGroups, gradient_kernel, score_kernel
+from jaxinf.attribution.kernels import (
+  QUERY,
+  TRAIN,
+  DrawGroups,
+  gradient_kernel,
+  gradient_operands,
+  inner_products,
+)
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.eigenbasis import checked_damping, precondition
 from jaxinf.curvature.exact import Residuals, Solver
 from jaxinf.curvature.fit import SKIP_NORMALISATION, fit_curvature
 from jaxinf.curvature.registration import register
+from jaxinf.diffusion.draws import DrawDesign
 from jaxinf.diffusion.measurements import LOSS
 from jaxinf.diffusion.task import Task, checked_ids, checked_images
-from jaxinf.parallel import map_batches
+from jaxinf.parallel import Blocks, map_batches
 from jaxinf.random import example_numbers
 from jaxinf.rows import Rows
 from jaxinf.types import Array, Matrices
@@ -139,9 +147,11 @@ def curvature_study(
   )
   reference = fit_curvature(task, images, method="cg", solver=solver, **shared)
   model = register(task.apply_fn, task.params, images.shape[1:], reference.selection)
-  groups = DrawGroups(seed=seed, num=1, size=gradient_draws)
+  kernel = gradient_kernel(
+    model, LOSS, task.schedule, DrawGroups(seed, gradient_draws, DrawDesign())
+  )
   grads = map_batches(
-    gradient_kernel(model, LOSS, task.schedule, groups), task.params, asked,
+    kernel, gradient_operands(task.params, QUERY), dataclasses.replace(asked, draws=1),
     batch_size=max(1, batch_size // gradient_draws), label="query gradients", devices=devices,
   )  # fmt: skip
   assert reference.exact is not None
@@ -158,9 +168,9 @@ def curvature_study(
   del rows
   matrices = {name: x.reshape(math.prod(x.shape[:3]), -1) for name, x in stacked.items()}
   scores = map_batches(
-    score_kernel(model, task.schedule, groups, restore=lambda x: x), (task.params, matrices),
-    dataclasses.replace(train, draws=1), label="training gradients",
-    batch_size=max(1, batch_size // gradient_draws), devices=devices,
+    kernel, gradient_operands(task.params, TRAIN), dataclasses.replace(train, draws=1),
+    label="training gradients", batch_size=max(1, batch_size // gradient_draws), devices=devices,
+    then=Blocks(lambda rows, grads: inner_products(grads, rows), [matrices]),
   )  # fmt: skip
   shape = (len(approximations) + 1, len(dampings), len(queries))
   correlations = _rank_correlations(scores.T.reshape(*shape, len(images)))

@@ -3,6 +3,7 @@
 import jax
 
 from jaxinf.curvature.registration import Registration
+from jaxinf.diffusion.draws import UNIFORM, DrawDesign
 from jaxinf.diffusion.measurements import Measurement
 from jaxinf.diffusion.schedule import Schedule
 from jaxinf.random import draw_keys
@@ -18,6 +19,7 @@ def example_gradients(
   images: jax.Array,
   keys: jax.Array,
   conditioning: PyTree = None,
+  design: DrawDesign = UNIFORM,
 ) -> Matrices:
   """Gradients of each image's measurement over its draws.
 
@@ -29,11 +31,12 @@ def example_gradients(
     images: [B, H, W, C], float32 in [-1, 1] or uint8.
     keys: [B, S], one a draw.
     conditioning: pytree of arrays [B, …], or None.
+    design: how the S draws of an image depend on each other.
 
   Returns:
     Layer name → [B, d_out, d_in].
   """
-  pairs = measurement.pairs(schedule, images, keys, conditioning)
+  pairs = measurement.pairs(schedule, images, keys, conditioning, design)
   cotangents = measurement.cotangents(pairs, draws=keys.shape[1])
   return model.gradients(params, pairs, cotangents, rows=len(images))
 
@@ -49,16 +52,18 @@ def group_keys(keys: jax.Array, groups: jax.Array, draws: int) -> jax.Array:
   return jax.vmap(lambda key, group: draw_keys(key, draws, first=group * draws))(keys, groups)
 
 
-def default_groups(draws: int) -> int:
-  """The largest number of equal groups, up to 5, that the draws split into."""
-  return max((groups for groups in range(1, 6) if draws % groups == 0), default=1)
+def default_groups(draws: int, design: DrawDesign = UNIFORM, most: int = 5) -> int:
+  """The largest number of equal groups, up to `most`, that the draws split into by the design."""
+  step = 2 if design.antithetic else 1
+  fits = lambda groups: draws % (groups * step) == 0
+  return max((groups for groups in range(1, most + 1) if fits(groups)), default=1)
 
 
-def checked_draws(draws: int, groups: int) -> None:
-  """Raises ValueError unless draws split evenly into groups."""
+def checked_draws(draws: int, groups: int, what: str = "draws", into: str = "draw_groups") -> None:
+  """Raises ValueError unless draws split evenly into groups; `what` and `into` are their names."""
   if groups < 1 or draws < 1 or draws % groups:
     divisors = [g for g in range(1, max(draws, 1) + 1) if draws % g == 0][:8]
     raise ValueError(
-      f"{draws} draws do not split into {groups} equal groups; draw_groups must divide draws "
+      f"{draws} {what} do not split into {groups} equal groups; {into} must divide {what} "
       f"(as {', '.join(map(str, divisors))} do)."
     )

@@ -7,13 +7,16 @@ import pytest
 
 import jaxinf
 from jaxinf.curvature.eigenbasis import precondition
+from jaxinf.diffusion.draws import UNIFORM
 from jaxinf.diffusion.measurements import LOSS
 from jaxinf.gradients.per_example import group_keys
 from jaxinf.random import fold_in_each, stream
 from tests import nets
 
 NUM_TRAIN, NUM_QUERIES, DRAWS = 11, 3, 4
-SETTINGS = dict(damping=1e-3, draws=DRAWS, seed=5, draw_groups=2, compression=None)
+SETTINGS = dict(
+  damping=1e-3, draws=DRAWS, seed=5, draw_groups=2, compression=None, design=UNIFORM
+)  # fmt: skip
 TRAIN_LABELS = np.arange(NUM_TRAIN) % 3
 QUERY_LABELS = np.array([2, 0, 1])
 LABELS = dict(query_conditioning=QUERY_LABELS, train_conditioning=TRAIN_LABELS)

@@ -13,6 +13,7 @@ from jaxinf.curvature.coverage import Selection
 from jaxinf.curvature.decompose import decomposed
 from jaxinf.curvature.eigenbasis import precondition
 from jaxinf.curvature.registration import register
+from jaxinf.diffusion.draws import UNIFORM
 from jaxinf.diffusion.measurements import LOSS
 from jaxinf.gradients.per_example import group_keys
 from jaxinf.random import fold_in_each, stream
@@ -20,7 +21,7 @@ from jaxinf.types import KroneckerFactors, Scores
 from tests import nets
 
 NUM_TRAIN, NUM_QUERIES, DRAWS = 11, 3, 4
-SETTINGS = dict(damping=1e-3, draws=DRAWS, seed=5, draw_groups=2)
+SETTINGS = dict(damping=1e-3, draws=DRAWS, seed=5, draw_groups=2, design=UNIFORM)
 
 
 def keys_of(name: str, num: int, draws: int = DRAWS, seed: int = 5) -> jax.Array:
@@ -145,7 +146,15 @@ def test_leave_one_out_on_ridge_regression_pins_sign_and_scale():
   settings = {"draws": draws, "conditional": False, **Selection().as_dict()}
   curvature = jaxinf.Curvature(model.layers, bases, model.coverage, task, settings)
   scores = jaxinf.influence(
-    task, curvature, queries, train, damping=damping, draws=draws, seed=5, compression=None
+    task,
+    curvature,
+    queries,
+    train,
+    damping=damping,
+    draws=draws,
+    seed=5,
+    compression=None,
+    design=UNIFORM,
   )
 
   qx, qy = design(queries, "query_gradients")

@@ -11,6 +11,7 @@ from jaxinf.curvature.coverage import Selection
 from jaxinf.curvature.layers import to_matrices
 from jaxinf.curvature.registration import register
 from jaxinf.curvature.targets import curvature_pairs
+from jaxinf.diffusion.draws import DrawDesign
 from jaxinf.diffusion.measurements import LOSS
 from jaxinf.diffusion.objective import predict
 from jaxinf.evaluation.curvature_study import curvature_study
@@ -76,7 +77,10 @@ def gradients(task, images, name) -> np.ndarray:
   def loss(params, image, number):
     key = fold_in_each(stream(SEED, name), number[None])
     keys = jax.vmap(lambda k: draw_keys(k, GRADIENT_DRAWS))(key)
-    return LOSS.evaluate(task.apply_fn, params, task.schedule, image[None], keys).sum()
+    values = LOSS.evaluate(
+      task.apply_fn, params, task.schedule, image[None], keys, design=DrawDesign()
+    )
+    return values.sum()
 
   numbers = np.arange(len(images), dtype=np.uint32)
   grads = [jax.grad(loss)(task.params, *pair) for pair in zip(images, numbers, strict=True)]

@@ -1,0 +1,143 @@
+"""The score pass: training gradients stream past the rows of queries, and are never kept.
+
+scores of (training example, group of draws) rows for R query rows, [N · G, R]; and what they say
+when the rows are not compressed, on a sample of the training examples.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import stats
+
+from jaxinf import hosts, parallel
+from jaxinf.attribution.kernels import TRAIN, gradient_operands, inner_products, score_kernel
+from jaxinf.attribution.queries import QueryRows, eigenvalues_of
+from jaxinf.curvature.curvature import Curvature
+from jaxinf.gradients.compression import Compression
+from jaxinf.types import Array, Matrices, Params, PyTree
+
+_SAMPLE = 32  # training examples whose scores are computed both ways, or a batch of rows
+
+
+@dataclasses.dataclass(frozen=True)
+class ScorePass:
+  """What streams, and how.
+
+  Attributes:
+    gradients: the kernel of training gradients.
+    params: its parameters.
+    rows: (training example, group of draws) rows.
+    batch_size: rows at a time over all local devices.
+    devices: local devices; all of them where None.
+    query_blocks: parts of the query rows, of which one is on the devices at a time.
+  """
+
+  gradients: parallel.Kernel
+  params: Params
+  rows: parallel.Rows
+  batch_size: int
+  devices: Sequence[jax.Device] | None
+  query_blocks: int = 1
+
+  def scores(
+    self,
+    queries: QueryRows,
+    curvature: Curvature,
+    compression: Compression,
+    *,
+    first_group: int = 0,
+    partial: parallel.PartialRows | None = None,
+  ) -> np.ndarray:
+    """[N · G, R] scores of all rows, whose groups of draws are numbered from `first_group`."""
+    operands = [
+      {
+        layer.name: (block[layer.name], eigenvalues_of(curvature, layer.name))
+        for layer in curvature.layers
+      }
+      for block in split_rows(queries.compressed, self.query_blocks)
+    ]
+    return parallel.map_batches(
+      self.gradients, gradient_operands(self.params, TRAIN),
+      dataclasses.replace(self.rows, first_draw=first_group), batch_size=self.batch_size,
+      label="training gradients", unit="(image, group) rows", devices=self.devices,
+      then=parallel.Blocks(score_kernel(compression), operands), partial=partial,
+    )  # fmt: skip
+
+  def compression_check(
+    self,
+    queries: QueryRows,
+    curvature: Curvature,
+    compression: Compression,
+    *,
+    num_dampings: int,
+    seed: int,
+  ) -> list[dict[str, Any]] | None:
+    """How scores correlate with those of uncompressed rows, on a sample, for each damping.
+
+    Returns num_examples, num_queries (rows compared with), and over these the mean and the least
+    of Pearson's and Spearman's correlations over the sampled training rows; None in processes that
+    are not the primary.
+    """
+    if not hosts.is_primary():
+      return None
+    rows = self._sample(seed)
+    restored = {
+      layer.name: compression.restore(
+        jax.tree.map(lambda x: x[queries.checked], queries.compressed[layer.name]),
+        eigenvalues_of(curvature, layer.name),
+      )
+      for layer in curvature.layers
+    }
+    both = jax.tree.map(lambda *x: np.concatenate(x), queries.exact, jax.device_get(restored))
+    found = parallel.stream_batches(
+      self.gradients, gradient_operands(self.params, TRAIN), rows, batch_size=self.batch_size,
+      label=None, devices=self.devices, span=(0, len(rows)),
+      then=parallel.Blocks(_plain_products, [both]),
+    )  # fmt: skip
+    exact, compressed = np.split(np.concatenate(list(found)).T, 2)
+    split = (np.split(scores, num_dampings) for scores in (exact, compressed))
+    return [
+      correlations(*pair) | {"num_examples": len(rows.ids)} for pair in zip(*split, strict=True)
+    ]
+
+  def _sample(self, seed: int) -> parallel.Rows:
+    """Random training examples, at least a batch of rows, so that nothing compiles anew."""
+    num = min(len(self.rows.ids), max(_SAMPLE, -(-self.batch_size // (self.rows.draws or 1))))
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(self.rows.ids))[:num])
+    take = lambda x: x[chosen]
+    return dataclasses.replace(
+      self.rows, images=take(self.rows.images), ids=take(self.rows.ids),
+      conditioning=jax.tree.map(take, self.rows.conditioning),
+    )  # fmt: skip
+
+
+def correlations(exact: np.ndarray, others: np.ndarray) -> dict[str, Any]:
+  """How scores [C, n] correlate with exact ones, row by row: means and least over the C rows."""
+  pairs = [pair for pair in zip(exact, others, strict=True) if np.ptp(pair[0]) and np.ptp(pair[1])]
+  found = {
+    "pearson": [float(np.corrcoef(*pair)[0, 1]) for pair in pairs],
+    "spearman": [float(stats.spearmanr(*pair).statistic) for pair in pairs],
+  }
+  summary: dict[str, Any] = {"num_queries": len(exact)}
+  for name, values in found.items():
+    summary[name] = float(np.mean(values)) if values else None
+    summary[f"least_{name}"] = min(values, default=None)
+  return summary
+
+
+def split_rows(tree: Mapping[str, PyTree], num: int) -> list[Mapping[str, PyTree]]:
+  """Rows [R, …] of a pytree in `num` consecutive parts of about equal size, none of them empty."""
+  total = len(jax.tree.leaves(tree)[0])
+  num = min(num, total)
+  ends = [round(i * total / num) for i in range(num + 1)]
+  cut = lambda begin, end: jax.tree.map(lambda x: x[begin:end], tree)
+  return [cut(begin, end) for begin, end in itertools.pairwise(ends)]
+
+
+def _plain_products(rows: Matrices, grads: Matrices) -> Array:
+  return inner_products(grads, jax.tree.map(jnp.asarray, rows))

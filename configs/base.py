@@ -79,6 +79,16 @@ def get_config() -> ConfigDict:
   config.curvature_study.solver.precision = "float32"
   config.curvature_study.solver.sketch_rank = 1_000
 
+  config.compress_study = ConfigDict()
+  config.compress_study.num_images = 512
+  config.compress_study.num_queries = 8
+  config.compress_study.draws = 16
+  config.compress_study.damping = 1e-8
+  config.compress_study.svd_ranks = (1, 5, 10, 20, 50, 100)
+  config.compress_study.truncation_shares = (0.5, 0.25, 0.1, 0.05)
+  config.compress_study.projection_shares = (0.5, 0.1, 0.02)
+  config.compress_study.batch_size = 128
+
   config.attribute = ConfigDict()
   config.attribute.measurement = "loss"
   config.attribute.damping = 1e-8

@@ -1,8 +1,10 @@
 """jaxinf: training-data attribution for diffusion models in JAX."""
 
 from jaxinf.attribution.auto import AutoDraws
+from jaxinf.attribution.index import build_index, open_index
 from jaxinf.attribution.influence import influence
 from jaxinf.attribution.stability import RankStability, rank_stability
+from jaxinf.attribution.store import Store
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.exact import Solver
 from jaxinf.curvature.fit import SKIP_NORMALISATION, fit_curvature
@@ -26,9 +28,12 @@ __all__ = [
   "Schedule",
   "Scores",
   "Solver",
+  "Store",
   "Task",
+  "build_index",
   "fit_curvature",
   "influence",
+  "open_index",
   "rank_stability",
   "recommend_damping",
 ]

@@ -7,12 +7,18 @@ Stages, in order:
   sample     generate the samples to be explained
   curvature  fit the K-FAC curvature over all training images
   curvature-study  compare approximations of the curvature with the exact one (not part of all)
+  compress-study   compare compressions of the query gradients (not part of all)
   attribute  score every training image for every sample
   report     draw DIR/report/index.html
   all        all of these; finished stages are reused
 
 Any field of the config can be set on the command line, as --config.attribute.damping=1e-6.
 --dry-run with the stage curvature prints what it takes in memory, layer by layer.
+
+Over several processes, say one a host, start this in each with the same arguments and a shared
+workdir, and with --coordinator=HOST:PORT --num_processes=N --process_id=I (I = 0, on HOST, to
+N − 1); or with --distributed alone, where SLURM, Open MPI or a TPU pod tells these. The first
+process writes the files and speaks.
 """
 
 import logging
@@ -26,7 +32,7 @@ import absl.logging
 from absl import app, flags
 from ml_collections import config_flags
 
-from jaxinf import stages
+from jaxinf import hosts, stages
 from jaxinf.config import check_path, typed
 from jaxinf.runs import Run
 
@@ -42,23 +48,42 @@ _DRY_RUN = flags.DEFINE_bool(
   "dry-run", False, "With the stage curvature: print what it would take in memory, and stop."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run's artefacts.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, free there.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this process, from 0.")
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed", False, "Several processes, which the cluster's variables tell of one another."
+)
 
 
 def main(argv: list[str]) -> None:
   absl.logging.set_verbosity(absl.logging.WARNING)  # the libraries'; ours follow
-  _speak()
+  with hosts.ending_together():
+    try:
+      stage = _stage_name(argv, list(stages.STAGES))
+      run = Run(typed(_required(_CONFIG)), Path(_required(_WORKDIR)))
+      _connect()
+      _speak()
+      if not _DRY_RUN.value:
+        stages.STAGES[stage](run)
+      elif stage == "curvature":
+        print(stages.curvature_memory(run))
+      else:
+        raise ValueError("--dry-run goes with the stage curvature.")
+    except ValueError as error:
+      sys.exit(f"jaxinf: {error}")
 
-  try:
-    stage = _stage_name(argv, list(stages.STAGES))
-    run = Run(typed(_required(_CONFIG)), Path(_required(_WORKDIR)))
-    if not _DRY_RUN.value:
-      stages.STAGES[stage](run)
-    elif stage == "curvature":
-      print(stages.curvature_memory(run))
-    else:
-      raise ValueError("--dry-run goes with the stage curvature.")
-  except ValueError as error:
-    sys.exit(f"jaxinf: {error}")
+
+def _connect() -> None:
+  """Joins the other processes, where there are any."""
+  given = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  if _DISTRIBUTED.value and given != (None, None, None):
+    raise ValueError(
+      "--distributed leaves --coordinator, --num_processes and --process_id to the cluster's "
+      "variables: give it alone, or the three without it."
+    )
+  if _DISTRIBUTED.value or given != (None, None, None):
+    hosts.connect(*given)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -79,12 +104,12 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 def _speak() -> None:
-  """Shows jaxinf's own messages, plain, on standard error."""
+  """Shows jaxinf's own messages, plain, on standard error; of the primary but warnings only."""
   log = logging.getLogger("jaxinf")
   handler = logging.StreamHandler()
   handler.setFormatter(logging.Formatter("%(message)s"))
   log.addHandler(handler)
-  log.setLevel(logging.INFO)
+  log.setLevel(logging.INFO if hosts.is_primary() else logging.WARNING)
   log.propagate = False
 
 

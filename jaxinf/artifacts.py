@@ -22,6 +22,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxinf import hosts
 from jaxinf.types import PyTree
 
 _PACKAGES = ("jaxinf", "jax", "jaxlib", "kfac-jax", "flax", "optax", "numpy")
@@ -159,7 +160,10 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 class Checkpoints:
-  """Training states by step, kept by Orbax; the two newest stay."""
+  """Training states by step, kept by Orbax; the two newest stay.
+
+  With several processes all of them call, with equal states of NumPy arrays; the primary writes.
+  """
 
   def __init__(self, folder: Path):
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
@@ -174,7 +178,7 @@ class Checkpoints:
 
   def restore(self, step: int, like: PyTree) -> PyTree:
     """The state of a step, with the structure, shapes and types of `like`."""
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    abstract = jax.tree.map(np.asarray, like)  # no devices: each process's own are elsewhere
     return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
 
   def close(self) -> None:
@@ -182,11 +186,17 @@ class Checkpoints:
 
 
 class MetricsLog:
-  """Metrics as JSON lines and TensorBoard events; a resumed run drops the lines it redoes."""
+  """Metrics as JSON lines and TensorBoard events; a resumed run drops the lines it redoes.
+
+  Only the primary process writes and reads them.
+  """
 
   def __init__(self, folder: Path, resumed_step: int):
     from tensorboardX import SummaryWriter
 
+    self._events = None
+    if not hosts.is_primary():
+      return
     folder.mkdir(parents=True, exist_ok=True)
     self._path = folder / "metrics.jsonl"
     if self._path.exists():
@@ -197,13 +207,20 @@ class MetricsLog:
     self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    if self._events is None:
+      return
     with self._path.open("a") as file:
       file.write(json.dumps({"step": step, **metrics}) + "\n")
     for name, value in metrics.items():
       self._events.add_scalar(name, value, step)
 
+  def last(self) -> dict[str, float]:
+    """The newest line; empty in processes that write none."""
+    return json.loads(self._path.read_text().splitlines()[-1]) if self._events else {}
+
   def close(self) -> None:
-    self._events.close()
+    if self._events is not None:
+      self._events.close()
 
 
 def versions() -> dict[str, str]:

@@ -98,6 +98,18 @@ class CurvatureStudyConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CompressStudyConfig:
+  num_images: int  # training images that are scored
+  num_queries: int  # samples
+  draws: int  # of (t, ε) for each gradient
+  damping: float  # λ
+  svd_ranks: tuple[int, ...]
+  truncation_shares: tuple[float, ...]  # of a layer's numbers that are kept
+  projection_shares: tuple[float, ...]  # likewise
+  batch_size: int  # (image, draw) pairs at a time
+
+
+@dataclasses.dataclass(frozen=True)
 class DrawConfig:
   timesteps: str  # stratified or uniform
   antithetic: bool  # draws in pairs of (t, ε) and (t, −ε)
@@ -146,6 +158,7 @@ class Config:
   sample: SampleConfig
   curvature: CurvatureConfig
   curvature_study: CurvatureStudyConfig
+  compress_study: CompressStudyConfig
   attribute: AttributeConfig
   report: ReportConfig
 

@@ -27,12 +27,16 @@ from jaxinf.types import ApplyFn, Eigenbasis, Params, Scores
 
 ORDER = ("train", "sample", "curvature", "attribute", "report")
 
+# What a stage computes: the arrays and notes of its artefact, and a word on them for the user.
+Outcome = tuple[Mapping[str, np.ndarray], Mapping[str, Any], str]
+
 # Fields that change how fast a stage goes but not what it computes.
 _PACE = {
   "train": {"log_every", "checkpoint_every"},
   "sample": {"batch_size"},
   "curvature": {"batch_size", "partitions", "checkpoint_every"},
   "curvature-study": {"batch_size"},
+  "compress-study": {"batch_size"},
   "attribute": {"batch_size", "query_blocks", "checkpoint_every"},
 }
 
@@ -109,6 +113,7 @@ _DEPENDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
   "sample": (("diffusion",), ("train",)),
   "curvature": (("diffusion",), ("train",)),
   "curvature-study": (("diffusion",), ("train", "sample")),
+  "compress-study": ((), ("train", "sample", "curvature")),
   "attribute": ((), ("train", "sample", "curvature")),
   "report": ((), ("attribute",)),
 }

@@ -9,19 +9,19 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.traverse_util
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf import artifacts, models, training
+from jaxinf import artifacts, hosts, models, studies, training
 from jaxinf.artifacts import Artifact
 from jaxinf.attribution.auto import AutoDraws
 from jaxinf.attribution.influence import influence
 from jaxinf.attribution.stability import rank_stability
-from jaxinf.config import DrawConfig, SolverConfig
+from jaxinf.config import DrawConfig, as_dict
 from jaxinf.costs import measured
 from jaxinf.curvature.coverage import Selection
 from jaxinf.curvature.exact import Solver
@@ -30,16 +30,15 @@ from jaxinf.curvature.memory import layer_memory, memory_table
 from jaxinf.curvature.registration import register
 from jaxinf.diffusion import sampler
 from jaxinf.diffusion.draws import DrawDesign
-from jaxinf.evaluation.curvature_study import curvature_study as evaluate_curvatures
 from jaxinf.evaluation.damping import recommend_damping
 from jaxinf.gradients.compression import compression_named
 from jaxinf.parallel import Rows, map_batches, num_devices
 from jaxinf.progress import clock
 from jaxinf.random import fold_in_each, stream
 from jaxinf.report.page import write_report
-from jaxinf.report.study import write_study
 from jaxinf.runs import (
   ORDER,
+  Outcome,
   Run,
   fresh_task,
   key_of,
@@ -49,12 +48,9 @@ from jaxinf.runs import (
   load_task,
   scores_arrays,
 )
-from jaxinf.unfinished import Kept, Resume
+from jaxinf.unfinished import Resume
 
 _LOG = logging.getLogger("jaxinf")
-
-# What a stage computes: the arrays and notes of its artefact, and a word on them for the user.
-Outcome = tuple[Mapping[str, np.ndarray], Mapping[str, Any], str]
 
 
 def train(run: Run) -> Artifact:
@@ -75,7 +71,12 @@ def curvature(run: Run) -> Artifact:
 
 def curvature_study(run: Run) -> Artifact:
   """Compares approximations of the curvature with the exact one, on a few images and samples."""
-  return _stage(run, "curvature-study", _curvature_study)
+  return _stage(run, "curvature-study", studies.curvature_study)
+
+
+def compress_study(run: Run) -> Artifact:
+  """Compares compressions of the query gradients, on a few images and samples."""
+  return _stage(run, "compress-study", studies.compress_study)
 
 
 def attribute(run: Run) -> Artifact:
@@ -85,7 +86,7 @@ def attribute(run: Run) -> Artifact:
 
 def report(run: Run) -> Artifact:
   """Draws the page report/index.html."""
-  return _stage(run, "report", _report)
+  return _stage(run, "report", _report, alone=True)
 
 
 def curvature_memory(run: Run) -> str:
@@ -137,8 +138,7 @@ def _train(run: Run) -> Outcome:
     log.close()
   arrays = flax.traverse_util.flatten_dict(state.ema_params, sep="/")
   num = models.num_params(state.ema_params)
-  last_line = (folder / "metrics.jsonl").read_text().splitlines()[-1]
-  notes = {"num_parameters": num, "last_metrics": json.loads(last_line), "resumed_at_step": step}
+  notes = {"num_parameters": num, "last_metrics": log.last(), "resumed_at_step": step}
   return arrays, notes, f"a model of {num:,} parameters"
 
 
@@ -174,7 +174,7 @@ def _curvature(run: Run) -> Outcome:
     estimator=config.estimator, targets=config.targets, skip=config.skip,
     diagonal=config.diagonal, only=config.only, partitions=config.partitions,
     decompose=config.decompose, batch_size=config.batch_size, devices=run.devices,
-    solver=_solver(config.solver),
+    solver=Solver(**as_dict(config.solver)),
     resume=Resume(run.folder("curvature") / "sums", config.checkpoint_every),
   )  # fmt: skip
   arrays = {
@@ -190,36 +190,6 @@ def _curvature(run: Run) -> Outcome:
     "diagnostics": fitted.diagnostics,
   }
   return arrays, notes, f"the curvature of {len(fitted.layers)} layers"
-
-
-def _curvature_study(run: Run) -> Outcome:
-  config, folder = run.config.curvature_study, run.folder("curvature-study")
-  dataset = run.dataset.sample(config.num_images, run.config.seed)
-  samples = artifacts.read(run.folder("sample")).arrays
-  num_queries = config.num_queries
-  if not 1 <= num_queries <= len(samples["images"]):
-    raise ValueError(
-      f"curvature_study.num_queries must lie in 1…{len(samples['images'])}, the number of samples; "
-      f"got {num_queries}."
-    )
-  study = evaluate_curvatures(
-    load_task(run), dataset.images, samples["images"][:num_queries], dampings=config.dampings,
-    draws=config.draws, gradient_draws=config.gradient_draws, seed=run.config.seed,
-    ids=dataset.ids, query_ids=samples["ids"][:num_queries], skip=run.config.curvature.skip,
-    solver=_solver(config.solver),
-    batch_size=config.batch_size, devices=run.devices, keep=Kept(folder / "sums"),
-  )  # fmt: skip
-  print(study.table())
-  files = write_study(folder, study)
-  arrays = {
-    name: np.asarray(getattr(study, name))
-    for name in ("dampings", "errors", "correlations", "residuals", "iterations")
-  }
-  notes = {
-    "files": [path.name for path in files], "names": study.names, "settings": study.settings,
-    "largest_eigenvalue": study.largest_eigenvalue,
-  }  # fmt: skip
-  return arrays, notes, f"a comparison of {len(study.names)} approximations"
 
 
 def _attribute(run: Run) -> Outcome:
@@ -275,26 +245,32 @@ def draw_design(config: DrawConfig) -> DrawDesign:
   return DrawDesign(config.timesteps, config.antithetic, config.shared)
 
 
-def _solver(config: SolverConfig) -> Solver:
-  return Solver(config.tolerance, config.max_iterations, config.precision, config.sketch_rank)
+def _stage(run: Run, name: str, compute: Callable[[Run], Outcome], alone: bool = False) -> Artifact:
+  """Reuses a matching artefact; otherwise computes and saves it, and says what comes next.
 
-
-def _stage(run: Run, name: str, compute: Callable[[Run], Outcome]) -> Artifact:
-  """Reuses a matching artefact; otherwise computes and saves it, and says what comes next."""
+  All processes compute, or the primary `alone`; it writes, and they go on when all is written.
+  """
+  if run.devices is not None and hosts.count() > 1:
+    raise ValueError("Several processes use all their devices: leave the run's devices None.")
   folder, key = run.folder(name), key_of(run, name)
+  hosts.check_same(json.dumps(artifacts.plain(key)), f"what the stage {name} depends on")
   rest = ORDER[ORDER.index(name) + 1 :] if name in ORDER else ()
   hint = f"next: {rest[0]}" if rest else f"open {(folder / 'index.html').absolute()}"
-  if artifacts.finished(folder, key):
+  if hosts.agreed(artifacts.finished(folder, key)):
     _LOG.info("%s: reused %s; %s", name, folder, hint)
     return artifacts.read(folder)
-  artifacts.begin(folder, key)
+  if hosts.is_primary():
+    artifacts.begin(folder, key)
   _LOG.info("%s: begins (its functions are compiled first)", name)
   with measured() as cost:
-    arrays, notes, what = compute(run)
-  artifact = artifacts.write(folder, key, arrays, notes=notes, cost=cost)
-  shutil.rmtree(folder / "sums", ignore_errors=True)
-  _LOG.info("%s: wrote %s to %s in %s; %s", name, what, folder, clock(cost["seconds"]), hint)
-  return artifact
+    arrays, notes, what = compute(run) if hosts.is_primary() or not alone else ({}, {}, "")
+  artifact = None
+  if hosts.is_primary():
+    artifact = artifacts.write(folder, key, arrays, notes=notes, cost=cost)
+    shutil.rmtree(folder / "sums", ignore_errors=True)
+    _LOG.info("%s: wrote %s to %s in %s; %s", name, what, folder, clock(cost["seconds"]), hint)
+  hosts.wait_for_all(f"{name} written")
+  return artifact or artifacts.read(folder)
 
 
 STAGES: dict[str, Callable[[Run], Artifact]] = {
@@ -302,6 +278,7 @@ STAGES: dict[str, Callable[[Run], Artifact]] = {
   "sample": sample,
   "curvature": curvature,
   "curvature-study": curvature_study,
+  "compress-study": compress_study,
   "attribute": attribute,
   "report": report,
   "all": everything,

@@ -15,6 +15,7 @@ import numpy as np
 Array = Any  # jax.Array or np.ndarray: a kernel's arguments come as either
 PyTree = Any
 Params = PyTree
+Arrays = tuple[jax.Array, jax.Array]  # a layer's input x and the gradient dy at its output
 Matrices = dict[str, Array]  # layer name -> [..., (groups,) d_out, d_in]
 
 # apply_fn(params, x_t [B, H, W, C], t [B]) -> predicted noise [B, H, W, C]; a conditional model is

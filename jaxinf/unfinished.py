@@ -94,7 +94,7 @@ class PartialOutputs:
 
   def load(self) -> list[PyTree]:
     """The rows saved so far, file by file; StaleArtifact for another key, ValueError if damaged."""
-    rows = []
+    rows: list[PyTree] = []
     while (path := self._path(len(rows))).exists():
       try:
         with np.load(path, allow_pickle=False) as file:

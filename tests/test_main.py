@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 RUN = ("train", "--config=configs/digits.py")
-STAGES = "train, sample, curvature, curvature-study, attribute, report, all"
+STAGES = "train, sample, curvature, curvature-study, compress-study, attribute, report, all"
 CASES = {
   "unknown stage": (("trian", *RUN[1:]), f"Name one stage of {STAGES}; got trian."),
   "unknown field": (

@@ -168,14 +168,29 @@ def test_a_curvature_study_leaves_its_numbers_a_page_and_a_figure(finished, caps
   assert "EK-FAC" in capsys.readouterr().out
 
 
-def test_more_queries_than_samples_are_refused_by_the_study(finished, tmp_path):
+def test_a_compress_study_leaves_its_numbers_a_page_and_a_figure(finished, capsys):
+  """Beside the compressions that always take part, one svd, truncation and projection."""
+  artifact = stages.STAGES["compress-study"](finished)
+  names = artifact.notes["names"]
+  assert list(names[:4]) == ["int16", "int8", "int4", "bfloat16"] and len(names) == 7
+  for name in ("errors", "pearson", "spearman"):
+    assert artifact.arrays[name].shape == (7, 2)
+  # int16 keeps 5 digits of a block's largest number, so nearly the scores.
+  assert (artifact.arrays["pearson"][0] > 0.999).all()
+  folder = finished.folder("compress-study")
+  assert {path.name for path in folder.iterdir()} >= {"index.html", "compression-study.png"}
+  assert "truncation, 50 %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("study", ["curvature-study", "compress-study"])
+def test_more_queries_than_samples_are_refused_by_a_study(finished, tmp_path, study):
   config = tiny.get_config()
-  config.curvature_study.num_queries = 4
-  for stage in ("train", "sample"):
+  config[study.replace("-", "_")].num_queries = 4
+  for stage in ("train", "sample", "curvature"):
     shutil.copytree(finished.folder(stage), tmp_path / stage)
   run = run_of(tmp_path, config, devices=jax.devices()[:1])
   with pytest.raises(ValueError, match=r"num_queries must lie in 1…3"):
-    stages.STAGES["curvature-study"](run)
+    stages.STAGES[study](run)
 
 
 def test_the_memory_of_a_curvature_is_told_without_a_model(tmp_path):

@@ -24,6 +24,12 @@ def get_config() -> ConfigDict:
   config.curvature_study.gradient_draws = 2
   config.curvature_study.dampings = (1e-2,)
   config.curvature_study.solver.sketch_rank = 8
+  config.compress_study.num_images = 6
+  config.compress_study.num_queries = 2
+  config.compress_study.draws = 2
+  config.compress_study.svd_ranks = (1,)
+  config.compress_study.truncation_shares = (0.5,)
+  config.compress_study.projection_shares = (0.5,)
   config.attribute.draws = 4
   config.attribute.draw_groups = 2
   config.attribute.stop.group_size = 1

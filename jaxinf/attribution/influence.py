@@ -6,7 +6,6 @@ and dampings at once, and are never kept.
 """
 
 import dataclasses
-import itertools
 import logging
 from collections.abc import Sequence
 from typing import Any, overload
@@ -14,21 +13,24 @@ from typing import Any, overload
 import jax
 import numpy as np
 
-from jaxinf import parallel
-from jaxinf.artifacts import fingerprint
 from jaxinf.attribution.auto import AutoDraws, DrawPlan, merged_rounds
+from jaxinf.attribution.examples import (
+  check_alike,
+  check_curvature,
+  checked_dampings,
+  content_of,
+  examples_of,
+)
 from jaxinf.attribution.kernels import QUERY, DrawGroups, gradient_kernel, gradient_operands
 from jaxinf.attribution.queries import gradient_batches, query_rows
 from jaxinf.attribution.scoring import ScorePass
 from jaxinf.curvature.curvature import Curvature
-from jaxinf.curvature.eigenbasis import checked_damping
 from jaxinf.curvature.registration import register
 from jaxinf.diffusion.draws import DrawDesign
 from jaxinf.diffusion.measurements import LOSS, measurement_named
-from jaxinf.diffusion.task import Task, checked_conditioning, checked_ids, checked_images
+from jaxinf.diffusion.task import Task
 from jaxinf.gradients.compression import Compression, Uncompressed, compression_named
 from jaxinf.gradients.per_example import checked_draws, default_groups
-from jaxinf.random import example_numbers
 from jaxinf.types import Array, PyTree, Scores
 from jaxinf.unfinished import PartialOutputs, Resume
 
@@ -43,8 +45,9 @@ def influence(
   query_ids: np.ndarray | None = ..., train_ids: np.ndarray | None = ...,
   query_conditioning: PyTree = ..., train_conditioning: PyTree = ...,
   draw_groups: int | None = ..., query_draws: int | None = ..., query_groups: int | None = ...,
-  design: DrawDesign = ..., compression: str | Compression | None = ..., query_blocks: int = ...,
-  batch_size: int = ..., resume: Resume | None = ..., devices: Sequence[jax.Device] | None = ...,
+  design: DrawDesign = ..., query_design: DrawDesign | None = ...,
+  compression: str | Compression | None = ..., query_blocks: int = ..., batch_size: int = ...,
+  resume: Resume | None = ..., devices: Sequence[jax.Device] | None = ...,
 ) -> Scores: ...
 @overload
 def influence(
@@ -53,8 +56,9 @@ def influence(
   query_ids: np.ndarray | None = ..., train_ids: np.ndarray | None = ...,
   query_conditioning: PyTree = ..., train_conditioning: PyTree = ...,
   draw_groups: int | None = ..., query_draws: int | None = ..., query_groups: int | None = ...,
-  design: DrawDesign = ..., compression: str | Compression | None = ..., query_blocks: int = ...,
-  batch_size: int = ..., resume: Resume | None = ..., devices: Sequence[jax.Device] | None = ...,
+  design: DrawDesign = ..., query_design: DrawDesign | None = ...,
+  compression: str | Compression | None = ..., query_blocks: int = ..., batch_size: int = ...,
+  resume: Resume | None = ..., devices: Sequence[jax.Device] | None = ...,
 ) -> tuple[Scores, ...]: ...
 # fmt: on
 def influence(
@@ -75,6 +79,7 @@ def influence(
   query_draws: int | None = None,
   query_groups: int | None = None,
   design: DrawDesign = DrawDesign(),
+  query_design: DrawDesign | None = None,
   compression: str | Compression | None = "int8",
   query_blocks: int = 1,
   batch_size: int = 128,
@@ -104,6 +109,7 @@ def influence(
     query_groups: groups these are split into, whose spread is the queries' part of the standard
       errors; each takes as much memory as one. None: 2, or 1 where the draws do not split.
     design: how the draws of a group depend on each other; each group is one complete design.
+    query_design: likewise for queries; as `design` where None.
     compression: of the preconditioned query gradients: a name of gradients.compression, or a
       Compression. None: float32. What it does to scores is measured on a sample of training images
       and put into settings["compression_check"].
@@ -121,11 +127,12 @@ def influence(
   Raises:
     ValueError: the arguments don't fit together, or scores are not finite.
   """
-  dampings = _checked_dampings(damping)
-  query = _examples(queries, query_ids, query_conditioning, "query")
-  train = _examples(train_images, train_ids, train_conditioning, "train")
+  dampings = checked_dampings(damping)
+  query = examples_of(queries, query_ids, query_conditioning, "query")
+  train = examples_of(train_images, train_ids, train_conditioning, "train")
   measured = measurement_named(measurement)
-  plan = _draw_plan(draws, draw_groups, query_draws, query_groups, design)
+  asked_design = design if query_design is None else query_design
+  plan = _draw_plan(draws, draw_groups, query_draws, query_groups, design, asked_design)
   if isinstance(compression, str) or compression is None:
     compression = compression_named(compression)
   if compression.in_eigenbasis or compression.is_costly:
@@ -136,10 +143,10 @@ def influence(
   for value, what in ((batch_size, "batch_size"), (query_blocks, "query_blocks")):
     if value < 1:
       raise ValueError(f"{what} must be at least 1; got {value}.")
-  _check_alike(query, train)
+  check_alike(query, train)
   image_shape = train.images.shape[1:]
   task.check_images(image_shape, train.conditioning)
-  _check_curvature(task, curvature, train)
+  check_curvature(task, curvature, train)
   model = register(
     task.apply_fn, task.params, image_shape, curvature.selection, conditioning=train.conditioning
   )
@@ -147,7 +154,7 @@ def influence(
     raise ValueError("The curvature has other layers than the task's model: fit it for this task.")
 
   # 1. Rows of queries: every one's gradients, preconditioned for every damping, and compressed.
-  asked = DrawGroups(seed, plan.query_draws // plan.query_groups, design)
+  asked = DrawGroups(seed, plan.query_draws // plan.query_groups, asked_design)
   num_rows = len(query.ids) * plan.query_groups
   with jax.default_device(devices[0] if devices else None):
     rows = query_rows(
@@ -169,11 +176,11 @@ def influence(
   settings = {f"curvature_{name}": value for name, value in curvature.settings.items()} | dict(
     measurement=measurement, draw_groups=plan.draw_groups, query_draws=plan.query_draws,
     query_groups=plan.query_groups, compression=compression.description, seed=seed,
-    **{field.name: getattr(design, field.name) for field in dataclasses.fields(design)},
+    design=dataclasses.asdict(design), query_design=dataclasses.asdict(asked_design),
   )  # fmt: skip
   key = settings | {"group_size": plan.group_size, "dampings": dampings}
   if resume is not None:
-    key["inputs"] = _content(task, query, train)
+    key["inputs"] = content_of(task, query, train)
 
   def scored_round(number: int) -> np.ndarray:
     partial = None
@@ -208,42 +215,13 @@ def influence(
     checks = score_pass.compression_check(
       rows, curvature, compression, num_dampings=len(dampings), seed=seed
     )
-    scores = tuple(map(_with_check, scores, checks or [None] * len(dampings)))
+    scores = tuple(map(_with_check, scores, checks))
   return scores[0] if np.ndim(damping) == 0 else scores
 
 
-@dataclasses.dataclass(frozen=True)
-class _Examples:
-  """Queries or training examples: images [n, H, W, C], ids [n], conditioning [n, …] or None."""
-
-  images: np.ndarray
-  ids: np.ndarray
-  conditioning: PyTree
-
-  def rows(self, draws: int | None = None) -> parallel.Rows:
-    return parallel.Rows(self.images, example_numbers(self.ids), draws, self.conditioning)
-
-
-def _examples(images: Array, ids: np.ndarray | None, conditioning: PyTree, name: str) -> _Examples:
-  images = checked_images(images)
-  ids = checked_ids(ids, len(images), f"{name}_ids")
-  conditioning = checked_conditioning(conditioning, len(images), f"{name}_conditioning")
-  return _Examples(images, ids, conditioning)
-
-
-def _checked_dampings(damping: float | Sequence[float]) -> tuple[float, ...]:
-  """The dampings as floats; ValueError unless there are any, all positive and different."""
-  if np.ndim(damping) > 1 or not np.size(damping):
-    raise ValueError(f"damping must be a number or a non-empty sequence of them; got {damping}.")
-  dampings = tuple(map(float, np.atleast_1d(damping)))
-  for value in dampings:
-    checked_damping(value)
-  if len(set(dampings)) < len(dampings):
-    raise ValueError(f"Each damping must be given once; got {list(dampings)}.")
-  return dampings
-
-
-def _draw_plan(draws, draw_groups, query_draws, query_groups, design: DrawDesign) -> DrawPlan:
+def _draw_plan(
+  draws, draw_groups, query_draws, query_groups, design: DrawDesign, query_design: DrawDesign
+) -> DrawPlan:
   """The plan, with defaults filled in; ValueError where draws do not split as asked."""
   auto = AutoDraws() if draws == "auto" else draws if isinstance(draws, AutoDraws) else None
   if isinstance(draws, str) and auto is None:
@@ -257,21 +235,12 @@ def _draw_plan(draws, draw_groups, query_draws, query_groups, design: DrawDesign
     draw_groups = default_groups(draws, design) if draw_groups is None else draw_groups
     query_draws = draws if query_draws is None else query_draws
   if query_groups is None:
-    query_groups = 2 if default_groups(query_draws, design, most=2) == 2 else 1
+    query_groups = default_groups(query_draws, query_design, most=2)
   checked_draws(a_round, draw_groups, "draws", "draw_groups")
   checked_draws(query_draws, query_groups, "query_draws", "query_groups")
-  for size in (a_round // draw_groups, query_draws // query_groups):
-    design.check_size(size)
+  design.check_size(a_round // draw_groups)
+  query_design.check_size(query_draws // query_groups)
   return DrawPlan(a_round // draw_groups, draw_groups, query_draws, query_groups, auto)
-
-
-def _content(task: Task, *examples: _Examples) -> str:
-  """Hash of everything the scores come from but curvature and the network's code."""
-  trees = (task.params, task.schedule, *(part.conditioning for part in examples))
-  arrays = {f"tree_{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(trees))}
-  for i, part in enumerate(examples):
-    arrays |= {f"images_{i}": part.images, f"ids_{i}": part.ids}
-  return fingerprint(arrays)
 
 
 def _with_check(scores: Scores, check: dict[str, Any] | None) -> Scores:
@@ -284,43 +253,3 @@ def _with_check(scores: Scores, check: dict[str, Any] | None) -> Scores:
       check["spearman"], check["least_spearman"],
     )  # fmt: skip
   return dataclasses.replace(scores, settings={**scores.settings, "compression_check": check})
-
-
-def _check_alike(query: _Examples, train: _Examples) -> None:
-  """Raises ValueError unless queries and training examples are inputs of the same network."""
-  if query.images.shape[1:] != train.images.shape[1:]:
-    raise ValueError(
-      f"Queries of shape {query.images.shape[1:]} do not match training images of shape "
-      f"{train.images.shape[1:]}."
-    )
-  ours, theirs = (
-    jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), examples.conditioning)
-    for examples in (query, train)
-  )
-  if ours != theirs:
-    raise ValueError(
-      "query_conditioning and train_conditioning must be None or pytrees of one form, the same in "
-      f"shape and type of every row; got rows {ours} and {theirs}."
-    )
-
-
-def _check_curvature(task: Task, curvature: Curvature, train: _Examples) -> None:
-  """Raises ValueError unless the curvature is one of this task and such training examples."""
-  for what in ("params", "schedule"):
-    ours, theirs = getattr(task, what), getattr(curvature.task, what)
-    pairs = itertools.zip_longest(*map(jax.tree.leaves_with_path, (ours, theirs)))
-    if not all(a and b and a[0] == b[0] and np.array_equal(a[1], b[1]) for a, b in pairs):
-      raise ValueError(
-        f"The curvature was fitted for other {what} than the task's: fit it for this task."
-      )
-  if curvature.settings["conditional"] != (train.conditioning is not None):
-    raise ValueError(
-      "The curvature was fitted with conditioning, or the training images have it: one of both."
-    )
-  if curvature.task.apply_fn is not task.apply_fn:
-    try:
-      curvature.task.check_images(train.images.shape[1:], train.conditioning)
-    except ValueError as error:
-      raise ValueError(
-        f"The curvature was fitted for a model with other inputs than the task's: {error}"
-      ) from error

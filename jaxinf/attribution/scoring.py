@@ -76,15 +76,15 @@ class ScorePass:
     *,
     num_dampings: int,
     seed: int,
-  ) -> list[dict[str, Any]] | None:
+  ) -> Sequence[dict[str, Any] | None]:
     """How scores correlate with those of uncompressed rows, on a sample, for each damping.
 
     Returns num_examples, num_queries (rows compared with), and over these the mean and the least
-    of Pearson's and Spearman's correlations over the sampled training rows; None in processes that
-    are not the primary.
+    of Pearson's and Spearman's correlations over the sampled training rows; None for each damping
+    in processes that are not the primary.
     """
     if not hosts.is_primary():
-      return None
+      return [None] * num_dampings
     rows = self._sample(seed)
     restored = {
       layer.name: compression.restore(

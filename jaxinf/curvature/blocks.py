@@ -2,7 +2,7 @@
 
 A block turns what kfac-jax hands it (a layer's inputs and the gradients at its outputs) into
 a [B, R, d_in] and g [B, R, d_out] (see factors.py), and says how the parameters make the matrix
-[W | b]. The blocks of scale and shift have no Kronecker structure: their curvature is diagonal.
+[W | b]. Those of scale and shift, which have no Kronecker structure, are in elements.py.
 """
 
 import math
@@ -14,12 +14,19 @@ import kfac_jax
 import numpy as np
 
 from jaxinf.curvature import chunks, factors
-from jaxinf.curvature.convolution import autocorrelates, autocorrelation, patch_moments, unfold
+from jaxinf.curvature.convolution import (
+  autocorrelates,
+  autocorrelation,
+  kernel_gradient,
+  patch_moments,
+  unfold,
+)
+from jaxinf.curvature.elements import ElementBlock
 from jaxinf.curvature.factors import Tap
-from jaxinf.types import Eigenbasis, PyTree
+from jaxinf.types import Arrays, Eigenbasis, PyTree
 
 _LETTERS = "abcdefgh"
-Arrays = tuple[jax.Array, jax.Array]  # a layer's input x and the gradient dy at its output
+_MOST_UNROLLED = 8  # rows whose gradients are computed one after another in one program
 
 
 class KroneckerBlock(kfac_jax.KroneckerFactored):
@@ -168,6 +175,16 @@ class ConvBlock(KroneckerBlock):
     flat = rows.reshape(len(dy), -1, rows.shape[-1])
     return flat if self.groups == 1 else flat.reshape(*flat.shape[:2], self.groups, -1)
 
+  def matrices(self, arrays: Arrays, rows: int) -> jax.Array:
+    """Of a few rows by the convolution's own derivative: faster than patches, more to compile."""
+    if rows > _MOST_UNROLLED or self._single_position(arrays):
+      return super().matrices(arrays, rows)
+    x, dy = (jnp.split(_float32(array), rows) for array in arrays)
+    gradient = lambda x, dy: kernel_gradient(
+      x, dy, self.form, self.parameters_shapes[0], has_bias=self.has_bias
+    )
+    return jnp.stack([gradient(*pair) for pair in zip(x, dy, strict=True)])
+
   def input_sums(self, x, weights, sharing):
     if sharing != "expand" or not self._autocorrelates:
       return super().input_sums(x, weights, sharing)
@@ -213,52 +230,6 @@ class EmbedBlock(KroneckerBlock):
 
   def output_gradients(self, dy):
     return dy.reshape(len(dy), -1, dy.shape[-1])
-
-
-class ElementBlock(kfac_jax.Diagonal):
-  """x · p or x + p with p of any shape: its matrix is p as a column [size, 1]."""
-
-  structure = "diagonal"
-  has_bias = False
-  groups = 1
-
-  @property
-  def form(self) -> Any:
-    return self.layer_tag_extra_params["form"]
-
-  @property
-  def axes(self):
-    return tuple(range(len(self.parameters_shapes[0]))), ()
-
-  def matrices(self, arrays: Arrays, rows: int) -> jax.Array:
-    """Gradients [rows, size, 1], each summed over B / rows consecutive pairs."""
-    x, dy = arrays
-    product = dy * x if self.form.kind == "scale" else dy
-    product = product.reshape(rows, -1, *product.shape[1:])
-    shape = self.parameters_shapes[0]
-    # The first axis of dy, the batch, has become two; axes of length 1 may have vanished.
-    kept = [axis + 1 for axis, size in zip(self.form.axes, shape, strict=True) if size != 1]
-    rest = tuple(axis for axis in range(1, product.ndim) if axis not in kept)
-    return jnp.sum(product, axis=rest).reshape(rows, -1, 1)
-
-  def eigenvalue_sums(self, arrays: Arrays, basis: Eigenbasis, weights: jax.Array) -> jax.Array:
-    """Σ_b w_b gradient² [size, 1]."""
-    del basis
-    squares = jnp.square(self.matrices(arrays, rows=len(arrays[1])))
-    return jnp.sum(squares * weights[:, None, None], axis=0)
-
-  def update_curvature_matrix_estimate(
-    self, state, estimation_data, ema_old, ema_new, identity_weight, batch_size
-  ):
-    """kfac-jax's own use of the block: a running mean of the diagonal."""
-    del identity_weight
-    arrays = (estimation_data.primals.inputs[0], estimation_data.tangents.outputs[0])
-    weights = jnp.full(len(arrays[1]), 1 / batch_size)
-    value = self.eigenvalue_sums(arrays, Eigenbasis(None, None, None), weights)
-    state = state.copy()
-    (average,) = state.diagonal_factors
-    average.update(value.reshape(self.parameters_shapes[0]), ema_old, ema_new)
-    return state
 
 
 class Uncovered(kfac_jax.ScaledIdentity):

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinf.curvature.forms import ConvForm
+
 _HIGHEST = jax.lax.Precision.HIGHEST
 _CUT = {0: ("1",), 1: (), 2: ("0",)}  # kernel offset → the edge that it does not reach
 
@@ -146,3 +148,33 @@ def _inverse_transform(size: int, from_zero: bool, halved: bool) -> np.ndarray:
   twice = halved & (frequencies > 0) & (2 * frequencies != size)
   phases = np.outer(np.arange(0 if from_zero else -2, 3), frequencies)
   return np.exp(2j * np.pi / size * phases) * (1 + twice) / size
+
+
+def kernel_gradient(
+  x: jax.Array, dy: jax.Array, form: ConvForm, shape: tuple[int, ...], *, has_bias: bool
+) -> jax.Array:
+  """The gradient matrix of a convolution, summed over pairs, by its own transpose.
+
+  Args:
+    x: [B, …] float32, inputs.
+    dy: [B, …] float32, gradients at the outputs.
+    form: where batch, channels and space stand.
+    shape: of the kernel.
+    has_bias: whether the bias's gradient is the last column.
+
+  Returns:
+    [(groups,) d_out, d_in].
+  """
+  specs = jax.lax.ConvDimensionNumbers(form.x_spec, form.kernel_spec, form.y_spec)
+  convolve = lambda kernel: jax.lax.conv_general_dilated(
+    x, kernel, form.strides, form.padding, form.lhs_dilation, form.rhs_dilation, specs,
+    feature_group_count=form.groups, precision=jax.lax.Precision.HIGHEST,
+  )  # fmt: skip
+  (gradient,) = jax.linear_transpose(convolve, jnp.zeros(shape))(dy)
+  out, features, *space = form.kernel_spec
+  matrix = jnp.transpose(gradient, (out, *space, features)).reshape(shape[out], -1)
+  if has_bias:
+    positions = tuple(axis for axis in range(dy.ndim) if axis != form.y_spec[1])
+    matrix = jnp.concatenate([matrix, jnp.sum(dy, positions)[:, None]], axis=1)
+  *_, d_in = matrix.shape
+  return matrix if form.groups == 1 else matrix.reshape(form.groups, -1, d_in)

@@ -87,6 +87,20 @@ def multiply(grads: Array, basis: Eigenbasis, damping: float) -> Array:
   return _scaled(grads, basis, basis.eigenvalues + damping)
 
 
+def to_eigenbasis(grads: Array, basis: Eigenbasis) -> Array:
+  """V = Q_outᵀ · grads · Q_in of layer gradients [..., d_out, d_in]; themselves in the identity."""
+  if basis.q_in is None:
+    return grads
+  return basis.q_out.swapaxes(-1, -2) @ grads @ basis.q_in
+
+
+def from_eigenbasis(rotated: Array, basis: Eigenbasis) -> Array:
+  """Q_out · V · Q_inᵀ of V [..., d_out, d_in]; the inverse of `to_eigenbasis`."""
+  if basis.q_in is None:
+    return rotated
+  return basis.q_out @ rotated @ basis.q_in.swapaxes(-1, -2)
+
+
 def checked_damping(damping: float) -> None:
   """Raises ValueError unless λ > 0."""
   if not damping > 0:
@@ -94,7 +108,4 @@ def checked_damping(damping: float) -> None:
 
 
 def _scaled(grads: Array, basis: Eigenbasis, scale: Array) -> Array:
-  if basis.q_in is None:
-    return grads * scale
-  rotated = basis.q_out.swapaxes(-1, -2) @ grads @ basis.q_in
-  return basis.q_out @ (rotated * scale) @ basis.q_in.swapaxes(-1, -2)
+  return from_eigenbasis(to_eigenbasis(grads, basis) * scale, basis)

@@ -16,12 +16,20 @@ import jax.numpy as jnp
 import kfac_jax
 import numpy as np
 
-from jaxinf.curvature.blocks import BLOCKS, Arrays, Uncovered
+from jaxinf.curvature.blocks import BLOCKS, Uncovered
 from jaxinf.curvature.coverage import ADVICE, Coverage, Selection, cover
 from jaxinf.curvature.layers import Layer, layer_of
 from jaxinf.curvature.tagging import find_batches, tagged
 from jaxinf.diffusion.objective import Noised
-from jaxinf.types import ApplyFn, Eigenbasis, KroneckerFactors, Matrices, Params, PyTree
+from jaxinf.types import (
+  ApplyFn,
+  Arrays,
+  Eigenbasis,
+  KroneckerFactors,
+  Matrices,
+  Params,
+  PyTree,
+)
 
 # From the network's output [B, H, W, C] to the gradient there of what is differentiated.
 Cotangents = Callable[[jax.Array], jax.Array]

@@ -8,6 +8,7 @@ progress and resuming. Padded rows repeat the last one and have mask 0.
 from jaxinf.parallel.devices import (
   Kernel,
   first,
+  local_devices,
   num_devices,
   num_step_devices,
   parallel_step,
@@ -27,6 +28,7 @@ __all__ = [
   "Reduction",
   "Rows",
   "first",
+  "local_devices",
   "map_batches",
   "num_devices",
   "num_step_devices",

@@ -46,7 +46,7 @@ def parallel_step(
   def step(state, batch):
     return update(state, jax.lax.psum(sums(state, batch), AXIS))
 
-  everywhere = None if _spans_processes(devices) else local(devices)
+  everywhere = None if _spans_processes(devices) else local_devices(devices)
   return jax.pmap(step, axis_name=AXIS, devices=everywhere, donate_argnums=0)
 
 
@@ -66,7 +66,7 @@ def shard_of_step(batch: PyTree, devices: Sequence[jax.Device] | None = None) ->
 
 def replicate(tree: PyTree, devices: Sequence[jax.Device] | None = None) -> PyTree:
   """Copies a pytree of arrays to every local device: a leading device axis is added."""
-  devices = local(devices)
+  devices = local_devices(devices)
   return _copy_to(tuple(devices))(np.arange(len(devices)), tree)
 
 
@@ -87,10 +87,10 @@ def first(tree: PyTree) -> PyTree:
 
 
 def num_devices(devices: Sequence[jax.Device] | None = None) -> int:
-  return len(local(devices))
+  return len(local_devices(devices))
 
 
-def local(devices: Sequence[jax.Device] | None) -> list[jax.Device]:
+def local_devices(devices: Sequence[jax.Device] | None) -> list[jax.Device]:
   return list(jax.local_devices() if devices is None else devices)
 
 

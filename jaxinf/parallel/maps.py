@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxinf import hosts
-from jaxinf.parallel.devices import IN_FLIGHT, Kernel, local, mapped, replicate, shard
+from jaxinf.parallel.devices import IN_FLIGHT, Kernel, local_devices, mapped, replicate, shard
 from jaxinf.progress import Progress
 from jaxinf.rows import Rows
 from jaxinf.types import Array, PyTree
@@ -105,7 +105,7 @@ def stream_batches(
     then: a second kernel on the outputs, whose outputs are yielded instead, [B, R] of all blocks.
     span: the rows [begin, end); all of this process's share where None.
   """
-  devices = local(devices)
+  devices = local_devices(devices)
   begin, end = hosts.share(len(rows)) if span is None else span
   operands = replicate(operands, devices)
   first_step = mapped(kernel, tuple(devices))
@@ -173,7 +173,7 @@ def spread(
   Returns:
     Name → result as NumPy arrays.
   """
-  devices, compiled = local(devices), jax.jit(function)
+  devices, compiled = local_devices(devices), jax.jit(function)
   load = [0.0] * len(devices)
   results = {}
   for name in sorted(items, key=lambda name: -cost(items[name])):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinf import hosts
-from jaxinf.parallel.devices import AXIS, IN_FLIGHT, Kernel, first, local, on_all, replicate
+from jaxinf.parallel.devices import AXIS, IN_FLIGHT, Kernel, first, local_devices, on_all, replicate
 from jaxinf.parallel.maps import sharded_batches
 from jaxinf.progress import Progress
 from jaxinf.rows import Rows
@@ -62,7 +62,7 @@ class Reduction:
     unit: str = "examples",
     devices: Sequence[jax.Device] | None = None,
   ):
-    self._label, self._unit, self._devices = label, unit, local(devices)
+    self._label, self._unit, self._devices = label, unit, local_devices(devices)
 
     def zeros(operands, batch):
       shapes = jax.eval_shape(kernel, operands, batch)
@@ -106,7 +106,7 @@ class Reduction:
 
     with Progress(hosts.label(self._label), end, self._unit, start=done) as progress:
       batches = sharded_batches(rows, batch_size, self._devices, done, end)
-      for number, (batch, count) in enumerate(batches, start=1):
+      for number, (batch, count) in enumerate(batches if done < end else (), start=1):
         sums, marker = self._accumulate(sums, operands, batch)
         done += count
         pending.append((marker, count))

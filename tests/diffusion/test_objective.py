@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxinf.diffusion import measurements
+from jaxinf.diffusion.draws import UNIFORM
 from jaxinf.diffusion.measurements import LOSS, MEASUREMENTS, measurement_named
 from jaxinf.diffusion.objective import Noised, float_images, noised, squared_errors
 from jaxinf.random import draw_keys, fold_in_each, stream
@@ -106,7 +107,7 @@ def test_a_measurement_equals_a_naive_loop_over_images_and_draws(name, dtype, ml
   for n in range(3):
     for s in range(2):
       image = float_images(jnp.asarray(images[n : n + 1]))
-      pair = measurement.draw(schedule, image, keys[n, s][None])
+      pair = measurement.draw(schedule, image, keys[n, s][None, None], UNIFORM)
       expected[n] += measurement.value(apply_fn(params, pair.x_t, pair.t), pair)[0] / 2
   np.testing.assert_allclose(values, expected, rtol=1e-5)  # float32 sums in another order
 

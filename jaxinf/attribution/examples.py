@@ -1,0 +1,98 @@
+"""Queries and training examples as they come from a user: checked, and fitting together."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from jaxinf import parallel
+from jaxinf.artifacts import fingerprint
+from jaxinf.curvature.curvature import Curvature
+from jaxinf.curvature.eigenbasis import checked_damping
+from jaxinf.diffusion.task import Task, checked_conditioning, checked_ids, checked_images
+from jaxinf.random import example_numbers
+from jaxinf.types import Array, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+  """Queries or training examples: images [n, H, W, C], ids [n], conditioning [n, …] or None."""
+
+  images: np.ndarray
+  ids: np.ndarray
+  conditioning: PyTree
+
+  def rows(self, draws: int | None = None) -> parallel.Rows:
+    """Rows of them, `draws` for each."""
+    return parallel.Rows(self.images, example_numbers(self.ids), draws, self.conditioning)
+
+
+def examples_of(images: Array, ids: np.ndarray | None, conditioning: PyTree, name: str) -> Examples:
+  """Examples whose arguments are called `name`_ids and so on in errors."""
+  images = checked_images(images)
+  ids = checked_ids(ids, len(images), f"{name}_ids")
+  conditioning = checked_conditioning(conditioning, len(images), f"{name}_conditioning")
+  return Examples(images, ids, conditioning)
+
+
+def check_alike(query: Examples, train: Examples) -> None:
+  """Raises ValueError unless queries and training examples are inputs of the same network."""
+  if query.images.shape[1:] != train.images.shape[1:]:
+    raise ValueError(
+      f"Queries of shape {query.images.shape[1:]} do not match training images of shape "
+      f"{train.images.shape[1:]}."
+    )
+  ours, theirs = (
+    jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), examples.conditioning)
+    for examples in (query, train)
+  )
+  if ours != theirs:
+    raise ValueError(
+      "query_conditioning and train_conditioning must be None or pytrees of one form, the same in "
+      f"shape and type of every row; got rows {ours} and {theirs}."
+    )
+
+
+def check_curvature(task: Task, curvature: Curvature, train: Examples) -> None:
+  """Raises ValueError unless the curvature is one of this task and such training examples."""
+  for what in ("params", "schedule"):
+    ours, theirs = getattr(task, what), getattr(curvature.task, what)
+    pairs = itertools.zip_longest(*map(jax.tree.leaves_with_path, (ours, theirs)))
+    if not all(a and b and a[0] == b[0] and np.array_equal(a[1], b[1]) for a, b in pairs):
+      raise ValueError(
+        f"The curvature was fitted for other {what} than the task's: fit it for this task."
+      )
+  if curvature.settings["conditional"] != (train.conditioning is not None):
+    raise ValueError(
+      "The curvature was fitted with conditioning, or the training images have it: one of both."
+    )
+  if curvature.task.apply_fn is not task.apply_fn:
+    try:
+      curvature.task.check_images(train.images.shape[1:], train.conditioning)
+    except ValueError as error:
+      raise ValueError(
+        f"The curvature was fitted for a model with other inputs than the task's: {error}"
+      ) from error
+
+
+def checked_dampings(damping: float | Sequence[float]) -> tuple[float, ...]:
+  """The dampings as floats; ValueError unless there are any, all positive and different."""
+  if np.ndim(damping) > 1 or not np.size(damping):
+    raise ValueError(f"damping must be a number or a non-empty sequence of them; got {damping}.")
+  dampings = tuple(map(float, np.atleast_1d(damping)))
+  for value in dampings:
+    checked_damping(value)
+  if len(set(dampings)) < len(dampings):
+    raise ValueError(f"Each damping must be given once; got {list(dampings)}.")
+  return dampings
+
+
+def content_of(task: Task, *examples: Examples) -> str:
+  """Hash of everything the scores come from but curvature and the network's code."""
+  trees = (task.params, task.schedule, *(part.conditioning for part in examples))
+  arrays = {f"tree_{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(trees))}
+  for i, part in enumerate(examples):
+    arrays |= {f"images_{i}": part.images, f"ids_{i}": part.ids}
+  return fingerprint(arrays)

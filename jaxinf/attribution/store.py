@@ -1,0 +1,245 @@
+"""Kept training gradients that answer new queries.
+
+`Store` holds a row for each (training example, group of draws); see eigenrows.py. Examples are
+added and deleted, and new samples scored at any damping, without a backward pass over the others.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxinf import hosts, parallel
+from jaxinf.attribution.eigenrows import pack_kernel, query_vectors, rotations
+from jaxinf.attribution.examples import Examples, check_curvature, content_of, examples_of
+from jaxinf.attribution.kernels import (
+  QUERY,
+  TRAIN,
+  DrawGroups,
+  gradient_kernel,
+  gradient_operands,
+)
+from jaxinf.attribution.queries import gradient_batches
+from jaxinf.attribution.search import Search, matching_layers
+from jaxinf.curvature.curvature import Curvature
+from jaxinf.curvature.eigenbasis import checked_damping
+from jaxinf.curvature.registration import Registration, register
+from jaxinf.diffusion.draws import DrawDesign
+from jaxinf.diffusion.measurements import LOSS, measurement_named
+from jaxinf.diffusion.task import Task
+from jaxinf.gradients.packing import Packing
+from jaxinf.gradients.per_example import checked_draws, default_groups
+from jaxinf.gradients.store import RowStore
+from jaxinf.types import Array, PyTree, Ranking, Scores
+
+_LOG = logging.getLogger("jaxinf")
+
+RESERVE_BYTES = 2**30  # left free on the disk
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+  """A store with the model and curvature that its rows belong to.
+
+  Attributes:
+    rows: on disk.
+    task: the model.
+    curvature: whose eigenbasis they are in.
+    packing: how the layers lie in a row.
+  """
+
+  rows: RowStore
+  task: Task
+  curvature: Curvature
+  packing: Packing
+
+  @property
+  def settings(self) -> Mapping[str, Any]:
+    """How the gradients were made: draws, draw_groups, design, seed, compression."""
+    return self.rows.key["settings"]
+
+  @property
+  def num_bytes(self) -> int:
+    """Bytes of all rows on disk, by their number."""
+    return len(self.rows.ids) * self.rows.groups * self.rows.row_bytes
+
+  def __len__(self) -> int:
+    """Examples that are there."""
+    return int(self.rows.kept.sum())
+
+  def append(
+    self,
+    images: Array,
+    ids: np.ndarray,
+    *,
+    conditioning: PyTree = None,
+    batch_size: int = 128,
+    reserve_bytes: int = RESERVE_BYTES,
+    devices: Sequence[jax.Device] | None = None,
+  ) -> None:
+    """Adds training examples; one that was stopped goes on where it was, given the same again.
+
+    Args:
+      images: [N, H, W, C] float32 in [-1, 1] or uint8.
+      ids: [N] stable ids, which the random keys follow; none may be in the store.
+      conditioning: pytree of arrays [N, …] where the model takes it.
+      batch_size: (image, draw) pairs at a time over all devices.
+      reserve_bytes: of the disk that are left free.
+      devices: local devices; all of them where None.
+
+    Raises:
+      ValueError: ids are taken, or the rows do not fit on the disk: what is written stays.
+    """
+    train = examples_of(images, ids, conditioning, "train")
+    settings, store = self.settings, self.rows
+    groups = DrawGroups(
+      settings["seed"], settings["draws"] // store.groups, DrawDesign(**settings["design"])
+    )
+    model = self._register(train)
+    if hosts.is_primary():
+      needed = store.plan(train.ids, content_of(self.task, train), reserve_bytes)
+      _LOG.info("index: %s takes %.1f MiB more", store.folder, needed / 2**20)
+    hosts.wait_for_all("index planned")
+    store.reload()
+    first = (len(store.ids) - len(train.ids)) * store.groups  # row of the first of them
+    blocks = list(store.blocks(first, len(store.ids) * store.groups))
+    begin, end = hosts.share(len(blocks))
+    mine = blocks[begin:end]
+    if mine:
+      self._write_rows(
+        mine[0][0], mine[-1][1], first, train.rows(store.groups),
+        gradient_kernel(model, LOSS, self.task.schedule, groups),
+        batch_size=max(1, batch_size // groups.size), reserve_bytes=reserve_bytes, devices=devices,
+      )  # fmt: skip
+    hosts.wait_for_all("index written")
+    if hosts.is_primary():
+      store.finish()
+    hosts.wait_for_all("index finished")
+    store.reload()
+
+  def delete(self, ids: Sequence) -> None:
+    """Deletes examples by id: they are in no later answer, and their rows become zeros."""
+    self.rows.delete(ids)
+
+  def verify(self) -> int:
+    """Reads all rows and compares their checksums; bytes read. ValueError names what is damaged."""
+    return self.rows.verify()
+
+  def _register(self, examples: Examples) -> Registration:
+    """The model's layers, after checking that examples are inputs of the model."""
+    image_shape = examples.images.shape[1:]
+    self.task.check_images(image_shape, examples.conditioning)
+    check_curvature(self.task, self.curvature, examples)
+    model = register(
+      self.task.apply_fn, self.task.params, image_shape, self.curvature.selection,
+      conditioning=examples.conditioning,
+    )  # fmt: skip
+    if model.layers != self.curvature.layers:
+      raise ValueError(
+        "The curvature has other layers than the task's model: fit it for this task."
+      )
+    return model
+
+  def query(
+    self,
+    queries: Array,
+    *,
+    damping: float,
+    draws: int,
+    seed: int,
+    measurement: str = "loss",
+    query_ids: np.ndarray | None = None,
+    query_conditioning: PyTree = None,
+    query_groups: int | None = None,
+    layers: Sequence[str] | None = None,
+    top_k: int | None = None,
+    batch_size: int = 128,
+    devices: Sequence[jax.Device] | None = None,
+  ) -> Scores | Ranking:
+    """Scores the examples of the store for new queries, without a backward pass over them.
+
+    Equal to `influence` over the same examples and draws but for compression.
+
+    Args:
+      queries: [Q, H, W, C] float32 in [-1, 1] or uint8.
+      damping: λ > 0, in the units of the curvature; any, at no cost.
+      draws: of (t, ε) for each query, by the store's design.
+      seed: of them.
+      measurement: what is measured of a query.
+      query_ids: stable ids, which the random keys follow; row numbers where None.
+      query_conditioning: pytree of arrays [Q, …] where the model takes it.
+      query_groups: groups the draws are split into, for standard errors; 2 where None and even.
+      layers: regular expressions on layer names, of which only the matching count; None: all.
+      top_k: keeps only the best examples of each query, and never holds Q × N scores.
+      batch_size: (query, draw) pairs at a time over all devices.
+      devices: local devices; all of them where None.
+
+    Returns:
+      Scores [Q, N] of the examples in the order of the store; or their Ranking, where top_k is
+      given, with rows of the store as positions.
+
+    Raises:
+      ValueError: the arguments don't fit together or the store is damaged.
+    """
+    checked_damping(damping)
+    query = examples_of(queries, query_ids, query_conditioning, "query")
+    model = self._register(query)
+    names = matching_layers(self.packing.shapes, layers)
+    design = DrawDesign(**self.settings["design"])
+    if query_groups is None:
+      query_groups = default_groups(draws, design, most=2)
+    checked_draws(draws, query_groups, "draws", "query_groups")
+    design.check_size(draws // query_groups)
+    groups = DrawGroups(seed, draws // query_groups, design)
+    vectors = query_vectors(
+      self.curvature,
+      gradient_batches(
+        gradient_kernel(model, measurement_named(measurement), self.task.schedule, groups),
+        gradient_operands(self.task.params, QUERY), query.rows(query_groups),
+        batch_size=max(1, batch_size // groups.size), devices=devices,
+      ),
+      num_rows=len(query.ids) * query_groups, dampings=(damping,), layers=names,
+    )  # fmt: skip
+    search = Search(self.rows, self.packing, self.curvature, vectors, query_groups, devices)
+    if top_k is not None:
+      return search.best(top_k)
+    settings = {**self.settings, "damping": damping, "measurement": measurement, "layers": names,
+                "query_draws": draws, "query_groups": query_groups, "query_seed": seed}  # fmt: skip
+    return search.scores(query.ids, settings)
+
+  def _write_rows(
+    self, begin: int, end: int, first: int, rows: parallel.Rows, kernel: parallel.Kernel,
+    *, batch_size: int, reserve_bytes: int, devices: Sequence[jax.Device] | None,
+  ) -> None:  # fmt: skip
+    """Computes and writes the rows [begin, end) of the store, from where it was stopped.
+
+    `rows` are the new ones, of which the first is row `first` of the store.
+    """
+    store, worker = self.rows, hosts.suffix()
+    done = store.progress(worker)
+    done = done if begin <= done <= end else begin
+    if done == end:
+      return
+    stream = parallel.stream_batches(
+      kernel, gradient_operands(self.task.params, TRAIN), rows, batch_size=batch_size,
+      label="training gradients", unit="(image, group) rows", devices=devices,
+      span=(done - first, end - first),
+      then=parallel.Blocks(pack_kernel(self.packing), [rotations(self.curvature)]),
+    )  # fmt: skip
+    waiting: list[list[np.ndarray]] = []
+    num_waiting = 0
+    for arrays in stream:
+      waiting.append(arrays)
+      num_waiting += len(arrays[0])
+      for _, border in list(store.blocks(done, done + num_waiting)):
+        if border != end and border % store.chunk_rows:
+          break  # the chunk is not complete yet
+        joined = [np.concatenate(parts) for parts in zip(*waiting, strict=True)]
+        store.write(done, [array[: border - done] for array in joined], reserve_bytes)
+        waiting = [[array[border - done :] for array in joined]]
+        num_waiting -= border - done
+        done = border
+        store.save_progress(worker, done)

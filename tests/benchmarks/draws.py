@@ -1,0 +1,130 @@
+"""The noise of scores under each design of draws, at equal cost, as a table.
+
+  make bench-draws                     # the digits run of `make demo`, which must be finished
+  make bench-draws ARGS="--examples=64 --reference_draws=1000"
+
+For every design, many independent groups of the same number of draws score some training images for
+some samples; each group is one attempt at that cost. The reference has many uniform draws, each
+image's own. All share the query rows, so that what differs is the training draws.
+
+  relative variance   the variance of a score over groups, ÷ the variance of reference scores over
+                      training images; mean over samples
+  of differences      likewise for scores less their mean over training images: what orders them
+  rank correlation    Spearman's, over training images, of one group with the reference; mean over
+                      groups and samples, with the standard error over groups
+  top 10              how many of the reference's 10 best images one group has among its 10 best
+
+"""
+
+import itertools
+import json
+import time
+from pathlib import Path
+
+import absl.logging
+import jax
+import numpy as np
+from absl import app, flags
+from scipy import stats
+
+from configs import digits
+from jaxinf import runs
+from jaxinf.attribution.influence import influence
+from jaxinf.config import typed
+from jaxinf.diffusion.draws import UNIFORM, DrawDesign
+from jaxinf.random import example_numbers
+
+_WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "A finished run of configs/digits.py.")
+_EXAMPLES = flags.DEFINE_integer("examples", 128, "Training images scored.")
+_QUERIES = flags.DEFINE_integer("queries", 8, "Samples.")
+_DRAWS = flags.DEFINE_multi_integer("draws", [12, 48], "Draws of one attempt.")
+_ATTEMPTS = flags.DEFINE_integer("attempts", 16, "Groups of each size.")
+_REFERENCE = flags.DEFINE_integer("reference_draws", 5_000, "Draws of the reference.")
+_QUERY_DRAWS = flags.DEFINE_integer("query_draws", 1_000, "Draws of a query.")
+_DAMPING = flags.DEFINE_float("damping", 1e-8, "λ.")
+_BATCH = flags.DEFINE_integer("batch", 128, "Pairs at a time.")
+_OUT = flags.DEFINE_string("out", None, "File for the table's numbers, as JSON.")
+
+DESIGNS = {
+  f"{timesteps}{', antithetic' * antithetic}{', shared' * shared}": DrawDesign(
+    timesteps, antithetic, shared
+  )
+  for shared, antithetic, timesteps in itertools.product(
+    (False, True), (False, True), ("uniform", "stratified")
+  )
+}
+
+
+def main(_) -> None:
+  absl.logging.set_verbosity(absl.logging.WARNING)
+  run = runs.Run(typed(digits.get_config()), Path(_WORKDIR.value))
+  problem = Problem(run)
+  began = time.perf_counter()
+  reference = problem.group_values(UNIFORM, _REFERENCE.value, 50).mean(axis=0)
+  print(
+    f"{run.dataset.name}: {_EXAMPLES.value} images, {_QUERIES.value} samples, "
+    f"λ = {_DAMPING.value}; reference of {_REFERENCE.value} draws in {time.perf_counter() - began:.0f} s; "
+    f"{jax.devices()[0].device_kind}"
+  )
+  print("| draws | design | relative variance | of differences | rank correlation | top 10 |")
+  print("| --- | --- | --- | --- | --- | --- |")
+  found = []
+  for size in _DRAWS.value:
+    for name, design in DESIGNS.items():
+      groups = problem.group_values(design, _ATTEMPTS.value * size, _ATTEMPTS.value)
+      row = {"draws": size, "design": name} | quality(groups, reference)
+      found.append(row)
+      print(
+        f"| {size} | {name} | {row['variance']:.3f} | {row['differences']:.3f} "
+        f"| {row['rank']:.3f} ± {row['rank_error']:.3f} | {row['top']:.2f} |",
+        flush=True,
+      )
+  if _OUT.value:
+    Path(_OUT.value).write_text(json.dumps(found, indent=1))
+
+
+class Problem:
+  """Training images, samples, and the curvature of a run."""
+
+  def __init__(self, run: runs.Run):
+    self._task = runs.load_task(run)
+    self._curvature = runs.load_curvature(run, self._task)
+    chosen = run.dataset.sample(_EXAMPLES.value, seed=0)
+    self._images, self._ids = chosen.images, example_numbers(chosen.ids)
+    self._samples = runs.artifacts.read(run.folder("sample")).arrays["images"][: _QUERIES.value]
+
+  def group_values(self, design: DrawDesign, draws: int, groups: int) -> np.ndarray:
+    """[G, Q, N] scores of independent groups of draws."""
+    scores = influence(
+      self._task, self._curvature, self._samples, self._images, damping=_DAMPING.value,
+      draws=draws, draw_groups=groups, query_draws=_QUERY_DRAWS.value, query_groups=1, seed=1,
+      train_ids=self._ids, design=design, query_design=UNIFORM, compression=None,
+      batch_size=_BATCH.value,
+    )  # fmt: skip
+    return scores.group_values
+
+
+def quality(groups: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+  """How near groups [G, Q, N] are to the reference [Q, N]."""
+  ranks = np.array(
+    [
+      [stats.spearmanr(*pair).statistic for pair in zip(group, reference, strict=True)]
+      for group in groups
+    ]
+  )
+  best = lambda scores: [set(np.argsort(-row)[:10]) for row in scores]
+  top = [
+    [len(a & b) / 10 for a, b in zip(best(group), best(reference), strict=True)] for group in groups
+  ]
+  spread = lambda x: float((x.var(axis=0, ddof=1).mean(axis=1) / reference.var(axis=1)).mean())
+  return {
+    "variance": spread(groups),
+    "differences": spread(groups - groups.mean(axis=2, keepdims=True)),
+    "rank": float(ranks.mean()),
+    "rank_error": float(ranks.mean(axis=1).std(ddof=1) / np.sqrt(len(groups))),
+    "top": float(np.mean(top)),
+  }
+
+
+if __name__ == "__main__":
+  app.run(main)

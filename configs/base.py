@@ -109,6 +109,24 @@ def get_config() -> ConfigDict:
   config.attribute.batch_size = 128
   config.attribute.checkpoint_every = 100
 
+  config.index = ConfigDict()
+  config.index.draws = 250
+  config.index.draw_groups = 2
+  config.index.design = draw_design()
+  config.index.compression = "int8"
+  config.index.compression_size = placeholder(float)
+  config.index.batch_size = 128
+  config.index.reserve_mib = 1024
+
+  config.query = ConfigDict()
+  config.query.measurement = "loss"
+  config.query.damping = 1e-8
+  config.query.draws = 250
+  config.query.query_groups = 2
+  config.query.layers = placeholder(tuple)
+  config.query.top_k = 10
+  config.query.batch_size = 128
+
   config.report = ConfigDict()
   config.report.num_queries = 12
   config.report.top_k = 8

@@ -26,4 +26,6 @@ def get_config() -> ConfigDict:
   config.curvature.draws = 12
   config.attribute.draws = 12
   config.attribute.draw_groups = 4
+  config.index.draws = 12
+  config.query.draws = 12
   return config

@@ -12,6 +12,13 @@ Stages, in order:
   report     draw DIR/report/index.html
   all        all of these; finished stages are reused
 
+On a store of training gradients, which answers new queries without a pass over the training images:
+  index         compute the gradients of all training images, and keep them in DIR/index/store
+  query         score --images=new.npz (or a folder), at any config.query.damping
+  index-append  add --images as training images
+  index-delete  delete training images by --ids=ID,ID
+  index-verify  read everything and compare the checksums
+
 Any field of the config can be set on the command line, as --config.attribute.damping=1e-6.
 --dry-run with the stage curvature prints what it takes in memory, layer by layer.
 
@@ -48,6 +55,10 @@ _DRY_RUN = flags.DEFINE_bool(
   "dry-run", False, "With the stage curvature: print what it would take in memory, and stop."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run's artefacts.")
+_IMAGES = flags.DEFINE_string(
+  "images", None, "An .npz file or folder of images, for the stages query and index-append."
+)
+_IDS = flags.DEFINE_list("ids", [], "Ids of training images, for the stage index-delete.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, free there.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this process, from 0.")
@@ -61,7 +72,10 @@ def main(argv: list[str]) -> None:
   with hosts.ending_together():
     try:
       stage = _stage_name(argv, list(stages.STAGES))
-      run = Run(typed(_required(_CONFIG)), Path(_required(_WORKDIR)))
+      images = Path(_IMAGES.value) if _IMAGES.value else None
+      run = Run(
+        typed(_required(_CONFIG)), Path(_required(_WORKDIR)), images=images, ids=tuple(_IDS.value)
+      )
       _connect()
       _speak()
       if not _DRY_RUN.value:

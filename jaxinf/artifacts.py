@@ -94,7 +94,7 @@ def write(
     "cost": plain(cost),
     "shapes": {name: [str(a.dtype), *a.shape] for name, a in arrays.items()},
     "versions": versions(),
-    "devices": [device.device_kind for device in jax.local_devices()],
+    "devices": [device.device_kind for device in jax.devices()],
     "git_revision": git_revision(),
   }
   write_text(folder / "manifest.json", json.dumps(manifest, indent=2))
@@ -133,6 +133,11 @@ def fingerprint(arrays: Mapping[str, np.ndarray]) -> str:
     digest.update(f"{name} {array.dtype} {array.shape}".encode())
     digest.update(array.tobytes())
   return digest.hexdigest()[:32]
+
+
+def fingerprint_of(value: Any) -> str:
+  """A hash of a value that JSON can hold."""
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -143,6 +143,28 @@ class AttributeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class IndexConfig:
+  draws: int  # of (t, ε) for each example
+  draw_groups: int  # rows kept for each example, for standard errors; 1 takes half of 2's disk
+  design: DrawConfig
+  compression: str | None  # of the rows: int8, int4, int16, bfloat16, truncation or None
+  compression_size: float | None  # share of truncation; None: its default
+  batch_size: int  # (example, draw) pairs at a time
+  reserve_mib: int  # of the disk that are left free
+
+
+@dataclasses.dataclass(frozen=True)
+class QueryConfig:
+  measurement: str  # one of jaxinf.diffusion.measurements.MEASUREMENTS
+  damping: float  # λ
+  draws: int  # of (t, ε) for each query
+  query_groups: int  # groups these are split into, for standard errors
+  layers: tuple[str, ...] | None  # regular expressions on layers, of which only those count
+  top_k: int  # examples shown for each query
+  batch_size: int  # (query, draw) pairs at a time
+
+
+@dataclasses.dataclass(frozen=True)
 class ReportConfig:
   num_queries: int  # samples shown
   top_k: int  # training images in each row
@@ -160,6 +182,8 @@ class Config:
   curvature_study: CurvatureStudyConfig
   compress_study: CompressStudyConfig
   attribute: AttributeConfig
+  index: IndexConfig
+  query: QueryConfig
   report: ReportConfig
 
 

@@ -38,16 +38,27 @@ _PACE = {
   "curvature-study": {"batch_size"},
   "compress-study": {"batch_size"},
   "attribute": {"batch_size", "query_blocks", "checkpoint_every"},
+  "index": {"batch_size", "reserve_mib"},
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One experiment: its config, its folder, and the local devices to use (None: all)."""
+  """One experiment.
+
+  Attributes:
+    config: of all stages.
+    workdir: folder of the artefacts.
+    devices: local devices; all of them where None.
+    images: a file or folder of images that a stage on the store acts on, beside the config's.
+    ids: of training images, likewise.
+  """
 
   config: Config
   workdir: Path
   devices: Sequence[jax.Device] | None = None
+  images: Path | None = None
+  ids: tuple[str, ...] = ()
 
   def folder(self, stage: str) -> Path:
     return self.workdir / stage
@@ -115,6 +126,7 @@ _DEPENDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
   "curvature-study": (("diffusion",), ("train", "sample")),
   "compress-study": ((), ("train", "sample", "curvature")),
   "attribute": ((), ("train", "sample", "curvature")),
+  "index": ((), ("train", "curvature")),
   "report": ((), ("attribute",)),
 }
 

@@ -10,18 +10,19 @@ import logging
 import math
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import flax.traverse_util
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf import artifacts, hosts, models, studies, training
+from jaxinf import artifacts, hosts, models, serving, studies, training
 from jaxinf.artifacts import Artifact
 from jaxinf.attribution.auto import AutoDraws
 from jaxinf.attribution.influence import influence
 from jaxinf.attribution.stability import rank_stability
-from jaxinf.config import DrawConfig, as_dict
+from jaxinf.config import as_dict
 from jaxinf.costs import measured
 from jaxinf.curvature.coverage import Selection
 from jaxinf.curvature.exact import Solver
@@ -29,7 +30,6 @@ from jaxinf.curvature.fit import fit_curvature, partition
 from jaxinf.curvature.memory import layer_memory, memory_table
 from jaxinf.curvature.registration import register
 from jaxinf.diffusion import sampler
-from jaxinf.diffusion.draws import DrawDesign
 from jaxinf.evaluation.damping import recommend_damping
 from jaxinf.gradients.compression import compression_named
 from jaxinf.parallel import Rows, map_batches, num_devices
@@ -82,6 +82,11 @@ def compress_study(run: Run) -> Artifact:
 def attribute(run: Run) -> Artifact:
   """Scores every training image for every sample."""
   return _stage(run, "attribute", _attribute)
+
+
+def index(run: Run) -> Artifact:
+  """Keeps the gradients of all training images, to answer new queries."""
+  return _stage(run, "index", serving.index)
 
 
 def report(run: Run) -> Artifact:
@@ -206,7 +211,7 @@ def _attribute(run: Run) -> Outcome:
     damping=(config.damping, *config.sweep), draws=draws, seed=run.config.seed,
     measurement=config.measurement, query_ids=samples["ids"], train_ids=run.dataset.ids,
     draw_groups=config.draw_groups, query_draws=config.query_draws,
-    query_groups=config.query_groups, design=draw_design(config.design),
+    query_groups=config.query_groups, design=serving.draw_design(config.design),
     compression=compression_named(config.compression, config.compression_size),
     query_blocks=config.query_blocks, batch_size=config.batch_size, devices=run.devices,
     resume=Resume(run.folder("attribute") / "sums", config.checkpoint_every),
@@ -240,9 +245,7 @@ def _report(run: Run) -> Outcome:
   return {}, {"files": [path.name for path in files]}, " and ".join(path.name for path in files)
 
 
-def draw_design(config: DrawConfig) -> DrawDesign:
-  """The design of draws that a config section asks for."""
-  return DrawDesign(config.timesteps, config.antithetic, config.shared)
+_AFTER = {"index": "next: query, with --images"}
 
 
 def _stage(run: Run, name: str, compute: Callable[[Run], Outcome], alone: bool = False) -> Artifact:
@@ -255,9 +258,9 @@ def _stage(run: Run, name: str, compute: Callable[[Run], Outcome], alone: bool =
   folder, key = run.folder(name), key_of(run, name)
   hosts.check_same(json.dumps(artifacts.plain(key)), f"what the stage {name} depends on")
   rest = ORDER[ORDER.index(name) + 1 :] if name in ORDER else ()
-  hint = f"next: {rest[0]}" if rest else f"open {(folder / 'index.html').absolute()}"
+  hint = f"next: {rest[0]}" if rest else _AFTER.get(name, f"open {folder.absolute()}/index.html")
   if hosts.agreed(artifacts.finished(folder, key)):
-    _LOG.info("%s: reused %s; %s", name, folder, hint)
+    _LOG.info("%s: reused %s%s", name, folder, _hint(name, folder))
     return artifacts.read(folder)
   if hosts.is_primary():
     artifacts.begin(folder, key)
@@ -268,12 +271,20 @@ def _stage(run: Run, name: str, compute: Callable[[Run], Outcome], alone: bool =
   if hosts.is_primary():
     artifact = artifacts.write(folder, key, arrays, notes=notes, cost=cost)
     shutil.rmtree(folder / "sums", ignore_errors=True)
-    _LOG.info("%s: wrote %s to %s in %s; %s", name, what, folder, clock(cost["seconds"]), hint)
+    took = clock(cost["seconds"])
+    _LOG.info("%s: wrote %s to %s in %s%s", name, what, folder, took, _hint(name, folder))
   hosts.wait_for_all(f"{name} written")
   return artifact or artifacts.read(folder)
 
 
-STAGES: dict[str, Callable[[Run], Artifact]] = {
+def _hint(name: str, folder: Path) -> str:
+  """What comes next, or the page to look at; empty where there is neither."""
+  rest = ORDER[ORDER.index(name) + 1 :] if name in ORDER else ()
+  page = folder / "index.html"
+  return f"; next: {rest[0]}" if rest else f"; open {page.absolute()}" if page.exists() else ""
+
+
+STAGES: dict[str, Callable[[Run], Any]] = {
   "train": train,
   "sample": sample,
   "curvature": curvature,
@@ -282,4 +293,9 @@ STAGES: dict[str, Callable[[Run], Artifact]] = {
   "attribute": attribute,
   "report": report,
   "all": everything,
+  "index": index,
+  "index-append": serving.append,
+  "index-delete": serving.delete,
+  "index-verify": serving.verify,
+  "query": serving.query,
 }

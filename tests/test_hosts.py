@@ -166,16 +166,26 @@ def logs(processes: list[subprocess.Popen]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-  """The same run by one process and by two, and what the two said."""
-  one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
-  processes = start("all", two)
+  """The same run by one process and by two, and what the two said.
+
+  The two take training over from the first checkpoint of the one.
+  """
   config = tiny.get_config()
   config.attribute.update(ATTRIBUTE)
-  ours = runs.Run(typed(config), one, jax.devices()[:1])
-  stages.STAGES["all"](ours)
+  one, two = (
+    runs.Run(typed(config), tmp_path_factory.mktemp(name), jax.devices()[:1])
+    for name in ("one", "two")
+  )
+  stages.train(one)
+  shutil.copytree(one.folder("train"), two.folder("train"))
+  for made_later in ("manifest.json", "arrays.npz", "checkpoints/20"):
+    path = two.folder("train") / made_later
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+  processes = start("all", two.workdir)
+  stages.STAGES["all"](one)
   said = logs(processes)
   assert [process.returncode for process in processes] == [0, 0], said
-  return ours, runs.Run(typed(config), two, jax.devices()[:1]), said
+  return one, two, said
 
 
 def assert_close(actual, expected):
@@ -184,6 +194,7 @@ def assert_close(actual, expected):
 
 def test_two_processes_give_the_results_of_one(finished):
   one, two, _ = finished
+  assert artifacts.read(two.folder("train")).notes["resumed_at_step"] == 10
   for stage in ("train", "sample", "attribute"):
     theirs, ours = (artifacts.read(run.folder(stage)).arrays for run in (one, two))
     assert theirs.keys() == ours.keys()

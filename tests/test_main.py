@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 RUN = ("train", "--config=configs/digits.py")
-STAGES = "train, sample, curvature, curvature-study, compress-study, attribute, report, all"
+STAGES = (
+  "train, sample, curvature, curvature-study, compress-study, attribute, report, all, index, "
+  "index-append, index-delete, index-verify, query"
+)
 CASES = {
   "unknown stage": (("trian", *RUN[1:]), f"Name one stage of {STAGES}; got trian."),
   "unknown field": (
@@ -65,6 +68,9 @@ def test_what_is_unknown_ends_in_one_line_with_the_valid_names(finished, case):
 
 def test_help_shows_the_stages_in_order(finished):
   output = finished["help"].output
-  places = [output.index(f"\n  {stage} ") for stage in STAGES.split(", ")]
+  main, _, store = output.partition("On a store")
+  for part, stages in ((main, STAGES.split(", ")[:8]), (store, STAGES.split(", ")[8:])):
+    assert sorted(part.count(f"\n  {stage} ") for stage in stages) == [1] * len(stages)
+  places = [main.index(f"\n  {stage} ") for stage in STAGES.split(", ")[:8]]
   assert places == sorted(places)
   assert "--config" in output and "--workdir" in output

@@ -34,6 +34,10 @@ def get_config() -> ConfigDict:
   config.attribute.draw_groups = 2
   config.attribute.stop.group_size = 1
   config.attribute.damping = 1e-4
+  config.index.draws = 4
+  config.query.draws = 4
+  config.query.damping = 1e-4
+  config.query.top_k = 3
   config.report.num_queries = 2
   config.report.top_k = 3
   return config

@@ -26,9 +26,9 @@ from jaxinf.attribution.queries import gradient_batches
 from jaxinf.attribution.search import Search, matching_layers
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.eigenbasis import checked_damping
-from jaxinf.curvature.registration import Registration, register
+from jaxinf.curvature.registration import register
 from jaxinf.diffusion.draws import DrawDesign
-from jaxinf.diffusion.measurements import LOSS, measurement_named
+from jaxinf.diffusion.measurements import LOSS, Measurement, measurement_named
 from jaxinf.diffusion.task import Task
 from jaxinf.gradients.packing import Packing
 from jaxinf.gradients.per_example import checked_draws, default_groups
@@ -55,6 +55,7 @@ class Store:
   task: Task
   curvature: Curvature
   packing: Packing
+  _models: dict = dataclasses.field(default_factory=dict, repr=False)
 
   @property
   def settings(self) -> Mapping[str, Any]:
@@ -98,7 +99,6 @@ class Store:
     groups = DrawGroups(
       settings["seed"], settings["draws"] // store.groups, DrawDesign(**settings["design"])
     )
-    model = self._register(train)
     if hosts.is_primary():
       needed = store.plan(train.ids, content_of(self.task, train), reserve_bytes)
       _LOG.info("index: %s takes %.1f MiB more", store.folder, needed / 2**20)
@@ -111,7 +111,7 @@ class Store:
     if mine:
       self._write_rows(
         mine[0][0], mine[-1][1], first, train.rows(store.groups),
-        gradient_kernel(model, LOSS, self.task.schedule, groups),
+        self._gradients(train, LOSS, groups),
         batch_size=max(1, batch_size // groups.size), reserve_bytes=reserve_bytes, devices=devices,
       )  # fmt: skip
     hosts.wait_for_all("index written")
@@ -127,21 +127,6 @@ class Store:
   def verify(self) -> int:
     """Reads all rows and compares their checksums; bytes read. ValueError names what is damaged."""
     return self.rows.verify()
-
-  def _register(self, examples: Examples) -> Registration:
-    """The model's layers, after checking that examples are inputs of the model."""
-    image_shape = examples.images.shape[1:]
-    self.task.check_images(image_shape, examples.conditioning)
-    check_curvature(self.task, self.curvature, examples)
-    model = register(
-      self.task.apply_fn, self.task.params, image_shape, self.curvature.selection,
-      conditioning=examples.conditioning,
-    )  # fmt: skip
-    if model.layers != self.curvature.layers:
-      raise ValueError(
-        "The curvature has other layers than the task's model: fit it for this task."
-      )
-    return model
 
   def query(
     self,
@@ -186,7 +171,6 @@ class Store:
     """
     checked_damping(damping)
     query = examples_of(queries, query_ids, query_conditioning, "query")
-    model = self._register(query)
     names = matching_layers(self.packing.shapes, layers)
     design = DrawDesign(**self.settings["design"])
     if query_groups is None:
@@ -197,7 +181,7 @@ class Store:
     vectors = query_vectors(
       self.curvature,
       gradient_batches(
-        gradient_kernel(model, measurement_named(measurement), self.task.schedule, groups),
+        self._gradients(query, measurement_named(measurement), groups),
         gradient_operands(self.task.params, QUERY), query.rows(query_groups),
         batch_size=max(1, batch_size // groups.size), devices=devices,
       ),
@@ -209,6 +193,30 @@ class Store:
     settings = {**self.settings, "damping": damping, "measurement": measurement, "layers": names,
                 "query_draws": draws, "query_groups": query_groups, "query_seed": seed}  # fmt: skip
     return search.scores(query.ids, settings)
+
+  def _gradients(
+    self, examples: Examples, measurement: Measurement, groups: DrawGroups
+  ) -> parallel.Kernel:
+    """The gradient kernel for such examples, made once, so that it compiles once."""
+    image_shape = examples.images.shape[1:]
+    self.task.check_images(image_shape, examples.conditioning)
+    check_curvature(self.task, self.curvature, examples)
+    given = jax.tree.map(lambda x: (x.shape[1:], str(x.dtype)), examples.conditioning)
+    inputs = (image_shape, str(given))
+    if inputs not in self._models:
+      model = register(
+        self.task.apply_fn, self.task.params, image_shape, self.curvature.selection,
+        conditioning=examples.conditioning,
+      )  # fmt: skip
+      if model.layers != self.curvature.layers:
+        raise ValueError("The curvature has other layers than the task's model: fit it for this.")
+      self._models[inputs] = model
+    kernel = (inputs, measurement, groups)
+    if kernel not in self._models:
+      self._models[kernel] = gradient_kernel(
+        self._models[inputs], measurement, self.task.schedule, groups
+      )
+    return self._models[kernel]
 
   def _write_rows(
     self, begin: int, end: int, first: int, rows: parallel.Rows, kernel: parallel.Kernel,

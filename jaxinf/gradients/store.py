@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from jaxinf.artifacts import plain, refuse_stale, write_text
+from jaxinf.artifacts import fingerprint_of, plain, refuse_stale, write_text
 
 _CHUNK_BYTES = 2**25  # about this many in a chunk, of all arrays together
 _MIB = 2**20
@@ -99,6 +99,12 @@ class RowStore:
     """Rows of a chunk, whole examples."""
     examples = max(1, _CHUNK_BYTES // (self.row_bytes * self.groups))
     return min(256, examples) * self.groups
+
+  @property
+  def content(self) -> str:
+    """A hash of what the rows are of, and which are there."""
+    fields = [self.key, self.ids[: self.num_written].tolist(), sorted(self.deleted)]
+    return fingerprint_of(fields)
 
   @property
   def kept(self) -> np.ndarray:

@@ -1,0 +1,139 @@
+"""The stages that keep training gradients and answer new queries from them.
+
+`index` leaves a store in workdir/index; `query` scores images from a file, and what they find lies
+under workdir/query/, in a folder named after the file. `index-append`, `index-delete` and
+`index-verify` keep the store.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from jaxinf import artifacts, data, hosts
+from jaxinf.artifacts import Artifact
+from jaxinf.attribution.index import build_index, open_index
+from jaxinf.attribution.store import Store
+from jaxinf.config import DrawConfig, as_dict
+from jaxinf.costs import measured
+from jaxinf.data.dataset import Dataset
+from jaxinf.diffusion.draws import DrawDesign
+from jaxinf.gradients.compression import compression_named
+from jaxinf.runs import Outcome, Run, load_curvature, load_task
+
+_LOG = logging.getLogger("jaxinf")
+_MIB = 2**20
+
+
+def draw_design(config: DrawConfig) -> DrawDesign:
+  """The design of draws that a config section asks for."""
+  return DrawDesign(**dataclasses.asdict(config))
+
+
+def index(run: Run) -> Outcome:
+  """The store of all training gradients."""
+  config, task = run.config.index, load_task(run)
+  store = build_index(
+    store_folder(run), task, load_curvature(run, task), run.dataset.images, draws=config.draws,
+    seed=run.config.seed, train_ids=run.dataset.ids, draw_groups=config.draw_groups,
+    design=draw_design(config.design),
+    compression=compression_named(config.compression, config.compression_size),
+    batch_size=config.batch_size, reserve_bytes=config.reserve_mib * _MIB, devices=run.devices,
+  )  # fmt: skip
+  notes = {"settings": store.settings, "num_bytes": store.num_bytes}
+  what = f"the gradients of {len(store)} images ({store.num_bytes / _MIB:,.1f} MiB)"
+  return {}, notes, what
+
+
+def load_store(run: Run) -> Store:
+  """The store of a run, checked against its model and curvature."""
+  task = load_task(run)
+  return open_index(store_folder(run), task, load_curvature(run, task))
+
+
+def store_folder(run: Run) -> Path:
+  """Where the rows lie."""
+  return run.folder("index") / "store"
+
+
+def query(run: Run) -> Artifact:
+  """The best training images of each of `run.images`, from the store; printed, and kept."""
+  config, images = run.config.query, _given_images(run)
+  store = load_store(run)
+  section = {k: v for k, v in as_dict(config).items() if k != "batch_size"}
+  key = artifacts.plain({
+    "seed": run.config.seed, "query": section, "images": images.fingerprint(),
+    "index": store.rows.content,
+  })  # fmt: skip
+  assert run.images is not None
+  folder = run.folder("query") / f"{run.images.stem}-{artifacts.fingerprint_of(key)[:8]}"
+  if hosts.agreed(artifacts.finished(folder, key)):
+    artifact = artifacts.read(folder)
+  else:
+    with measured() as cost:
+      found = store.query(
+        images.images, damping=config.damping, draws=config.draws, seed=run.config.seed,
+        measurement=config.measurement, query_ids=images.ids, query_groups=config.query_groups,
+        layers=config.layers, top_k=config.top_k, batch_size=config.batch_size,
+        devices=run.devices,
+      )  # fmt: skip
+    arrays = {"query_ids": images.ids, **dataclasses.asdict(found)}
+    if hosts.is_primary():
+      artifacts.write(folder, key, arrays, notes={"settings": store.settings}, cost=cost)
+    hosts.wait_for_all("query written")
+    artifact = artifacts.read(folder)
+  if hosts.is_primary():
+    print(_table(artifact.arrays))
+    _LOG.info("query: %d images; the numbers are in %s", len(images), folder)
+  return artifact
+
+
+def append(run: Run) -> Store:
+  """Adds `run.images` to the store as training images."""
+  images, config = _given_images(run), run.config.index
+  store = load_store(run)
+  store.append(
+    images.images, images.ids, batch_size=config.batch_size,
+    reserve_bytes=config.reserve_mib * _MIB, devices=run.devices,
+  )  # fmt: skip
+  _LOG.info("index-append: %d images, now %d in the store", len(images), len(store))
+  return store
+
+
+def delete(run: Run) -> Store:
+  """Deletes the training images `run.ids` from the store."""
+  if not run.ids:
+    raise ValueError("Say which images to delete: --ids=ID,ID,…")
+  store = load_store(run)
+  store.delete(run.ids)
+  _LOG.info("index-delete: %d images, now %d in the store", len(run.ids), len(store))
+  return store
+
+
+def verify(run: Run) -> Store:
+  """Reads the whole store and compares its checksums."""
+  store = load_store(run)
+  _LOG.info("index-verify: %s is sound: %.1f MiB read", store.rows.folder, store.verify() / _MIB)
+  return store
+
+
+def _given_images(run: Run) -> Dataset:
+  """The images of `run.images`, an .npz file or a folder."""
+  if run.images is None:
+    raise ValueError("Say which images: --images=FILE.npz or --images=FOLDER.")
+  name = "arrays" if run.images.suffix == ".npz" else "folder"
+  size = run.config.data.image_size if name == "folder" else None
+  source = dict(name=name, path=str(run.images), image_size=size, data_dir=None, num_examples=None)
+  return data.load(dataclasses.replace(run.config.data, **source))
+
+
+def _table(arrays: Mapping[str, np.ndarray]) -> str:
+  """The best training images of each query as aligned text."""
+  lines = []
+  fields = zip(*(arrays[n] for n in ("query_ids", "ids", "values", "std_errors")), strict=True)
+  for query_id, *row in fields:
+    lines.append(f"{query_id}")
+    lines += [f"  {i!s:24} {v:12.5g} ± {e:.2g}" for i, v, e in zip(*row, strict=True)]
+  return "\n".join(lines)

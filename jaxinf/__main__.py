@@ -39,7 +39,7 @@ import absl.logging
 from absl import app, flags
 from ml_collections import config_flags
 
-from jaxinf import hosts, stages
+from jaxinf import hosts, stages, studies
 from jaxinf.config import check_path, typed
 from jaxinf.runs import Run
 
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
       if not _DRY_RUN.value:
         stages.STAGES[stage](run)
       elif stage == "curvature":
-        print(stages.curvature_memory(run))
+        print(studies.curvature_memory(run))
       else:
         raise ValueError("--dry-run goes with the stage curvature.")
     except ValueError as error:

@@ -7,7 +7,6 @@ finished one is reused where config and inputs match, and refused with the diffe
 import dataclasses
 import json
 import logging
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,15 +23,12 @@ from jaxinf.attribution.influence import influence
 from jaxinf.attribution.stability import rank_stability
 from jaxinf.config import as_dict
 from jaxinf.costs import measured
-from jaxinf.curvature.coverage import Selection
 from jaxinf.curvature.exact import Solver
-from jaxinf.curvature.fit import fit_curvature, partition
-from jaxinf.curvature.memory import layer_memory, memory_table
-from jaxinf.curvature.registration import register
+from jaxinf.curvature.fit import fit_curvature
 from jaxinf.diffusion import sampler
 from jaxinf.evaluation.damping import recommend_damping
 from jaxinf.gradients.compression import compression_named
-from jaxinf.parallel import Rows, map_batches, num_devices
+from jaxinf.parallel import Rows, map_batches
 from jaxinf.progress import clock
 from jaxinf.random import fold_in_each, stream
 from jaxinf.report.page import write_report
@@ -40,7 +36,6 @@ from jaxinf.runs import (
   ORDER,
   Outcome,
   Run,
-  fresh_task,
   key_of,
   load_coverage,
   load_curvature,
@@ -92,27 +87,6 @@ def index(run: Run) -> Artifact:
 def report(run: Run) -> Artifact:
   """Draws the page report/index.html."""
   return _stage(run, "report", _report, alone=True)
-
-
-def curvature_memory(run: Run) -> str:
-  """What the curvature would take, as a table; needs no trained model and computes nothing."""
-  config, task, image_shape = run.config.curvature, fresh_task(run), run.dataset.image_shape
-  diagonal = (".",) if config.method == "diagonal" else config.diagonal
-  selection = Selection(config.skip, diagonal, config.only)
-  model = register(task.apply_fn, task.params, image_shape, selection)
-  devices = num_devices(run.devices)
-  targets = math.prod(image_shape) if config.estimator == "exact" else config.targets
-  memory = layer_memory(
-    model, task.params, image_shape, method=config.method, sharing=config.sharing,
-    targets=targets, batch_size=math.ceil(config.batch_size / devices),
-  )  # fmt: skip
-  table = memory_table(memory, partition(model.layers, config.partitions))
-  return (
-    f"{model.coverage.summary()}\nMiB a layer, each on every one of {devices} devices but for "
-    f"eigenbases (host and disk); workspace is at most, for {config.batch_size} pairs:\n{table}\n"
-    "More curvature.partitions make the sums and rotations smaller, a smaller "
-    "curvature.batch_size the workspace."
-  )
 
 
 def everything(run: Run) -> Artifact:

@@ -1,5 +1,6 @@
-"""What the studies of a run compute: stages beside the line from training to report."""
+"""What the studies of a run compute, beside the line from training to report, and its memory."""
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,40 @@ import numpy as np
 
 from jaxinf import artifacts, hosts
 from jaxinf.config import CompressStudyConfig, as_dict
+from jaxinf.curvature.coverage import Selection
 from jaxinf.curvature.exact import Solver
+from jaxinf.curvature.fit import partition
+from jaxinf.curvature.memory import layer_memory, memory_table
+from jaxinf.curvature.registration import register
 from jaxinf.evaluation.compression_study import compression_study
 from jaxinf.evaluation.curvature_study import curvature_study as evaluate_curvatures
 from jaxinf.gradients.compression import Compression, compression_named
+from jaxinf.parallel import num_devices
 from jaxinf.report.compression_page import write_compression_study
 from jaxinf.report.study import write_study
-from jaxinf.runs import Outcome, Run, load_curvature, load_task
+from jaxinf.runs import Outcome, Run, fresh_task, load_curvature, load_task
 from jaxinf.unfinished import Kept
+
+
+def curvature_memory(run: Run) -> str:
+  """What the curvature would take, as a table; needs no trained model and computes nothing."""
+  config, task, image_shape = run.config.curvature, fresh_task(run), run.dataset.image_shape
+  diagonal = (".",) if config.method == "diagonal" else config.diagonal
+  selection = Selection(config.skip, diagonal, config.only)
+  model = register(task.apply_fn, task.params, image_shape, selection)
+  devices = num_devices(run.devices)
+  targets = math.prod(image_shape) if config.estimator == "exact" else config.targets
+  memory = layer_memory(
+    model, task.params, image_shape, method=config.method, sharing=config.sharing,
+    targets=targets, batch_size=math.ceil(config.batch_size / devices),
+  )  # fmt: skip
+  table = memory_table(memory, partition(model.layers, config.partitions))
+  return (
+    f"{model.coverage.summary()}\nMiB a layer, each on every one of {devices} devices but for "
+    f"eigenbases (host and disk); workspace is at most, for {config.batch_size} pairs:\n{table}\n"
+    "More curvature.partitions make the sums and rotations smaller, a smaller "
+    "curvature.batch_size the workspace."
+  )
 
 
 def curvature_study(run: Run) -> Outcome:

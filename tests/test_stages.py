@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxinf import artifacts, runs, stages
+from jaxinf import artifacts, runs, stages, studies
 from jaxinf.config import typed
 from tests import tiny
 
@@ -196,6 +196,6 @@ def test_more_queries_than_samples_are_refused_by_a_study(finished, tmp_path, st
 def test_the_memory_of_a_curvature_is_told_without_a_model(tmp_path):
   config = tiny.get_config()
   config.curvature.partitions = 2
-  table = stages.curvature_memory(run_of(tmp_path, config))
+  table = studies.curvature_memory(run_of(tmp_path, config))
   assert "most of 2 partitions" in table
   assert not list(tmp_path.iterdir())

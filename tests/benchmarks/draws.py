@@ -63,8 +63,8 @@ def main(_) -> None:
   reference = problem.group_values(UNIFORM, _REFERENCE.value, 50).mean(axis=0)
   print(
     f"{run.dataset.name}: {_EXAMPLES.value} images, {_QUERIES.value} samples, "
-    f"λ = {_DAMPING.value}; reference of {_REFERENCE.value} draws in {time.perf_counter() - began:.0f} s; "
-    f"{jax.devices()[0].device_kind}"
+    f"λ = {_DAMPING.value}; reference of {_REFERENCE.value} draws in "
+    f"{time.perf_counter() - began:.0f} s; {jax.devices()[0].device_kind}"
   )
   print("| draws | design | relative variance | of differences | rank correlation | top 10 |")
   print("| --- | --- | --- | --- | --- | --- |")

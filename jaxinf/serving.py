@@ -16,7 +16,7 @@ from jaxinf import artifacts, data, hosts
 from jaxinf.artifacts import Artifact
 from jaxinf.attribution.index import build_index, open_index
 from jaxinf.attribution.store import Store
-from jaxinf.config import DrawConfig, as_dict
+from jaxinf.config import DataConfig, DrawConfig, as_dict
 from jaxinf.costs import measured
 from jaxinf.data.dataset import Dataset
 from jaxinf.diffusion.draws import DrawDesign
@@ -125,8 +125,7 @@ def _given_images(run: Run) -> Dataset:
     raise ValueError("Say which images: --images=FILE.npz or --images=FOLDER.")
   name = "arrays" if run.images.suffix == ".npz" else "folder"
   size = run.config.data.image_size if name == "folder" else None
-  source = dict(name=name, path=str(run.images), image_size=size, data_dir=None, num_examples=None)
-  return data.load(dataclasses.replace(run.config.data, **source))
+  return data.load(DataConfig(name, None, str(run.images), size, None, run.config.data.seed))
 
 
 def _table(arrays: Mapping[str, np.ndarray]) -> str:

@@ -9,7 +9,6 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import flax.traverse_util
@@ -219,9 +218,6 @@ def _report(run: Run) -> Outcome:
   return {}, {"files": [path.name for path in files]}, " and ".join(path.name for path in files)
 
 
-_AFTER = {"index": "next: query, with --images"}
-
-
 def _stage(run: Run, name: str, compute: Callable[[Run], Outcome], alone: bool = False) -> Artifact:
   """Reuses a matching artefact; otherwise computes and saves it, and says what comes next.
 
@@ -231,10 +227,8 @@ def _stage(run: Run, name: str, compute: Callable[[Run], Outcome], alone: bool =
     raise ValueError("Several processes use all their devices: leave the run's devices None.")
   folder, key = run.folder(name), key_of(run, name)
   hosts.check_same(json.dumps(artifacts.plain(key)), f"what the stage {name} depends on")
-  rest = ORDER[ORDER.index(name) + 1 :] if name in ORDER else ()
-  hint = f"next: {rest[0]}" if rest else _AFTER.get(name, f"open {folder.absolute()}/index.html")
   if hosts.agreed(artifacts.finished(folder, key)):
-    _LOG.info("%s: reused %s%s", name, folder, _hint(name, folder))
+    _LOG.info("%s: reused %s; %s", name, folder, hint)
     return artifacts.read(folder)
   if hosts.is_primary():
     artifacts.begin(folder, key)
@@ -245,17 +239,9 @@ def _stage(run: Run, name: str, compute: Callable[[Run], Outcome], alone: bool =
   if hosts.is_primary():
     artifact = artifacts.write(folder, key, arrays, notes=notes, cost=cost)
     shutil.rmtree(folder / "sums", ignore_errors=True)
-    took = clock(cost["seconds"])
-    _LOG.info("%s: wrote %s to %s in %s%s", name, what, folder, took, _hint(name, folder))
+    _LOG.info("%s: wrote %s to %s in %s; %s", name, what, folder, clock(cost["seconds"]), hint)
   hosts.wait_for_all(f"{name} written")
   return artifact or artifacts.read(folder)
-
-
-def _hint(name: str, folder: Path) -> str:
-  """What comes next, or the page to look at; empty where there is neither."""
-  rest = ORDER[ORDER.index(name) + 1 :] if name in ORDER else ()
-  page = folder / "index.html"
-  return f"; next: {rest[0]}" if rest else f"; open {page.absolute()}" if page.exists() else ""
 
 
 STAGES: dict[str, Callable[[Run], Any]] = {

@@ -138,6 +138,7 @@ class AttributeConfig:
   compression: str | None  # of the preconditioned query gradients: int8, int4, … or None
   compression_size: float | None  # rank of svd; None: its default
   query_blocks: int  # parts of the queries, of which one is on the devices at a time
+  precision: str | None  # of products in training gradients: bfloat16, tensorfloat32, float32
   batch_size: int  # (example, draw) pairs at a time
   checkpoint_every: int  # batches
 

@@ -46,6 +46,8 @@ from jaxinf.unfinished import Resume
 
 _LOG = logging.getLogger("jaxinf")
 
+_AFTER = {"index": "next: query, with --images"}
+
 
 def train(run: Run) -> Artifact:
   """Trains the model; the artefact holds its EMA parameters."""
@@ -186,8 +188,8 @@ def _attribute(run: Run) -> Outcome:
     draw_groups=config.draw_groups, query_draws=config.query_draws,
     query_groups=config.query_groups, design=serving.draw_design(config.design),
     compression=compression_named(config.compression, config.compression_size),
-    query_blocks=config.query_blocks, batch_size=config.batch_size, devices=run.devices,
-    resume=Resume(run.folder("attribute") / "sums", config.checkpoint_every),
+    query_blocks=config.query_blocks, precision=config.precision, batch_size=config.batch_size,
+    devices=run.devices, resume=Resume(run.folder("attribute") / "sums", config.checkpoint_every),
   )  # fmt: skip
   arrays = scores_arrays(first)
   notes: dict[str, Any] = {"settings": first.settings}
@@ -227,6 +229,8 @@ def _stage(run: Run, name: str, compute: Callable[[Run], Outcome], alone: bool =
     raise ValueError("Several processes use all their devices: leave the run's devices None.")
   folder, key = run.folder(name), key_of(run, name)
   hosts.check_same(json.dumps(artifacts.plain(key)), f"what the stage {name} depends on")
+  rest = ORDER[ORDER.index(name) + 1 :] if name in ORDER else ()
+  hint = f"next: {rest[0]}" if rest else _AFTER.get(name, f"open {folder.absolute()}/index.html")
   if hosts.agreed(artifacts.finished(folder, key)):
     _LOG.info("%s: reused %s; %s", name, folder, hint)
     return artifacts.read(folder)

@@ -125,7 +125,10 @@ class PartialOutputs:
 
 
 class Kept:
-  """Arrays by name in a folder: kept(name, compute) computes and keeps, or reads what was kept."""
+  """Arrays by name in a folder: kept(name, compute) computes and keeps, or reads what was kept.
+
+  With several processes all of them compute, and the primary writes.
+  """
 
   def __init__(self, folder: Path):
     self._folder = folder
@@ -134,11 +137,14 @@ class Kept:
     self, name: str, compute: Callable[[], Mapping[str, np.ndarray]]
   ) -> dict[str, np.ndarray]:
     path = self._folder / f"{name}.npz"
-    if not path.exists():
-      self._folder.mkdir(parents=True, exist_ok=True)
-      partial = path.with_name(path.name + ".partial")
-      with partial.open("wb") as file:
-        np.savez(file, allow_pickle=False, **dict(compute()))
-      os.replace(partial, path)
+    if not hosts.agreed(path.exists()):
+      arrays = dict(compute())
+      if hosts.is_primary():
+        self._folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("wb") as file:
+          np.savez(file, allow_pickle=False, **arrays)
+        os.replace(partial, path)
+      hosts.wait_for_all(f"{name} kept")
     with np.load(path, allow_pickle=False) as file:
       return {name: file[name] for name in file.files}

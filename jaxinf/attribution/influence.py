@@ -28,6 +28,7 @@ from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.registration import register
 from jaxinf.diffusion.draws import DrawDesign
 from jaxinf.diffusion.measurements import LOSS, measurement_named
+from jaxinf.diffusion.precision import in_precision
 from jaxinf.diffusion.task import Task
 from jaxinf.gradients.compression import Compression, Uncompressed, compression_named
 from jaxinf.gradients.per_example import checked_draws, default_groups
@@ -46,7 +47,8 @@ def influence(
   query_conditioning: PyTree = ..., train_conditioning: PyTree = ...,
   draw_groups: int | None = ..., query_draws: int | None = ..., query_groups: int | None = ...,
   design: DrawDesign = ..., query_design: DrawDesign | None = ...,
-  compression: str | Compression | None = ..., query_blocks: int = ..., batch_size: int = ...,
+  compression: str | Compression | None = ..., query_blocks: int = ...,
+  precision: str | None = ..., batch_size: int = ...,
   resume: Resume | None = ..., devices: Sequence[jax.Device] | None = ...,
 ) -> Scores: ...
 @overload
@@ -57,7 +59,8 @@ def influence(
   query_conditioning: PyTree = ..., train_conditioning: PyTree = ...,
   draw_groups: int | None = ..., query_draws: int | None = ..., query_groups: int | None = ...,
   design: DrawDesign = ..., query_design: DrawDesign | None = ...,
-  compression: str | Compression | None = ..., query_blocks: int = ..., batch_size: int = ...,
+  compression: str | Compression | None = ..., query_blocks: int = ...,
+  precision: str | None = ..., batch_size: int = ...,
   resume: Resume | None = ..., devices: Sequence[jax.Device] | None = ...,
 ) -> tuple[Scores, ...]: ...
 # fmt: on
@@ -82,6 +85,7 @@ def influence(
   query_design: DrawDesign | None = None,
   compression: str | Compression | None = "int8",
   query_blocks: int = 1,
+  precision: str | None = None,
   batch_size: int = 128,
   resume: Resume | None = None,
   devices: Sequence[jax.Device] | None = None,
@@ -111,10 +115,12 @@ def influence(
     design: how the draws of a group depend on each other; each group is one complete design.
     query_design: likewise for queries; as `design` where None.
     compression: of the preconditioned query gradients: a name of gradients.compression, or a
-      Compression. None: float32. What it does to scores is measured on a sample of training images
-      and put into settings["compression_check"].
+      Compression. None: float32. What it and `precision` do to scores is measured on a sample of
+      training images and put into settings["check"].
     query_blocks: parts of the query gradients, of which one is on the devices at a time, with
       equal results: for more queries than fit.
+    precision: of the network's products in the pass over training images, "bfloat16",
+      "tensorfloat32" or "float32"; as the network is where None. See diffusion.precision.
     batch_size: (image, draw) pairs at a time over all devices; at least one group of draws on each
       goes through at once, so that more groups need less memory.
     resume: keeps scores on disk as they come; None: a killed pass begins again.
@@ -132,7 +138,7 @@ def influence(
   train = examples_of(train_images, train_ids, train_conditioning, "train")
   measured = measurement_named(measurement)
   asked_design = design if query_design is None else query_design
-  plan = _draw_plan(draws, draw_groups, query_draws, query_groups, design, asked_design)
+  plan = _draw_plan(draws, draw_groups, query_draws, query_groups)
   if isinstance(compression, str) or compression is None:
     compression = compression_named(compression)
   if compression.in_eigenbasis or compression.is_costly:
@@ -169,13 +175,21 @@ def influence(
 
   # 2. Training gradients, past all of them.
   groups = DrawGroups(seed, plan.group_size, design)
+  exactly = gradients = gradient_kernel(model, LOSS, task.schedule, groups)
+  if precision is not None:
+    faster = register(
+      in_precision(task.apply_fn, precision), task.params, image_shape, curvature.selection,
+      conditioning=train.conditioning,
+    )  # fmt: skip
+    gradients = gradient_kernel(faster, LOSS, task.schedule, groups)
   score_pass = ScorePass(
-    gradient_kernel(model, LOSS, task.schedule, groups), task.params, train.rows(plan.draw_groups),
+    gradients, exactly, task.params, train.rows(plan.draw_groups),
     max(1, batch_size // groups.size), devices, query_blocks,
   )  # fmt: skip
   settings = {f"curvature_{name}": value for name, value in curvature.settings.items()} | dict(
     measurement=measurement, draw_groups=plan.draw_groups, query_draws=plan.query_draws,
     query_groups=plan.query_groups, compression=compression.description, seed=seed,
+    precision=precision,
     design=dataclasses.asdict(design), query_design=dataclasses.asdict(asked_design),
   )  # fmt: skip
   key = settings | {"group_size": plan.group_size, "dampings": dampings}
@@ -211,45 +225,43 @@ def influence(
 
   products, total = merged_rounds(scored_round, scores_of, plan)
   scores = scores_of(products, total)
-  if compression != Uncompressed():
-    checks = score_pass.compression_check(
-      rows, curvature, compression, num_dampings=len(dampings), seed=seed
-    )
+  if compression != Uncompressed() or precision is not None:
+    checks = score_pass.check(rows, curvature, compression, num_dampings=len(dampings), seed=seed)
     scores = tuple(map(_with_check, scores, checks))
   return scores[0] if np.ndim(damping) == 0 else scores
 
 
 def _draw_plan(
-  draws, draw_groups, query_draws, query_groups, design: DrawDesign, query_design: DrawDesign
+  draws: int | str | AutoDraws,
+  draw_groups: int | None,
+  query_draws: int | None,
+  query_groups: int | None,
 ) -> DrawPlan:
   """The plan, with defaults filled in; ValueError where draws do not split as asked."""
-  auto = AutoDraws() if draws == "auto" else draws if isinstance(draws, AutoDraws) else None
-  if isinstance(draws, str) and auto is None:
-    raise ValueError(f'draws must be a number, "auto" or an AutoDraws; got {draws!r}.')
-  if auto is not None:
-    draw_groups = auto.num_groups if draw_groups is None else draw_groups
-    a_round = auto.group_size * draw_groups
-    query_draws = 256 if query_draws is None else query_draws
+  if isinstance(draws, int):
+    auto, a_round, per_query = None, draws, draws
+    groups = default_groups(draws) if draw_groups is None else draw_groups
+  elif draws == "auto" or isinstance(draws, AutoDraws):
+    auto = draws if isinstance(draws, AutoDraws) else AutoDraws()
+    groups = auto.num_groups if draw_groups is None else draw_groups
+    a_round, per_query = auto.group_size * groups, 256
   else:
-    a_round = draws
-    draw_groups = default_groups(draws, design) if draw_groups is None else draw_groups
-    query_draws = draws if query_draws is None else query_draws
-  if query_groups is None:
-    query_groups = default_groups(query_draws, query_design, most=2)
-  checked_draws(a_round, draw_groups, "draws", "draw_groups")
-  checked_draws(query_draws, query_groups, "query_draws", "query_groups")
-  design.check_size(a_round // draw_groups)
-  query_design.check_size(query_draws // query_groups)
-  return DrawPlan(a_round // draw_groups, draw_groups, query_draws, query_groups, auto)
+    raise ValueError(f'draws must be a number, "auto" or an AutoDraws; got {draws!r}.')
+  per_query = per_query if query_draws is None else query_draws
+  asked = default_groups(per_query, most=2) if query_groups is None else query_groups
+  checked_draws(a_round, groups, "draws", "draw_groups")
+  checked_draws(per_query, asked, "query_draws", "query_groups")
+  return DrawPlan(a_round // groups, groups, per_query, asked, auto)
 
 
 def _with_check(scores: Scores, check: dict[str, Any] | None) -> Scores:
-  """The scores, with what compression does to them in their settings, and said."""
+  """The scores, with what compression and precision do to them in their settings, and said."""
   if check is not None and check["spearman"] is not None:
     _LOG.info(
-      "attribute: at λ = %.1e, %s queries against float32 on %d training images and %d queries: "
+      "attribute: at λ = %.1e, %s queries%s against float32 on %d training images and %d queries: "
       "rank correlation of scores %.4f (least %.4f)", scores.settings["damping"],
-      scores.settings["compression"], check["num_examples"], check["num_queries"],
-      check["spearman"], check["least_spearman"],
+      scores.settings["compression"],
+      f" and {scores.settings['precision']} products" if scores.settings["precision"] else "",
+      check["num_examples"], check["num_queries"], check["spearman"], check["least_spearman"],
     )  # fmt: skip
-  return dataclasses.replace(scores, settings={**scores.settings, "compression_check": check})
+  return dataclasses.replace(scores, settings={**scores.settings, "check": check})

@@ -1,7 +1,7 @@
 """The score pass: training gradients stream past the rows of queries, and are never kept.
 
-scores of (training example, group of draws) rows for R query rows, [N · G, R]; and what they say
-when the rows are not compressed, on a sample of the training examples.
+Scores of (training example, group of draws) rows for R query rows, [N · G, R]; and what they say
+when nothing is compressed or rounded, on a sample of the training examples.
 """
 
 import dataclasses
@@ -30,7 +30,8 @@ class ScorePass:
 
   Attributes:
     gradients: the kernel of training gradients.
-    params: its parameters.
+    exactly: the same in the network's own precision, for the check.
+    params: their parameters.
     rows: (training example, group of draws) rows.
     batch_size: rows at a time over all local devices.
     devices: local devices; all of them where None.
@@ -38,6 +39,7 @@ class ScorePass:
   """
 
   gradients: parallel.Kernel
+  exactly: parallel.Kernel
   params: Params
   rows: parallel.Rows
   batch_size: int
@@ -68,7 +70,7 @@ class ScorePass:
       then=parallel.Blocks(score_kernel(compression), operands), partial=partial,
     )  # fmt: skip
 
-  def compression_check(
+  def check(
     self,
     queries: QueryRows,
     curvature: Curvature,
@@ -77,7 +79,7 @@ class ScorePass:
     num_dampings: int,
     seed: int,
   ) -> Sequence[dict[str, Any] | None]:
-    """How scores correlate with those of uncompressed rows, on a sample, for each damping.
+    """How scores correlate with uncompressed and exact ones, on a sample, for each damping.
 
     Returns num_examples, num_queries (rows compared with), and over these the mean and the least
     of Pearson's and Spearman's correlations over the sampled training rows; None for each damping
@@ -94,13 +96,20 @@ class ScorePass:
       for layer in curvature.layers
     }
     both = jax.tree.map(lambda *x: np.concatenate(x), queries.exact, jax.device_get(restored))
-    found = parallel.stream_batches(
-      self.gradients, gradient_operands(self.params, TRAIN), rows, batch_size=self.batch_size,
-      label=None, devices=self.devices, span=(0, len(rows)),
-      then=parallel.Blocks(_plain_products, [both]),
-    )  # fmt: skip
-    exact, compressed = np.split(np.concatenate(list(found)).T, 2)
-    split = (np.split(scores, num_dampings) for scores in (exact, compressed))
+
+    def scores(gradients: parallel.Kernel) -> list[np.ndarray]:
+      """[C, n] of the exact rows, and of the compressed ones."""
+      found = parallel.stream_batches(
+        gradients, gradient_operands(self.params, TRAIN), rows, batch_size=self.batch_size,
+        label=None, devices=self.devices, span=(0, len(rows)),
+        then=parallel.Blocks(_plain_products, [both]),
+      )  # fmt: skip
+      return np.split(np.concatenate(list(found)).T, 2)
+
+    exact, ours = scores(self.gradients)
+    if self.exactly is not self.gradients:
+      exact, _ = scores(self.exactly)
+    split = (np.split(found, num_dampings) for found in (exact, ours))
     return [
       correlations(*pair) | {"num_examples": len(rows.ids)} for pair in zip(*split, strict=True)
     ]

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxinf.types import Params, PyTree
+from jaxinf.types import Array, Params, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,17 +54,21 @@ class Layer:
     """Outputs of the layer at one position: d_out, of all groups together."""
     return math.prod(self.matrix_shape[:-1])
 
-  def to_matrix(self, leaves: Sequence[np.ndarray]) -> np.ndarray:
-    """The matrix [..., (groups,) d_out, d_in] from leaves [..., *shape] like the parameters."""
-    kernel = np.asarray(leaves[self.kernel])
+  def to_matrix(self, leaves: Sequence[Array]) -> Any:
+    """The matrix [..., (groups,) d_out, d_in] from leaves [..., *shape] like the parameters.
+
+    NumPy arrays stay on the host; JAX arrays give a JAX computation.
+    """
+    xp = jnp if isinstance(leaves[self.kernel], jax.Array) else np
+    kernel = xp.asarray(leaves[self.kernel])
     lead = kernel.ndim - len(self.kernel_shape)
     kernel = kernel.transpose(*range(lead), *(axis + lead for axis in self.order))
     batch, rows = kernel.shape[:lead], self.matrix_shape[:-1]
     matrix = kernel.reshape(*batch, *rows, -1)
     if self.bias is None:
       return matrix
-    bias = np.asarray(leaves[self.bias]).reshape(*batch, *rows, 1)
-    return np.concatenate([matrix, bias], axis=-1)
+    bias = xp.asarray(leaves[self.bias]).reshape(*batch, *rows, 1)
+    return xp.concatenate([matrix, bias], axis=-1)
 
   def from_matrix(self, matrix: np.ndarray) -> dict[int, np.ndarray]:
     """Leaf position → array; the inverse of `to_matrix`."""

@@ -49,6 +49,7 @@ class Registration:
   coverage: Coverage
   blocks: Mapping[str, Any]
   _layer_arrays: Callable[..., dict[str, Arrays]]
+  _network: Callable[..., jax.Array]
 
   def only(self, names: Sequence[str]) -> "Registration":
     """The registration of some of the layers: its kernels compute nothing for the others."""
@@ -129,6 +130,11 @@ class Registration:
 
     cotangents: network outputs → [B, H, W, C].
     """
+    if rows == 1:  # an ordinary backward pass, which taps would only slow down
+      network = lambda params: self._network(params, *_as_inputs(pairs))
+      out, pull_back = jax.vjp(network, params)
+      leaves = [leaf[None] for leaf in jax.tree.leaves(pull_back(cotangents(out)))]
+      return {layer.name: layer.to_matrix(leaves) for layer in self.layers}
     arrays = self._layer_arrays(params, pairs, lambda out: cotangents(out)[None])
     return {
       layer.name: self.blocks[layer.name].matrices((x, dy[0]), rows)
@@ -214,7 +220,7 @@ def register(
 
   kfac_blocks = estimator.blocks or ()
   blocks = {layer.name: kfac_blocks[places[layer.kernel]] for layer in layers}
-  return Registration(layers, coverage, blocks, layer_arrays)
+  return Registration(layers, coverage, blocks, layer_arrays, apply_fn)
 
 
 def _split(mapped: Callable, vjp: Callable, cotangents: jax.Array) -> list[Arrays]:

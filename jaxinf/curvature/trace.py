@@ -13,19 +13,8 @@ import jax
 import jax.extend as jex
 import numpy as np
 
+from jaxinf.diffusion.precision import CALLS
 from jaxinf.types import Params
-
-# Primitive → the parameter that holds its function.
-_CALLS = {
-  "jit": "jaxpr",
-  "pjit": "jaxpr",
-  "closed_call": "call_jaxpr",
-  "core_call": "call_jaxpr",
-  "checkpoint": "jaxpr",
-  "remat2": "jaxpr",
-  "custom_jvp_call": "call_jaxpr",
-  "custom_vjp_call": "call_jaxpr",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +122,7 @@ class _Builder:
 
     for eqn in jaxpr.eqns:
       inputs = tuple(map(read, eqn.invars))
-      called = _CALLS.get(eqn.primitive.name)
+      called = CALLS.get(eqn.primitive.name)
       if called and any(i in self.views for i in inputs):
         inner = eqn.params[called]
         plain = isinstance(inner, jex.core.Jaxpr)

@@ -158,7 +158,8 @@ def _shapes(scores: Scores) -> list[tuple[int, ...] | None]:
 
 
 def _shared_settings(scores: Scores) -> dict[str, Any]:
-  return {name: value for name, value in scores.settings.items() if name != "damping"}
+  own = ("damping", "check")
+  return {name: value for name, value in scores.settings.items() if name not in own}
 
 
 def _noise_free_covariance(scores: Scores, reference: Scores, query: int) -> float:

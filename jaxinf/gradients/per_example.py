@@ -1,6 +1,7 @@
 """Per-example gradients of a measurement, as layer matrices."""
 
 import jax
+import jax.numpy as jnp
 
 from jaxinf.curvature.registration import Registration
 from jaxinf.diffusion.draws import UNIFORM, DrawDesign
@@ -8,6 +9,8 @@ from jaxinf.diffusion.measurements import Measurement
 from jaxinf.diffusion.schedule import Schedule
 from jaxinf.random import draw_keys
 from jaxinf.types import Matrices, Params, PyTree
+
+_MOST_APART = 2  # images whose many pairs are ordinary batches, one after another
 
 
 def example_gradients(
@@ -36,6 +39,12 @@ def example_gradients(
   Returns:
     Layer name → [B, d_out, d_in].
   """
+  if 1 < len(images) <= _MOST_APART:
+    alone = lambda row: example_gradients(
+      model, measurement, schedule, params, images=images[row][None], keys=keys[row][None],
+      conditioning=jax.tree.map(lambda x: x[row][None], conditioning), design=design,
+    )  # fmt: skip
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *map(alone, range(len(images))))
   pairs = measurement.pairs(schedule, images, keys, conditioning, design)
   cotangents = measurement.cotangents(pairs, draws=keys.shape[1])
   return model.gradients(params, pairs, cotangents, rows=len(images))
@@ -52,11 +61,9 @@ def group_keys(keys: jax.Array, groups: jax.Array, draws: int) -> jax.Array:
   return jax.vmap(lambda key, group: draw_keys(key, draws, first=group * draws))(keys, groups)
 
 
-def default_groups(draws: int, design: DrawDesign = UNIFORM, most: int = 5) -> int:
-  """The largest number of equal groups, up to `most`, that the draws split into by the design."""
-  step = 2 if design.antithetic else 1
-  fits = lambda groups: draws % (groups * step) == 0
-  return max((groups for groups in range(1, most + 1) if fits(groups)), default=1)
+def default_groups(draws: int, most: int = 5) -> int:
+  """The largest number of equal groups, up to `most`, that the draws split into."""
+  return max((groups for groups in range(1, most + 1) if draws % groups == 0), default=1)
 
 
 def checked_draws(draws: int, groups: int, what: str = "draws", into: str = "draw_groups") -> None:

@@ -31,7 +31,7 @@ def sweep(problem, compression):
 
 def without_check(settings):
   """The compression check is measured, to float32 rounding."""
-  return {name: value for name, value in settings.items() if name != "compression_check"}
+  return {name: value for name, value in settings.items() if name != "check"}
 
 
 def test_a_sweep_equals_separate_calls(problem, compression, sweep):

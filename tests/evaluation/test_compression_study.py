@@ -64,7 +64,7 @@ def gradients(task, curvature, images, name) -> dict[str, np.ndarray]:
 
   @jax.grad
   def gradient(params, image, number):
-    key = fold_in_each(stream(SEED, name), number[None])
+    key = fold_in_each(stream(SEED, name), DrawDesign().numbers(number[None]))
     keys = jax.vmap(lambda k: draw_keys(k, DRAWS))(key)
     values = LOSS.evaluate(
       task.apply_fn, params, task.schedule, image[None], keys, design=DrawDesign()

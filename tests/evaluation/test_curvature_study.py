@@ -75,7 +75,7 @@ def gradients(task, images, name) -> np.ndarray:
   """[n, P] of the loss, by jax.grad one image at a time."""
 
   def loss(params, image, number):
-    key = fold_in_each(stream(SEED, name), number[None])
+    key = fold_in_each(stream(SEED, name), DrawDesign().numbers(number[None]))
     keys = jax.vmap(lambda k: draw_keys(k, GRADIENT_DRAWS))(key)
     values = LOSS.evaluate(
       task.apply_fn, params, task.schedule, image[None], keys, design=DrawDesign()

@@ -42,7 +42,7 @@ def index(run: Run) -> Outcome:
     compression=compression_named(config.compression, config.compression_size),
     batch_size=config.batch_size, reserve_bytes=config.reserve_mib * _MIB, devices=run.devices,
   )  # fmt: skip
-  notes = {"settings": store.settings, "num_bytes": store.num_bytes}
+  notes = {"settings": store.settings, "num_bytes": store.num_bytes, "files": ["store"]}
   what = f"the gradients of {len(store)} images ({store.num_bytes / _MIB:,.1f} MiB)"
   return {}, notes, what
 
@@ -65,7 +65,7 @@ def query(run: Run) -> Artifact:
   section = {k: v for k, v in as_dict(config).items() if k != "batch_size"}
   key = artifacts.plain({
     "seed": run.config.seed, "query": section, "images": images.fingerprint(),
-    "index": store.rows.content,
+    "index": store.rows.ledger.content,
   })  # fmt: skip
   assert run.images is not None
   folder = run.folder("query") / f"{run.images.stem}-{artifacts.fingerprint_of(key)[:8]}"
@@ -124,6 +124,8 @@ def _given_images(run: Run) -> Dataset:
   if run.images is None:
     raise ValueError("Say which images: --images=FILE.npz or --images=FOLDER.")
   name = "arrays" if run.images.suffix == ".npz" else "folder"
+  if not (run.images.is_dir() if name == "folder" else run.images.is_file()):
+    raise ValueError(f"--images must be an .npz file or a folder of images; got {run.images}.")
   size = run.config.data.image_size if name == "folder" else None
   return data.load(DataConfig(name, None, str(run.images), size, None, run.config.data.seed))
 

@@ -6,6 +6,7 @@ gradient U in that basis, the score is the sum over layers and entries of
   row_i · U_i √(Λ_i + ε) / (Λ_i + λ).
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -37,6 +38,7 @@ def widths_of(eigenvalues: Array) -> Array:
   return jnp.sqrt(eigenvalues + floor)
 
 
+@functools.lru_cache(maxsize=8)  # so that it compiles once, however often rows are appended
 def pack_kernel(packing: Packing) -> parallel.Kernel:
   """Kernel from gradients to the arrays [B, W_k] of the store; its operands are the rotations."""
 

@@ -15,13 +15,14 @@ import numpy as np
 from jaxinf import hosts
 from jaxinf.artifacts import fingerprint, refuse_stale
 from jaxinf.attribution.examples import examples_of
-from jaxinf.attribution.store import RESERVE_BYTES, Store
+from jaxinf.attribution.store import RESERVE_BYTES, Store, hashes_of
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.diffusion.draws import DrawDesign
 from jaxinf.diffusion.task import Task
-from jaxinf.gradients.compression import COMPRESSIONS, Compression, compression_named
+from jaxinf.gradients.compression import COMPRESSIONS, Compression, LowRank, compression_named
 from jaxinf.gradients.packing import Packing
 from jaxinf.gradients.per_example import checked_draws
+from jaxinf.gradients.projection import RandomProjection
 from jaxinf.gradients.store import RowStore
 from jaxinf.types import Array, PyTree
 
@@ -71,7 +72,6 @@ def build_index(
   """
   train = examples_of(train_images, train_ids, train_conditioning, "train")
   checked_draws(draws, draw_groups)
-  design.check_size(draws // draw_groups)
   if isinstance(compression, str) or compression is None:
     compression = compression_named(compression)
   packing = packing_of(curvature, compression)
@@ -85,7 +85,7 @@ def build_index(
     RowStore.create(Path(folder), key, packing.widths, packing.dtypes, draw_groups)
   hosts.wait_for_all("index created")
   store = Store(RowStore.open(Path(folder), key), task, curvature, packing)
-  if not set(train.ids.tolist()) <= set(store.rows.ids[: store.rows.num_written].tolist()):
+  if not store.rows.ledger.holds(train.ids, hashes_of(train)):
     store.append(
       train.images, train.ids, conditioning=train.conditioning, batch_size=batch_size,
       reserve_bytes=reserve_bytes, devices=devices,
@@ -97,8 +97,8 @@ def open_index(folder: str | Path, task: Task, curvature: Curvature) -> Store:
   """Opens a store; ValueError where it was made with another model or curvature."""
   rows = RowStore.open(Path(folder))
   ours = _identity(task, curvature)
-  refuse_stale(Path(folder), {name: rows.key[name] for name in ours}, ours, "folder")
-  name, fields = rows.key["settings"]["compression"]
+  refuse_stale(Path(folder), {name: rows.ledger.key[name] for name in ours}, ours, "folder")
+  name, fields = rows.ledger.key["settings"]["compression"]
   (kind,) = {type(c) for c in COMPRESSIONS.values() if type(c).__name__ == name}
   return Store(rows, task, curvature, packing_of(curvature, kind(**fields)))
 
@@ -108,6 +108,11 @@ def packing_of(curvature: Curvature, compression: Compression) -> Packing:
   if curvature.exact is not None:
     raise ValueError(
       "Exact curvature has no eigenbasis to keep gradients in: fit kfac, ekfac or diagonal."
+    )
+  if isinstance(compression, LowRank | RandomProjection):
+    raise ValueError(
+      f"A store does not keep gradients by {compression.description}: take int4, int8, int16, "
+      "bfloat16, truncation or None."
     )
   return Packing.of(compression, {layer.name: layer.matrix_shape for layer in curvature.layers})
 

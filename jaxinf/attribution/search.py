@@ -58,26 +58,26 @@ class Search:
 
   def scores(self, query_ids: np.ndarray, settings: Mapping[str, Any]) -> Scores:
     """The scores of all examples that are not deleted."""
-    rows, kept = self.rows, self.rows.kept
-    begin, end = hosts.share(rows.num_written)
+    ledger, kept = self.rows.ledger, self.rows.ledger.kept
+    begin, end = hosts.share(len(kept))
     parts = [products for _, products in self._products(begin, end)]
-    empty = np.zeros((0, rows.groups, len(query_ids), self.query_groups), np.float32)
-    products = hosts.gathered(np.concatenate([empty, *parts]), rows.num_written)[kept]
+    empty = np.zeros((0, ledger.groups, len(query_ids), self.query_groups), np.float32)
+    products = hosts.gathered(np.concatenate([empty, *parts]), len(kept))[kept]
     by_group = np.transpose(products.mean(axis=3), (1, 2, 0))
     by_query = np.transpose(products.mean(axis=1), (2, 1, 0))
     return Scores(
-      by_group, query_ids, rows.ids[: rows.num_written][kept], settings,
+      by_group, query_ids, ledger.ids[: len(kept)][kept], settings,
       by_query if self.query_groups > 1 else None,
     )  # fmt: skip
 
   def best(self, k: int) -> Ranking:
     """The k highest scores of each query; memory for Q × (k + a chunk)."""
-    rows, kept = self.rows, self.rows.kept
+    ids, kept = self.rows.ledger.ids, self.rows.ledger.kept
     if not 1 <= k <= kept.sum():
       raise ValueError(f"top_k must lie in 1…{kept.sum()}, the examples of the store; got {k}.")
     num_queries = len(next(iter(self.vectors.values()))) // self.query_groups
     found = Best.none(num_queries)
-    begin, end = hosts.share(rows.num_written)
+    begin, end = hosts.share(len(kept))
     for first, products in self._products(begin, end):
       there = np.flatnonzero(kept[first : first + len(products)])
       some = Scores(
@@ -88,11 +88,11 @@ class Search:
         Best(some.values, some.std_errors, np.tile(first + there, (num_queries, 1))), k
       )
     found = found.of_all_processes(k)
-    return Ranking(rows.ids[found.positions], found.values, found.std_errors, found.positions)
+    return Ranking(ids[found.positions], found.values, found.std_errors, found.positions)
 
   def _products(self, begin: int, end: int) -> Iterator[tuple[int, np.ndarray]]:
     """Yields (example, products [n, G, Q, A]) of the examples begin … end − 1, block by block."""
-    groups = self.rows.groups
+    groups = self.rows.ledger.groups
     devices, names = local_devices(self.devices), tuple(self.vectors)
     columns = self.packing.columns(names)
     kernel = _kernel(self.packing, names)
@@ -103,6 +103,13 @@ class Search:
     def finish():
       row, parts = pending.popleft()
       products = np.concatenate([np.asarray(part) for part in parts])
+      if not np.isfinite(products).all():
+        bad = row + int(np.argmin(np.isfinite(products).all(axis=1)))
+        raise ValueError(
+          "Some scores are not finite, first those of the training image "
+          f"{self.rows.ledger.ids[bad // groups].item()!r}: its gradients overflow, or those of a "
+          "query. Check that the model's outputs are finite for these images, or raise the damping."
+        )
       return row // groups, products.reshape(
         -1, groups, products.shape[1] // self.query_groups, self.query_groups
       )

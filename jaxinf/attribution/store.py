@@ -5,6 +5,7 @@ added and deleted, and new samples scored at any damping, without a backward pas
 """
 
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 
 from jaxinf import hosts, parallel
 from jaxinf.attribution.eigenrows import pack_kernel, query_vectors, rotations
-from jaxinf.attribution.examples import Examples, check_curvature, content_of, examples_of
+from jaxinf.attribution.examples import Examples, check_curvature, examples_of
 from jaxinf.attribution.kernels import (
   QUERY,
   TRAIN,
@@ -60,16 +61,16 @@ class Store:
   @property
   def settings(self) -> Mapping[str, Any]:
     """How the gradients were made: draws, draw_groups, design, seed, compression."""
-    return self.rows.key["settings"]
+    return self.rows.ledger.key["settings"]
 
   @property
   def num_bytes(self) -> int:
-    """Bytes of all rows on disk, by their number."""
-    return len(self.rows.ids) * self.rows.groups * self.rows.row_bytes
+    """Bytes of all rows on disk, which come in whole chunks."""
+    return self.rows.num_bytes
 
   def __len__(self) -> int:
     """Examples that are there."""
-    return int(self.rows.kept.sum())
+    return int(self.rows.ledger.kept.sum())
 
   def append(
     self,
@@ -95,23 +96,25 @@ class Store:
       ValueError: ids are taken, or the rows do not fit on the disk: what is written stays.
     """
     train = examples_of(images, ids, conditioning, "train")
-    settings, store = self.settings, self.rows
+    settings, store, size = self.settings, self.rows, self.rows.ledger.groups
     groups = DrawGroups(
-      settings["seed"], settings["draws"] // store.groups, DrawDesign(**settings["design"])
+      settings["seed"], settings["draws"] // size, DrawDesign(**settings["design"])
     )
+    # What cannot be computed is refused before the store waits for it.
+    rows, kernel = train.rows(size), self._gradients(train, LOSS, groups)
     if hosts.is_primary():
-      needed = store.plan(train.ids, content_of(self.task, train), reserve_bytes)
+      needed = store.plan(train.ids, hashes_of(train), reserve_bytes)
       _LOG.info("index: %s takes %.1f MiB more", store.folder, needed / 2**20)
     hosts.wait_for_all("index planned")
     store.reload()
-    first = (len(store.ids) - len(train.ids)) * store.groups  # row of the first of them
-    blocks = list(store.blocks(first, len(store.ids) * store.groups))
+    last = len(store.ledger.ids) * size
+    first = last - len(rows)  # row of the first of them
+    blocks = list(store.blocks(first, last))
     begin, end = hosts.share(len(blocks))
     mine = blocks[begin:end]
     if mine:
       self._write_rows(
-        mine[0][0], mine[-1][1], first, train.rows(store.groups),
-        self._gradients(train, LOSS, groups),
+        mine[0][0], mine[-1][1], first, rows, kernel,
         batch_size=max(1, batch_size // groups.size), reserve_bytes=reserve_bytes, devices=devices,
       )  # fmt: skip
     hosts.wait_for_all("index written")
@@ -121,8 +124,14 @@ class Store:
     store.reload()
 
   def delete(self, ids: Sequence) -> None:
-    """Deletes examples by id: they are in no later answer, and their rows become zeros."""
-    self.rows.delete(ids)
+    """Deletes examples by id: they are in no later answer, and their rows become zeros.
+
+    Their ids may be appended again.
+    """
+    if hosts.is_primary():
+      self.rows.delete(ids)
+    hosts.wait_for_all("index deleted")
+    self.rows.reload()
 
   def verify(self) -> int:
     """Reads all rows and compares their checksums; bytes read. ValueError names what is damaged."""
@@ -174,9 +183,8 @@ class Store:
     names = matching_layers(self.packing.shapes, layers)
     design = DrawDesign(**self.settings["design"])
     if query_groups is None:
-      query_groups = default_groups(draws, design, most=2)
+      query_groups = default_groups(draws, most=2)
     checked_draws(draws, query_groups, "draws", "query_groups")
-    design.check_size(draws // query_groups)
     groups = DrawGroups(seed, draws // query_groups, design)
     vectors = query_vectors(
       self.curvature,
@@ -238,16 +246,28 @@ class Store:
       then=parallel.Blocks(pack_kernel(self.packing), [rotations(self.curvature)]),
     )  # fmt: skip
     waiting: list[list[np.ndarray]] = []
-    num_waiting = 0
+    computed = done
     for arrays in stream:
       waiting.append(arrays)
-      num_waiting += len(arrays[0])
-      for _, border in list(store.blocks(done, done + num_waiting)):
-        if border != end and border % store.chunk_rows:
-          break  # the chunk is not complete yet
-        joined = [np.concatenate(parts) for parts in zip(*waiting, strict=True)]
-        store.write(done, [array[: border - done] for array in joined], reserve_bytes)
-        waiting = [[array[border - done :] for array in joined]]
-        num_waiting -= border - done
-        done = border
+      computed += len(arrays[0])
+      complete = computed if computed == end else computed - computed % store.ledger.chunk_rows
+      if complete <= done:
+        continue
+      joined = [np.concatenate(parts) for parts in zip(*waiting, strict=True)]
+      start = done  # row of the first of `joined`
+      for row, done in store.blocks(start, complete):
+        store.write(row, [array[row - start : done - start] for array in joined], reserve_bytes)
         store.save_progress(worker, done)
+      waiting = [[array[done - start :] for array in joined]]
+
+
+def hashes_of(examples: Examples) -> np.ndarray:
+  """[N] a hash of each example's image and conditioning."""
+  leaves = [examples.images, *jax.tree.leaves(examples.conditioning)]
+  kinds = str([(leaf.dtype, leaf.shape[1:]) for leaf in leaves]).encode()
+
+  def of(n: int) -> str:
+    parts = (np.ascontiguousarray(leaf[n]).tobytes() for leaf in leaves)
+    return hashlib.blake2b(kinds + b"".join(parts), digest_size=8).hexdigest()
+
+  return np.array([of(n) for n in range(len(examples.ids))])

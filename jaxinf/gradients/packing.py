@@ -5,6 +5,7 @@ sizes. Leaf k of all layers, flattened and laid side by side, makes one array [B
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -105,7 +106,7 @@ class Packing:
       restored[name] = self.compression.restore(compressed, eigenvalues[name])
     return restored
 
-  @property
+  @functools.cached_property
   def _spans(self) -> dict[str, tuple[tuple[int, int], ...]]:
     """Layer name → its columns [begin, end) in each array."""
     ends = [0] * len(self.dtypes)

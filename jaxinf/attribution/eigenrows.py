@@ -7,7 +7,7 @@ gradient U in that basis, the score is the sum over layers and entries of
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,10 @@ from jaxinf import hosts, parallel
 from jaxinf.attribution.kernels import inner_products
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.eigenbasis import to_eigenbasis
+from jaxinf.gradients.compression import Blockwise
+from jaxinf.gradients.flat import flat_products, flat_vectors
 from jaxinf.gradients.packing import Packing
-from jaxinf.types import Array, Eigenbasis, Matrices
+from jaxinf.types import Array, Eigenbasis, Matrices, PyTree
 
 _FLOOR = 1e-6  # ε as a share of the mean of a layer's Λ
 
@@ -83,14 +85,26 @@ def query_vectors(
 def product_kernel(packing: Packing, layers: Sequence[str]) -> parallel.Kernel:
   """Kernel from the arrays of a store [B, W_k] to products [B, R] with R query vectors.
 
-  Its operands are, by layer name, the vectors [R, …] and Λ.
+  Its operands are those of `product_operands`.
   """
+  compression = packing.compression
+  if isinstance(compression, Blockwise):
+    return lambda vectors, arrays: flat_products(compression, vectors, arrays)
 
   def kernel(operands: tuple[Matrices, Matrices], arrays: Sequence[Array]) -> jax.Array:
     vectors, eigenvalues = operands
     return inner_products(packing.unpack(arrays, eigenvalues, layers), vectors)
 
   return kernel
+
+
+def product_operands(
+  packing: Packing, vectors: Matrices, eigenvalues: Mapping[str, Array]
+) -> PyTree:
+  """Operands of the product kernel of these layers: query vectors [R, …] and Λ, by layer name."""
+  if isinstance(packing.compression, Blockwise):
+    return flat_vectors(packing, packing.compression.block_size, vectors, tuple(vectors))
+  return vectors, {name: eigenvalues[name] for name in vectors}
 
 
 @jax.jit

@@ -15,14 +15,14 @@ import jax
 import numpy as np
 
 from jaxinf import hosts
-from jaxinf.attribution.eigenrows import product_kernel
+from jaxinf.attribution.eigenrows import product_kernel, product_operands
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.gradients.packing import Packing
 from jaxinf.gradients.store import RowStore
 from jaxinf.parallel import local_devices
 from jaxinf.types import Matrices, Ranking, Scores
 
-_ROWS_AT_ONCE = 64  # restored together; more would leave the cache of a CPU
+_ROWS_AT_ONCE = 256  # multiplied together
 
 
 def matching_layers(names: Iterable[str], patterns: Sequence[str] | None) -> tuple[str, ...]:
@@ -97,7 +97,8 @@ class Search:
     columns = self.packing.columns(names)
     kernel = _kernel(self.packing, names)
     eigenvalues = {n: np.asarray(self.curvature.bases[n].eigenvalues, np.float32) for n in names}
-    placed = [jax.device_put((self.vectors, eigenvalues), device) for device in devices]
+    operands = product_operands(self.packing, self.vectors, eigenvalues)
+    placed = [jax.device_put(operands, device) for device in devices]
     pending: collections.deque = collections.deque()
 
     def finish():

@@ -6,8 +6,8 @@ al. 2023) to fail in diffusion, where a gradient averages over many draws of (t,
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,20 @@ class Compression(Protocol):
     """Bytes of one compressed row of a layer with matrices of `shape`, ((groups,) d_out, d_in)."""
 
 
+@runtime_checkable
+class Blockwise(Compression, Protocol):
+  """A compression that keeps every block of consecutive numbers by itself; see flat.py.
+
+  Attributes:
+    block_size: numbers in a block; a layer's last one is filled up with zeros.
+  """
+
+  block_size: int
+
+  def restore_columns(self, columns: Sequence[jax.Array]) -> jax.Array:
+    """[B, n] of the columns of a compressed row's leaves, side by side, that hold n numbers."""
+
+
 def compression_named(name: str | None, size: float | None = None) -> Compression:
   """The compression of that name.
 
@@ -79,6 +93,7 @@ class Uncompressed:
 
   in_eigenbasis: ClassVar[bool] = False
   is_costly: ClassVar[bool] = False
+  block_size: ClassVar[int] = 1
 
   @property
   def description(self) -> str:
@@ -90,6 +105,9 @@ class Uncompressed:
   def restore(self, compressed: jax.Array, eigenvalues: Array) -> jax.Array:
     return compressed
 
+  def restore_columns(self, columns: Sequence[jax.Array]) -> jax.Array:
+    return columns[0]
+
   def num_bytes(self, shape: tuple[int, ...]) -> int:
     return 4 * math.prod(shape)
 
@@ -100,6 +118,7 @@ class Bfloat16:
 
   in_eigenbasis: ClassVar[bool] = False
   is_costly: ClassVar[bool] = False
+  block_size: ClassVar[int] = 1
 
   @property
   def description(self) -> str:
@@ -110,6 +129,9 @@ class Bfloat16:
 
   def restore(self, compressed: jax.Array, eigenvalues: Array) -> jax.Array:
     return compressed.astype(jnp.float32)
+
+  def restore_columns(self, columns: Sequence[jax.Array]) -> jax.Array:
+    return columns[0].astype(jnp.float32)
 
   def num_bytes(self, shape: tuple[int, ...]) -> int:
     return 2 * math.prod(shape)

@@ -6,6 +6,7 @@ for b bits, so that each number is off by at most s / 2. A block of zeros comes 
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import jax
@@ -49,6 +50,11 @@ class Quantisation:
 
   def restore(self, compressed: Quantised, eigenvalues: Array) -> jax.Array:
     return dequantise(compressed).reshape(-1, *eigenvalues.shape)
+
+  def restore_columns(self, columns: Sequence[jax.Array]) -> jax.Array:
+    values, scales = columns
+    blocks = values.reshape(*scales.shape, -1)
+    return dequantise(Quantised(blocks, scales, size=scales.shape[1] * self.block_size))
 
   def num_bytes(self, shape: tuple[int, ...]) -> int:
     num_blocks = -(-math.prod(shape) // self.block_size)

@@ -1,4 +1,4 @@
-"""Training gradients and scores against plain training steps of the same pairs, and a store, as tables.
+"""Training gradients and scores against plain training steps of the same pairs, and a store.
 
   make bench-gradients                                    # the small U-Net (756,035 parameters)
   make bench-gradients ARGS="--model=ddpm-cifar --batch=128 --queries=200"
@@ -7,8 +7,8 @@
 1. One batch of (example, draw) pairs: forward and backward (plain); the gradient of every example,
    the mean over its draws, for several numbers of draws an example; and the same with its inner
    products with compressed queries. What the inner products alone take.
-2. All pairs: gradients and scores of stored pairs, batch by batch; and through the library's driver,
-   which makes the pairs from keys.
+2. All pairs: gradients and scores of stored pairs, batch by batch; and through the library's
+   driver, which makes the pairs from keys.
 3. A store of such gradients: what a query takes for each (query, row), and the rate at which rows
    are read, ÷ the rate at which this machine reads memory.
 
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from jaxinf.attribution.eigenrows import product_kernel
+from jaxinf.attribution.eigenrows import product_kernel, product_operands
 from jaxinf.attribution.kernels import (
   TRAIN,
   DrawGroups,
@@ -68,6 +68,7 @@ _PRECISION = flags.DEFINE_multi_string("precision", [], "Further precisions of t
 _WHOLE = flags.DEFINE_boolean("whole", True, "Whether to go through all pairs.")
 _STORE_ROWS = flags.DEFINE_integer("store_rows", 1024, "Rows of the store; 0 for no store.")
 _WHOLE_ROUNDS = 3
+_ROWS = 256  # of a block of the store
 
 PROJECTED = {"CIFAR-2": 5_000, "CIFAR-10": 50_000}  # training images, with 250 draws each
 
@@ -217,13 +218,17 @@ def store(kernels: Kernels, workload: Workload) -> None:
     compression = compression_named(name)
     packing = Packing.of(compression, shapes)
     pack = jax.jit(lambda rows, packing=packing: packing.pack(rows, eigenvalues))
-    block = pack({n: random_matrix(rng, (64, *shape)) for n, shape in shapes.items()})
-    blocks = [block] * (num_rows // 64)
+    # Different rows, more than a cache holds.
+    blocks = [
+      pack({n: random_matrix(rng, (_ROWS, *shape)) for n, shape in shapes.items()})
+      for _ in range(num_rows // _ROWS)
+    ]
     kernel = jax.jit(product_kernel(packing, names))
     for num in (1, _QUERIES.value):
       vectors = {n: random_matrix(rng, (num, *shape)) for n, shape in shapes.items()}
-      call = lambda kernel=kernel, vectors=vectors, blocks=blocks: [
-        kernel((vectors, eigenvalues), block) for block in blocks
+      operands = jax.device_put(product_operands(packing, vectors, eigenvalues))
+      call = lambda kernel=kernel, operands=operands, blocks=blocks: [
+        kernel(operands, block) for block in blocks
       ]
       key = f"{compression.description}, {num} queries"
       calls[key] = (0, call)
@@ -234,7 +239,7 @@ def store(kernels: Kernels, workload: Workload) -> None:
   print("| store | MiB a row | µs for a (query, row) | rows read, GB/s | ÷ memory | numbers, G/s |")
   print("| --- | --- | --- | --- | --- | --- |")
   for key, (num, row_bytes) in sizes.items():
-    seconds, rows = timings[key].median, num_rows // 64 * 64
+    seconds, rows = timings[key].median, num_rows // _ROWS * _ROWS
     rate, numbers = rows * row_bytes / seconds, sum(int(np.prod(s)) for s in shapes.values())
     print(
       f"| {key} | {row_bytes / 2**20:.2f} | {seconds / rows / num * 1e6:.1f} | {rate / 1e9:.2f} "

@@ -17,6 +17,7 @@ import numpy as np
 from jaxinf import hosts
 from jaxinf.attribution.eigenrows import product_kernel, product_operands
 from jaxinf.curvature.curvature import Curvature
+from jaxinf.gradients.flat import bits_of
 from jaxinf.gradients.packing import Packing
 from jaxinf.gradients.store import RowStore
 from jaxinf.parallel import local_devices
@@ -117,7 +118,7 @@ class Search:
 
     for number, (first, last) in enumerate(self.rows.blocks(begin * groups, end * groups)):
       device = number % len(devices)
-      arrays = self.rows.read(first, last, columns)
+      arrays = [bits_of(array) for array in self.rows.read(first, last, columns)]
       parts = [
         kernel(
           placed[device],

@@ -75,3 +75,8 @@ def flat_products(
   if len(arrays) == 1 and arrays[0].dtype == jnp.float32:
     return at_once()
   return jax.lax.platform_dependent(cpu=by_tiles, default=at_once)
+
+
+def bits_of(array: np.ndarray) -> np.ndarray:
+  """bfloat16 as uint16, without a copy; other arrays as they are."""
+  return array.view(np.uint16) if array.dtype == jnp.bfloat16 else array

@@ -100,5 +100,5 @@ def _packed(values: jax.Array) -> jax.Array:
 
 def _unpacked(values: jax.Array) -> jax.Array:
   """The inverse of `_packed`."""
-  halves = jnp.concatenate([values & 15, values >> 4], axis=-1)
-  return halves.astype(jnp.int8) - 8
+  halves = (values[..., None, :] >> jnp.array([[0], [4]], jnp.uint8)) & 15
+  return halves.astype(jnp.int8).reshape(*values.shape[:-1], -1) - 8

@@ -38,6 +38,7 @@ from jaxinf.diffusion.draws import UNIFORM
 from jaxinf.diffusion.measurements import LOSS
 from jaxinf.diffusion.precision import in_precision
 from jaxinf.gradients.compression import Compression, compression_named
+from jaxinf.gradients.flat import bits_of
 from jaxinf.gradients.packing import Packing
 from jaxinf.parallel import Blocks, stream_batches
 from jaxinf.random import example_numbers
@@ -220,7 +221,10 @@ def store(kernels: Kernels, workload: Workload) -> None:
     pack = jax.jit(lambda rows, packing=packing: packing.pack(rows, eigenvalues))
     # Different rows, more than a cache holds.
     blocks = [
-      pack({n: random_matrix(rng, (_ROWS, *shape)) for n, shape in shapes.items()})
+      [
+        jnp.asarray(bits_of(np.asarray(array)))
+        for array in pack({n: random_matrix(rng, (_ROWS, *s)) for n, s in shapes.items()})
+      ]
       for _ in range(num_rows // _ROWS)
     ]
     kernel = jax.jit(product_kernel(packing, names))

@@ -73,6 +73,7 @@ def write_report(
     example=_example(rows[0], len(dataset)),
     top_k=config.report.top_k,
     check=_check_text(check, unit, len(dataset)),
+    trust=_trust(scores, manifests.get("attribute", {}).get("notes", {})),
     rows=[_row(row, unit, check, q) for q, row in enumerate(rows)],
     sharp=max(dataset.image_shape[:2]) < _SHARP_BELOW,
     curve=_CURVE,
@@ -179,6 +180,21 @@ def _check_text(check: SupportCheck | None, unit: Unit, num_train: int) -> dict[
     "chance": f"{check.chance_of_clear:.0%}",
     "repeats": check.repeats,
   }
+
+
+def _trust(scores: Scores, notes: Mapping[str, Any]) -> list[str]:
+  """What is known of the order of the scores, and of what compression does to it."""
+  lines = []
+  if "stability" in notes:
+    lines.append(f"How far down the order of the training images holds: {notes['stability']}.")
+  check = scores.settings.get("check")
+  if check and check["spearman"] is not None:
+    lines.append(
+      f"Against float32 queries, on {check['num_examples']} of the training images, the scores' "
+      f"rank correlation is {check['spearman']:.4f} (least of {check['num_queries']}: "
+      f"{check['least_spearman']:.4f})."
+    )
+  return lines
 
 
 def _settings(config: Config) -> dict[str, list[tuple[str, str]]]:

@@ -14,7 +14,7 @@ export MALLOC_MMAP_MAX_ = 0
 export MALLOC_TRIM_THRESHOLD_ = 68719476736
 export MALLOC_TOP_PAD_ = 67108864
 
-.PHONY: demo test test-interop bench-kernels bench-curvature lint lock clean
+.PHONY: demo test test-interop bench-gradients bench-draws bench-store bench-curvature bench-plan lint lock clean
 
 # Train, sample, fit curvature, attribute and report on scikit-learn's digits.
 demo: .venv/installed
@@ -27,14 +27,26 @@ test: .venv/installed
 test-interop: .venv-interop/installed
 	.venv-interop/bin/python -m pytest tests/interop
 
-# Curvature update and training-gradient pass against a plain training step.
-bench-kernels: .venv/installed
-	$(RUN) -m tests.benchmarks.kernels $(ARGS)
+# Training gradients and scores against plain training steps, and a store's queries against the
+# machine's memory; ARGS="--work=FOLDER" as for bench-curvature.
+bench-gradients: .venv/installed
+	$(RUN) -m tests.benchmarks.gradients $(ARGS)
+
+# Noise of scores by design of draws, and size and accuracy of stores, on the digits run of `make demo`.
+bench-draws: .venv/installed
+	$(RUN) -m tests.benchmarks.draws $(ARGS)
+
+bench-store: .venv/installed
+	$(RUN) -m tests.benchmarks.stores $(ARGS)
 
 # Fitting curvature against plain training steps, by batch and in whole; ARGS="--work=FOLDER" puts the
 # result beside those of other programs on the same network and pairs.
 bench-curvature: .venv/installed
 	$(RUN) -m tests.benchmarks.curvature $(ARGS)
+
+# What `jaxinf plan` says of the stages on digits, and what they then take.
+bench-plan: .venv/installed
+	$(RUN) -m tests.benchmarks.planning $(ARGS)
 
 lint: .venv/installed
 	$(RUN) -m ruff check .

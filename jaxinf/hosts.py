@@ -18,6 +18,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxinf.types import PyTree
+
 _PIECE_BYTES = 2**26  # of one process, on the devices at a time while results meet
 
 
@@ -129,6 +131,15 @@ def summed(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
     np.concatenate([added(piece) for piece in _pieces_of_all(array.ravel())]).reshape(array.shape)
     for array in arrays
   ]
+
+
+def of_primary(tree: PyTree) -> PyTree:
+  """The primary's arrays, in every process; they are alike in structure, shapes and types."""
+  if count() == 1:
+    return tree
+  leaves, structure = jax.tree.flatten(tree)
+  own = leaves if is_primary() else [np.zeros_like(leaf) for leaf in leaves]
+  return jax.tree.unflatten(structure, summed(own))
 
 
 def agreed(value: bool) -> bool:

@@ -101,6 +101,13 @@ def test_sums_are_the_same_everywhere_and_rounded_once(in_processes, monkeypatch
     np.testing.assert_array_equal(scalar, np.float32(3))
 
 
+def test_what_the_primary_has_is_what_all_have(in_processes):
+  own = lambda: {"a": np.array([0.1, -3e300]) * (1 + jax.process_index()), "b": np.arange(3)}
+  for found in in_processes(3, lambda: hosts.of_primary(own())):
+    np.testing.assert_array_equal(found["a"], np.array([0.1, -3e300]))
+    assert found["b"].dtype == np.arange(3).dtype and found["b"].tolist() == [0, 1, 2]
+
+
 def test_the_primary_decides_and_differences_are_refused_everywhere(in_processes):
   own = lambda: jax.process_index() == 0
   assert in_processes(3, lambda: hosts.agreed(own())) == [True] * 3

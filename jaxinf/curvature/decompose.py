@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
+from jaxinf import hosts
 from jaxinf.curvature.eigenbasis import (
   Decomposition,
   checked_factors,
@@ -43,7 +44,10 @@ def decomposed(
     largest = max(m.shape[-1] for m in matrices.values())
     _LOG.info("curvature: decomposing %d factors, up to %d rows", len(matrices), largest)
   found = DECOMPOSERS[where](matrices, devices)
-  bases = {name: eigenbasis(found[name, "a"], found[name, "g"]) for name in factors}
+  # Of one process: on unlike processors, vectors of nearly equal eigenvalues would differ.
+  bases = hosts.of_primary(
+    {name: eigenbasis(found[name, "a"], found[name, "g"]) for name in factors}
+  )
   clipped = {}
   for name in factors:
     both = found[name, "a"], found[name, "g"]

@@ -99,7 +99,7 @@ def get_config() -> ConfigDict:
   config.attribute.stop = ConfigDict()
   config.attribute.stop.top_k = 10
   config.attribute.stop.agreement = 0.8
-  config.attribute.stop.group_size = 4
+  config.attribute.stop.group_size = 8
   config.attribute.query_draws = placeholder(int)
   config.attribute.query_groups = 2
   config.attribute.design = draw_design()

@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
   config.sample.batch_size = 4
   config.curvature.draws = 12
   config.attribute.draws = 12
-  config.attribute.draw_groups = 4
+  config.attribute.draw_groups = 3
   config.index.draws = 12
   config.query.draws = 12
   return config

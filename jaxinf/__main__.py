@@ -3,6 +3,7 @@
   python -m jaxinf STAGE --config=configs/digits.py --workdir=DIR [--config.train.steps=…]
 
 Stages, in order:
+  plan       tell what each of them will take here: time, memory and disk (not part of all)
   train      train the model; checkpoints, metrics.jsonl and TensorBoard events on the way
   sample     generate the samples to be explained
   curvature  fit the K-FAC curvature over all training images
@@ -54,7 +55,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 _DRY_RUN = flags.DEFINE_bool(
   "dry-run", False, "With the stage curvature: print what it would take in memory, and stop."
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run's artefacts.")
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of the run's artefacts; not needed to plan."
+)
 _IMAGES = flags.DEFINE_string(
   "images", None, "An .npz file or folder of images, for the stages query and index-append."
 )
@@ -73,9 +76,8 @@ def main(argv: list[str]) -> None:
     try:
       stage = _stage_name(argv, list(stages.STAGES))
       images = Path(_IMAGES.value) if _IMAGES.value else None
-      run = Run(
-        typed(_required(_CONFIG)), Path(_required(_WORKDIR)), images=images, ids=tuple(_IDS.value)
-      )
+      workdir = Path((_WORKDIR.value or ".") if stage == "plan" else _required(_WORKDIR))
+      run = Run(typed(_required(_CONFIG)), workdir, images=images, ids=tuple(_IDS.value))
       _connect()
       _speak()
       if not _DRY_RUN.value:

@@ -132,7 +132,7 @@ class AttributeConfig:
   draw_groups: int  # groups the draws are split into, for standard errors
   auto_draws: bool  # rounds of draws until the top of the order is stable
   stop: StopConfig  # of auto_draws
-  query_draws: int | None  # for each query; None: as many as for an example
+  query_draws: int | None  # for each query; None: as many as for an example, 256 for auto_draws
   query_groups: int  # groups these are split into; each takes as much memory as one
   design: DrawConfig
   compression: str | None  # of the preconditioned query gradients: int8, int4, … or None

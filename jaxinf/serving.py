@@ -61,6 +61,7 @@ def store_folder(run: Run) -> Path:
 def query(run: Run) -> Artifact:
   """The best training images of each of `run.images`, from the store; printed, and kept."""
   config, images = run.config.query, _given_images(run)
+  hosts.check_same(images.fingerprint(), "the images of --images")
   store = load_store(run)
   section = {k: v for k, v in as_dict(config).items() if k != "batch_size"}
   key = artifacts.plain({
@@ -93,6 +94,7 @@ def query(run: Run) -> Artifact:
 def append(run: Run) -> Store:
   """Adds `run.images` to the store as training images."""
   images, config = _given_images(run), run.config.index
+  hosts.check_same(images.fingerprint(), "the images of --images")
   store = load_store(run)
   store.append(
     images.images, images.ids, batch_size=config.batch_size,
@@ -106,6 +108,7 @@ def delete(run: Run) -> Store:
   """Deletes the training images `run.ids` from the store."""
   if not run.ids:
     raise ValueError("Say which images to delete: --ids=ID,ID,…")
+  hosts.check_same(" ".join(run.ids), "--ids")
   store = load_store(run)
   store.delete(run.ids)
   _LOG.info("index-delete: %d images, now %d in the store", len(run.ids), len(store))

@@ -15,7 +15,7 @@ import flax.traverse_util
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf import artifacts, hosts, models, serving, studies, training
+from jaxinf import artifacts, hosts, models, planning, serving, studies, training
 from jaxinf.artifacts import Artifact
 from jaxinf.attribution.auto import AutoDraws
 from jaxinf.attribution.influence import influence
@@ -42,7 +42,7 @@ from jaxinf.runs import (
   load_task,
   scores_arrays,
 )
-from jaxinf.unfinished import Resume
+from jaxinf.unfinished import PartialOutputs, Resume
 
 _LOG = logging.getLogger("jaxinf")
 
@@ -138,10 +138,13 @@ def _sample(run: Run) -> Outcome:
       return {"images": images}
     return {"images": images, "trajectories": jnp.moveaxis(trajectory, 0, 1)}
 
+  names = ["images"] + ["trajectories"] * config.keep_trajectory
   arrays = map_batches(
     kernel, task.params, Rows(None, np.arange(len(ids), dtype=np.uint32)),
-    batch_size=config.batch_size,
-    label="sample", unit="samples", devices=run.devices,
+    batch_size=config.batch_size, label="sample", unit="samples", devices=run.devices,
+    partial=PartialOutputs(
+      run.folder("sample") / "sums", key_of(run, "sample"), 1, dict.fromkeys(names, 0)
+    ),
   )  # fmt: skip
   return {"ids": ids, **arrays}, {}, f"{len(ids)} samples"
 
@@ -198,7 +201,7 @@ def _attribute(run: Run) -> Outcome:
     _LOG.info("attribute: %s", notes["stability"])
   if others:
     sweep = recommend_damping([first, *others])
-    notes["sweep"] = sweep.table()
+    notes |= {"sweep": sweep.table(), "recommended_damping": sweep.recommended}
     _LOG.info("attribute: damping, without retraining\n%s", notes["sweep"])
     for scores in others:
       arrays |= scores_arrays(scores, prefix=f"damping-{scores.settings['damping']:e}/")
@@ -249,6 +252,7 @@ def _stage(run: Run, name: str, compute: Callable[[Run], Outcome], alone: bool =
 
 
 STAGES: dict[str, Callable[[Run], Any]] = {
+  "plan": planning.show,
   "train": train,
   "sample": sample,
   "curvature": curvature,

@@ -10,7 +10,8 @@ ORDER = (
   "types", "random", "config", "progress", "hosts", "rows", "parallel", "costs", "artifacts",
   "unfinished",
   "data", "models", "diffusion", "training", "curvature", "gradients", "attribution", "evaluation",
-  "report", "runs", "studies", "serving", "stages", "__main__",
+  "report", "runs", "studies", "serving", "planning", "stages",
+  "__main__",
 )  # fmt: skip
 MODULES = sorted(
   path.relative_to(PACKAGE).as_posix()

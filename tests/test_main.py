@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 RUN = ("train", "--config=configs/digits.py")
 STAGES = (
-  "train, sample, curvature, curvature-study, compress-study, attribute, report, all, index, "
+  "plan, train, sample, curvature, curvature-study, compress-study, attribute, report, all, index, "
   "index-append, index-delete, index-verify, query"
 )
 CASES = {
@@ -69,8 +69,8 @@ def test_what_is_unknown_ends_in_one_line_with_the_valid_names(finished, case):
 def test_help_shows_the_stages_in_order(finished):
   output = finished["help"].output
   main, _, store = output.partition("On a store")
-  for part, stages in ((main, STAGES.split(", ")[:8]), (store, STAGES.split(", ")[8:])):
+  for part, stages in ((main, STAGES.split(", ")[:9]), (store, STAGES.split(", ")[9:])):
     assert sorted(part.count(f"\n  {stage} ") for stage in stages) == [1] * len(stages)
-  places = [main.index(f"\n  {stage} ") for stage in STAGES.split(", ")[:8]]
+  places = [main.index(f"\n  {stage} ") for stage in STAGES.split(", ")[:9]]
   assert places == sorted(places)
   assert "--config" in output and "--workdir" in output

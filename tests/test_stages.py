@@ -135,6 +135,26 @@ def test_an_unfinished_training_resumes_from_its_checkpoint(finished, tmp_path):
     np.testing.assert_array_equal(resumed.arrays[name], expected)
 
 
+def test_a_sweep_recommends_a_damping_and_the_report_says_so(finished, tmp_path):
+  config = tiny.get_config()
+  config.attribute.sweep = (1e-2, 1.0)
+  for stage in ("train", "sample", "curvature"):
+    shutil.copytree(finished.folder(stage), tmp_path / stage)
+  run = run_of(tmp_path, config, devices=jax.devices()[:1])
+  attributed = stages.attribute(run)
+  assert attributed.notes["recommended_damping"] in (1e-4, 1e-2, 1.0)
+  assert "fidelity" in attributed.notes["sweep"]
+  scores = runs.load_scores(run)
+  assert scores.settings["damping"] == 1e-4
+  alone = runs.load_scores(finished)
+  # The same products with more rows, which may sum in another order.
+  atol = 1e-5 * np.abs(alone.group_values).max()
+  np.testing.assert_allclose(scores.group_values, alone.group_values, rtol=0, atol=atol)
+  stages.report(run)
+  page = (run.folder("report") / "index.html").read_text()
+  assert "is recommended" in page and "How far down the order" in page
+
+
 def test_sampling_that_was_stopped_goes_on_after_its_last_batch(finished, tmp_path, monkeypatch):
   config = tiny.get_config()
   config.sample.batch_size = 1

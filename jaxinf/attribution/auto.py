@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -14,7 +14,7 @@ _LOG = logging.getLogger("jaxinf")
 
 @dataclasses.dataclass(frozen=True)
 class AutoDraws:
-  """Rounds of draws that stop when two halves of them agree on the top of every query's order.
+  """Rounds of draws that stop when two halves of them agree on the top of the queries' orders.
 
   The halves have half of the draws each, so that all draws together agree better than they do with
   fresh ones.
@@ -23,7 +23,7 @@ class AutoDraws:
     top_k: how far down the order is to be stable; of N / 2 examples at most.
     agreement: share of the top k that the halves have in common, a mean over queries; in (0, 1].
     num_groups: groups of draws in a round, at least 2.
-    group_size: draws in a group.
+    group_size: draws in a group; few leave little to stratify.
     max_draws: for each training image, after which it stops all the same, and says so.
 
   Raises:
@@ -33,7 +33,7 @@ class AutoDraws:
   top_k: int = 10
   agreement: float = 0.8
   num_groups: int = 4
-  group_size: int = 4
+  group_size: int = 8
   max_draws: int = 1024
 
   def __post_init__(self):
@@ -93,7 +93,15 @@ def merged_rounds(
       "attribute: after %d draws, halves of them share %.0f %% of the top %d%s", draws,
       100 * overlap, k, "" if enough or not last else f": stopped short of {auto.agreement:.0%}",
     )  # fmt: skip
+    if last and not enough and min(_without_queries(found, k)) >= auto.agreement:
+      _LOG.info("attribute: what is missing are draws of the queries: raise query_draws")
     if enough or last:
       return mean, draws
     total = total + scored_round(rounds)
     rounds += 1
+
+
+def _without_queries(found: Sequence[Scores], k: int) -> list[float]:
+  """The overlaps of halves of the training draws alone."""
+  alone = [dataclasses.replace(scores, query_group_values=None) for scores in found]
+  return [float(top_overlap(scores, k).mean()) for scores in alone]

@@ -89,6 +89,14 @@ def checked_dampings(damping: float | Sequence[float]) -> tuple[float, ...]:
   return dampings
 
 
+def curvature_content(curvature: Curvature) -> str:
+  """Hash of the eigenbases, and of what an exact curvature is a mean over."""
+  leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(curvature.bases)]
+  if curvature.exact is not None:
+    leaves += [np.asarray(leaf) for leaf in curvature.exact.content]
+  return fingerprint({str(i): leaf for i, leaf in enumerate(leaves)})
+
+
 def content_of(task: Task, *examples: Examples) -> str:
   """Hash of everything the scores come from but curvature and the network's code."""
   trees = (task.params, task.schedule, *(part.conditioning for part in examples))

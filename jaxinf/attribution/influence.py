@@ -19,6 +19,7 @@ from jaxinf.attribution.examples import (
   check_curvature,
   checked_dampings,
   content_of,
+  curvature_content,
   examples_of,
 )
 from jaxinf.attribution.kernels import QUERY, DrawGroups, gradient_kernel, gradient_operands
@@ -109,10 +110,15 @@ def influence(
       as labels: pytrees of arrays [Q, …] and [N, …] of one form; None where it has no such inputs.
     draw_groups: groups the training draws are split into, for standard errors; divides draws. None:
       the largest divisor of draws up to 5.
-    query_draws: draws for each query; as many as for a training image where None (256 for "auto").
+    query_draws: draws for each query; as many as for a training image where None (256 for "auto",
+      which adds none).
     query_groups: groups these are split into, whose spread is the queries' part of the standard
-      errors; each takes as much memory as one. None: 2, or 1 where the draws do not split.
-    design: how the draws of a group depend on each other; each group is one complete design.
+      errors; each takes as much memory as one. None: 2, or 1 where the draws do not split. That
+      part has one degree of freedom less than there are groups, the same for all training images
+      of a query: with 2 it is right on average, and rough for a single query.
+    design: how the draws of a group depend on each other; each group is one complete design, so
+      that few draws a group leave little to stratify. Shared draws are the best for comparing
+      images; a sum of scores over many images is then no less noisy than its terms.
     query_design: likewise for queries; as `design` where None.
     compression: of the preconditioned query gradients: a name of gradients.compression, or a
       Compression. None: float32. What it and `precision` do to scores is measured on a sample of
@@ -120,7 +126,8 @@ def influence(
     query_blocks: parts of the query gradients, of which one is on the devices at a time, with
       equal results: for more queries than fit.
     precision: of the network's products in the pass over training images, "bfloat16",
-      "tensorfloat32" or "float32"; as the network is where None. See diffusion.precision.
+      "tensorfloat32" or "float32"; as the network is where None. See diffusion.precision. To the
+      rounding of that precision, scores then depend on batch_size.
     batch_size: (image, draw) pairs at a time over all devices; at least one group of draws on each
       goes through at once, so that more groups need less memory.
     resume: keeps scores on disk as they come; None: a killed pass begins again.
@@ -170,7 +177,7 @@ def influence(
         gradient_operands(task.params, QUERY), query.rows(plan.query_groups),
         batch_size=max(1, batch_size // asked.size), devices=devices,
       ),
-      num_rows=num_rows, dampings=dampings, compression=compression,
+      num_rows=num_rows, groups=plan.query_groups, dampings=dampings, compression=compression,
     )  # fmt: skip
 
   # 2. Training gradients, past all of them.
@@ -192,9 +199,12 @@ def influence(
     precision=precision,
     design=dataclasses.asdict(design), query_design=dataclasses.asdict(asked_design),
   )  # fmt: skip
-  key = settings | {"group_size": plan.group_size, "dampings": dampings}
+  key = settings | {
+    "group_size": plan.group_size, "dampings": dampings,
+    "compression": [type(compression).__name__, dict(vars(compression))],
+  }  # fmt: skip
   if resume is not None:
-    key["inputs"] = content_of(task, query, train)
+    key |= {"inputs": content_of(task, query, train), "curvature": curvature_content(curvature)}
 
   def scored_round(number: int) -> np.ndarray:
     partial = None
@@ -226,7 +236,14 @@ def influence(
   products, total = merged_rounds(scored_round, scores_of, plan)
   scores = scores_of(products, total)
   if compression != Uncompressed() or precision is not None:
-    checks = score_pass.check(rows, curvature, compression, num_dampings=len(dampings), seed=seed)
+    checks = score_pass.check(
+      rows,
+      curvature,
+      compression,
+      num_dampings=len(dampings),
+      query_groups=plan.query_groups,
+      seed=seed,
+    )
     scores = tuple(map(_with_check, scores, checks))
   return scores[0] if np.ndim(damping) == 0 else scores
 
@@ -245,6 +262,11 @@ def _draw_plan(
     auto = draws if isinstance(draws, AutoDraws) else AutoDraws()
     groups = auto.num_groups if draw_groups is None else draw_groups
     a_round, per_query = auto.group_size * groups, 256
+    if a_round > auto.max_draws:
+      raise ValueError(
+        f"A round has {groups} groups of {auto.group_size} = {a_round} draws, more than the most, "
+        f"{auto.max_draws}: allow more draws, or take fewer or smaller groups."
+      )
   else:
     raise ValueError(f'draws must be a number, "auto" or an AutoDraws; got {draws!r}.')
   per_query = per_query if query_draws is None else query_draws

@@ -5,6 +5,7 @@ their own, from whose spread the noise of the draws is known.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +59,7 @@ def gradient_operands(params: Params, stream_name: str) -> PyTree:
   return params, jnp.uint32(stream_number(stream_name))
 
 
+@functools.lru_cache(maxsize=8)  # so that it compiles once, however many rounds there are
 def score_kernel(compression: Compression) -> parallel.Kernel:
   """Kernel from gradients to their inner products [B, R] with R compressed rows of each layer.
 

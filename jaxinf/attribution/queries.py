@@ -21,7 +21,7 @@ from jaxinf.curvature.eigenbasis import precondition
 from jaxinf.gradients.compression import Compression
 from jaxinf.types import Array, Eigenbasis, Matrices, PyTree
 
-_CHECKED_ROWS = 8  # of each damping
+_CHECKED_QUERIES = 4  # kept uncompressed too, for each damping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +30,9 @@ class QueryRows:
 
   Attributes:
     compressed: layer name → pytree with leading axis R = L · Q · A.
-    checked: positions [C] of the rows that are kept uncompressed too: the first few of each
-      damping, in the primary process.
-    exact: layer name → those rows [C, …, d_out, d_in].
+    checked: positions [L · C · A] of the rows that are kept uncompressed too: those of the first
+      C queries of each damping, in the primary process.
+    exact: layer name → those rows [L · C · A, …, d_out, d_in].
   """
 
   compressed: dict[str, PyTree]
@@ -47,6 +47,7 @@ def query_rows(
   num_rows: int,
   dampings: Sequence[float],
   compression: Compression,
+  groups: int = 1,
 ) -> QueryRows:
   """Preconditions and compresses query gradients as they come.
 
@@ -57,22 +58,24 @@ def query_rows(
     num_rows: Q · A.
     dampings: the L values of λ.
     compression: of the rows.
+    groups: A.
   """
   solves = curvature.exact is not None
   if solves:
     gradient_batches = iter([_everyones_rows(gradient_batches, num_rows)])
   parts: list[dict[str, list[PyTree]]] = [collections.defaultdict(list) for _ in dampings]
-  exact: dict[str, list[np.ndarray]] = collections.defaultdict(list)
-  num_checked = 0
-  for number, grads in enumerate(gradient_batches):
-    if number == 0:
-      num_checked = min(_CHECKED_ROWS, len(next(iter(grads.values()))))
-    for damping, part in zip(dampings, parts, strict=True):
+  exact: list[dict[str, list[np.ndarray]]] = [collections.defaultdict(list) for _ in dampings]
+  _, own_rows = hosts.share(num_rows)
+  num_checked = min(_CHECKED_QUERIES * groups, own_rows // groups * groups)
+  done = 0
+  for grads in gradient_batches:
+    for damping, part, some in zip(dampings, parts, exact, strict=True):
       for name, rows in _preconditioned(curvature, grads, damping):
         compressed = _compress(compression, rows, eigenvalues_of(curvature, name))
         part[name].append(jax.tree.map(np.asarray, compressed))
-        if number == 0:
-          exact[name].append(np.asarray(rows[:num_checked]))
+        if done < num_checked:
+          some[name].append(np.asarray(rows[: num_checked - done]))
+    done += len(next(iter(grads.values())))
   gather = lambda x: x if solves else hosts.gathered(x, num_rows)
   joined = lambda *arrays: gather(np.concatenate(arrays))
   over_dampings = lambda *arrays: np.concatenate(arrays)
@@ -84,7 +87,11 @@ def query_rows(
       for layer in curvature.layers
     },
     checked=np.concatenate([i * num_rows + np.arange(num_checked) for i in range(len(dampings))]),
-    exact={name: np.concatenate(rows) for name, rows in exact.items()},
+    exact={
+      layer.name: np.concatenate([rows for some in exact for rows in some[layer.name]])
+      for layer in curvature.layers
+      if num_checked
+    },
   )
 
 

@@ -77,15 +77,16 @@ class ScorePass:
     compression: Compression,
     *,
     num_dampings: int,
+    query_groups: int,
     seed: int,
   ) -> Sequence[dict[str, Any] | None]:
     """How scores correlate with uncompressed and exact ones, on a sample, for each damping.
 
-    Returns num_examples, num_queries (rows compared with), and over these the mean and the least
-    of Pearson's and Spearman's correlations over the sampled training rows; None for each damping
-    in processes that are not the primary.
+    Returns num_examples, num_queries, and over these queries the mean and the least of Pearson's
+    and Spearman's correlations over the sampled training examples; None for each damping where
+    there is nothing to compare: in processes that are not the primary, or with too few queries.
     """
-    if not hosts.is_primary():
+    if not hosts.is_primary() or not len(queries.checked):
       return [None] * num_dampings
     rows = self._sample(seed)
     restored = {
@@ -98,13 +99,18 @@ class ScorePass:
     both = jax.tree.map(lambda *x: np.concatenate(x), queries.exact, jax.device_get(restored))
 
     def scores(gradients: parallel.Kernel) -> list[np.ndarray]:
-      """[C, n] of the exact rows, and of the compressed ones."""
+      """[L · C, n] for the exact rows, and for the compressed ones; means over groups of draws."""
       found = parallel.stream_batches(
         gradients, gradient_operands(self.params, TRAIN), rows, batch_size=self.batch_size,
         label=None, devices=self.devices, span=(0, len(rows)),
         then=parallel.Blocks(_plain_products, [both]),
       )  # fmt: skip
-      return np.split(np.concatenate(list(found)).T, 2)
+      products = np.concatenate(list(found))
+      split = products.reshape(
+        len(rows.ids), -1, 2, len(queries.checked) // query_groups, query_groups
+      )
+      exact, compressed = np.transpose(split.mean(axis=(1, 4)), (1, 2, 0))
+      return [exact, compressed]
 
     exact, ours = scores(self.gradients)
     if self.exactly is not self.gradients:

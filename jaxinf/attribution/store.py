@@ -155,7 +155,9 @@ class Store:
   ) -> Scores | Ranking:
     """Scores the examples of the store for new queries, without a backward pass over them.
 
-    Equal to `influence` over the same examples and draws but for compression.
+    Equal to `influence` over the same examples and draws but for compression. The query vectors are
+    held in float32, Q · query_groups rows of the parameters: ask many queries of a large model in
+    several calls, which need not read the store again.
 
     Args:
       queries: [Q, H, W, C] float32 in [-1, 1] or uint8.
@@ -180,6 +182,7 @@ class Store:
     """
     checked_damping(damping)
     query = examples_of(queries, query_ids, query_conditioning, "query")
+    self.rows.refresh()
     names = matching_layers(self.packing.shapes, layers)
     design = DrawDesign(**self.settings["design"])
     if query_groups is None:

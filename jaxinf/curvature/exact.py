@@ -28,7 +28,7 @@ from jaxinf.curvature.products import product_kernel
 from jaxinf.diffusion.task import Task
 from jaxinf.parallel import Reduction, Rows
 from jaxinf.progress import Progress
-from jaxinf.types import Matrices, Params
+from jaxinf.types import Array, Matrices, Params
 
 _LOG = logging.getLogger("jaxinf")
 
@@ -124,6 +124,11 @@ class GGN:
     marked = self._leaves(np.ones(self._ends[-1]))
     self._covered = tuple(i for i, leaf in enumerate(marked) if leaf.any())
     self._sums = Reduction(product_kernel(task, self._covered, seed), label=None, devices=devices)
+
+  @property
+  def content(self) -> list[Array]:
+    """The images and ids that it is a mean over."""
+    return [self._rows.images, self._rows.ids, *jax.tree.leaves(self._rows.conditioning)]
 
   def multiply(self, grads: Params, damping: float) -> Params:
     """(H + λI) · grads for a pytree shaped like the parameters, as `Curvature.multiply`.

@@ -13,7 +13,7 @@ import jax
 import jax.extend as jex
 import numpy as np
 
-from jaxinf.diffusion.precision import CALLS
+from jaxinf.diffusion.precision import CALLS, bind
 from jaxinf.types import Params
 
 
@@ -73,7 +73,7 @@ class Trace:
     """Runs the steps; `after(values, step)` may replace values that a step has made."""
     values = dict(self.constants) | dict(zip(self.inputs, leaves, strict=True))
     for step in self.steps:
-      out = _bind(step.eqn, [values[i] for i in step.inputs])
+      out = bind(step.eqn, [values[i] for i in step.inputs])
       values.update(zip(step.outputs, out, strict=True))
       after(values, step)
     return jax.tree.unflatten(self.treedef, [values[i] for i in self.outputs])
@@ -168,12 +168,3 @@ def _kept_axes(old: tuple[int, ...], new: tuple[int, ...]) -> list[int | None] |
     return None
   places = iter(long)
   return [None if size == 1 else next(places) for size in old]
-
-
-def _bind(eqn: Any, values: list) -> list:
-  if eqn.primitive.name == "layer_tag":  # declared by hand; tagging.py puts its own in its place
-    return values[:1]
-  found = eqn.primitive.get_bind_params(eqn.params)
-  subfuns, params = found if isinstance(found, tuple) else ((), found)  # jax < 0.9.2, and later
-  out = eqn.primitive.bind(*subfuns, *values, **params)
-  return list(out) if eqn.primitive.multiple_results else [out]

@@ -1,7 +1,7 @@
 """How the draws of (t, ε) of a measurement are made: designs that average to the same number.
 
-Every design is unbiased: each draw alone has t uniform on 0 … T − 1 and ε standard normal, however
-the draws of one group depend on each other. A group of draws is one complete design, so that
+Every design is unbiased: the draws of one group together have t uniform on 0 … T − 1 and ε standard
+normal, however they depend on each other. A group of draws is one complete design, so that
 groups are independent of each other and their spread is the noise of the mean.
 """
 

@@ -48,6 +48,8 @@ class Compression(Protocol):
   def restore(self, compressed: PyTree, eigenvalues: Array) -> jax.Array:
     """Nearly the rows [B, (groups,) d_out, d_in] float32 that `compress` was given."""
 
+  def __hash__(self) -> int: ...
+
   def num_bytes(self, shape: tuple[int, ...]) -> int:
     """Bytes of one compressed row of a layer with matrices of `shape`, ((groups,) d_out, d_in)."""
 

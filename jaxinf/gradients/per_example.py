@@ -62,8 +62,13 @@ def group_keys(keys: jax.Array, groups: jax.Array, draws: int) -> jax.Array:
 
 
 def default_groups(draws: int, most: int = 5) -> int:
-  """The largest number of equal groups, up to `most`, that the draws split into."""
-  return max((groups for groups in range(1, most + 1) if draws % groups == 0), default=1)
+  """The largest number of equal groups, up to `most`, of an even number of draws where it can be.
+
+  Even groups hold whole antithetic pairs.
+  """
+  even = lambda groups: draws // groups % 2 == 0
+  splits = [groups for groups in range(1, most + 1) if draws % groups == 0]
+  return max(splits, key=lambda groups: (groups > 1, even(groups), groups), default=1)
 
 
 def checked_draws(draws: int, groups: int, what: str = "draws", into: str = "draw_groups") -> None:

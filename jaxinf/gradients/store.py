@@ -42,6 +42,7 @@ class RowStore:
   cache_bytes: int = 2**30
   _cache: dict = dataclasses.field(default_factory=dict, repr=False)
   _cached_bytes: int = 0
+  _stamp: int | None = None
 
   @classmethod
   def create(
@@ -130,6 +131,13 @@ class RowStore:
     """Takes over what another process has done to the store."""
     self.ledger = Ledger.read(self.folder, self.ledger.key)
     self._forget()
+
+  def refresh(self) -> None:
+    """Takes over what another process has done, where index.json has been written since."""
+    stamp = (self.folder / "index.json").stat().st_mtime_ns
+    if stamp != self._stamp:
+      self.reload()
+      self._stamp = stamp
 
   def read(
     self, begin: int, end: int, columns: Sequence[tuple[int, int]] | None = None

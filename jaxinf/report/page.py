@@ -187,6 +187,12 @@ def _trust(scores: Scores, notes: Mapping[str, Any]) -> list[str]:
   lines = []
   if "stability" in notes:
     lines.append(f"How far down the order of the training images holds: {notes['stability']}.")
+  if "recommended_damping" in notes:
+    lines.append(
+      f"Of the dampings in attribute.sweep and the one shown, λ = {notes['recommended_damping']:g} "
+      "is recommended: the least whose scores are about as faithful as the best, as far as can be "
+      "told without retraining."
+    )
   check = scores.settings.get("check")
   if check and check["spearman"] is not None:
     lines.append(

@@ -47,6 +47,17 @@ def test_products_are_rounded_and_nothing_else(wrap):
   assert 1e-4 < np.abs(ours - exact).max() / np.abs(exact).max() < 3e-2
 
 
+def test_derivatives_that_a_network_brings_along_are_kept():
+  @jax.custom_vjp
+  def straight_through(x):
+    return jnp.round(x)
+
+  straight_through.defvjp(lambda x: (jnp.round(x), None), lambda _, dy: (dy,))
+  network = lambda params, x_t, t: straight_through(x_t @ params)
+  gradient = jax.grad(lambda p: jnp.sum(in_precision(network, "bfloat16")(p, jnp.ones((1, 2)), T)))
+  np.testing.assert_array_equal(gradient(jnp.ones((2, 1))), np.ones((2, 1)))
+
+
 def test_a_rounded_network_has_the_same_layers():
   task = nets.conv_task()
   layers = [

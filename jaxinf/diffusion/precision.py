@@ -8,6 +8,7 @@ branches and functions with derivatives of their own are not gone into.
 devices with faster and less precise ones (GPUs, TPUs) and not on CPUs.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,11 +69,11 @@ def _evaluated(jaxpr: Any, consts: Sequence, args: Sequence) -> list:
     if name in _PLAIN_CALLS + _CHECKPOINTS:
       inner = eqn.params[CALLS[name]]
       inner, inner_consts = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
-      function = lambda *args, of=(inner, inner_consts): _evaluated(*of, args)
+      function = functools.partial(_evaluated, inner, inner_consts)
       if name in _CHECKPOINTS:
         options = {key: eqn.params[key] for key in ("policy", "prevent_cse")}
         function = jax.checkpoint(function, **options)
-      outputs = function(*inputs)
+      outputs = function(inputs)
     elif name in _PRODUCTS and all(x.dtype == jnp.float32 for x in inputs):
       params = eqn.params | {"preferred_element_type": jnp.dtype(jnp.bfloat16), "precision": None}
       product = eqn.primitive.bind(*(x.astype(jnp.bfloat16) for x in inputs), **params)

@@ -9,7 +9,7 @@ devices with faster and less precise ones (GPUs, TPUs) and not on CPUs.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -69,7 +69,7 @@ def _evaluated(jaxpr: Any, consts: Sequence, args: Sequence) -> list:
     if name in _PLAIN_CALLS + _CHECKPOINTS:
       inner = eqn.params[CALLS[name]]
       inner, inner_consts = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
-      function = functools.partial(_evaluated, inner, inner_consts)
+      function: Callable = functools.partial(_evaluated, inner, inner_consts)
       if name in _CHECKPOINTS:
         options = {key: eqn.params[key] for key in ("policy", "prevent_cse")}
         function = jax.checkpoint(function, **options)

@@ -20,8 +20,9 @@ export MALLOC_TOP_PAD_ = 67108864
 demo: .venv/installed
 	$(RUN) -m jaxinf all --config=configs/digits.py --workdir=runs/digits
 
+# Two files at a time: compiling, most of the work, keeps one core busy.
 test: .venv/installed
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 # Parity with diffusers, in an environment of its own.
 test-interop: .venv-interop/installed

@@ -1,13 +1,16 @@
 """Whole runs in seconds: stages on one and two devices, reuse, refusal, and what is written."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 
-from jaxinf import artifacts, runs, stages, studies
+from jaxinf import artifacts, runs, serving, stages, studies
 from jaxinf.config import typed
 from jaxinf.unfinished import PartialOutputs
 from tests import tiny
@@ -51,6 +54,32 @@ def test_two_devices_give_the_same_results_in_every_stage(finished, tmp_path):
   for expected, actual in zip(*results, strict=True):
     atol = TOLERANCE["curvature"] * np.abs(expected).max()
     np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
+
+
+def test_eight_devices_give_the_same_scores_and_the_same_store(finished, tmp_path):
+  """In a process of its own, where there are eight; every stage goes over all of them."""
+  for stage in ("train", "sample", "curvature"):
+    shutil.copytree(finished.folder(stage), tmp_path / stage)
+  program = (
+    "import pathlib, sys, jax; from jaxinf import runs, stages; from jaxinf.config import typed; "
+    "from tests import tiny; assert jax.local_device_count() == 8; "
+    "run = runs.Run(typed(tiny.get_config()), pathlib.Path(sys.argv[1])); "
+    "stages.attribute(run); stages.index(run)"
+  )
+  environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
+  subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment, check=True)
+  ours = runs.load_scores(run_of(tmp_path))
+  theirs = runs.load_scores(finished)
+  # The model is the same here: rounding may move a number by one int8 step.
+  atol = 5e-3 * np.abs(theirs.group_values).max()
+  np.testing.assert_allclose(ours.group_values, theirs.group_values, rtol=0, atol=atol)
+  run = run_of(tmp_path, devices=jax.devices()[:1])
+  answer = serving.load_store(run).query(
+    artifacts.read(finished.folder("sample")).arrays["images"], damping=1e-4, draws=4, seed=0,
+    query_ids=theirs.query_ids,
+  )  # fmt: skip
+  atol = 2e-2 * np.abs(theirs.values).max()  # int8 rows there, int8 queries here
+  np.testing.assert_allclose(answer.values, theirs.values, rtol=0, atol=atol)
 
 
 def test_the_artefacts_hold_what_they_say(finished):

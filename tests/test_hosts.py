@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinf import artifacts, hosts, runs, stages
+from jaxinf import artifacts, hosts, runs, serving, stages
 from jaxinf.config import typed
 from tests import tiny
 
@@ -216,6 +216,23 @@ def test_two_processes_give_the_results_of_one(finished):
   vector = jax.tree.map(np.ones_like, task.params)
   products = [runs.load_curvature(run, task).multiply(vector, 1e-4) for run in (one, two)]
   jax.tree.map(assert_close, *reversed(products))
+
+
+def test_two_processes_write_the_store_that_one_writes(finished):
+  one, two, _ = finished
+  processes = start("index", two.workdir)
+  stages.STAGES["index"](one)
+  said = logs(processes)
+  assert [process.returncode for process in processes] == [0, 0], said
+  samples = artifacts.read(one.folder("sample")).arrays["images"]
+  answers = [
+    serving.load_store(run).query(samples, damping=1e-4, draws=4, seed=0) for run in (one, two)
+  ]
+  np.testing.assert_array_equal(answers[1].train_ids, answers[0].train_ids)
+  # Eigenvectors have free signs, so that the rows are rounded to int8 otherwise: by 1/254 of the
+  # largest of 64 numbers each.
+  theirs, ours = (answer.group_values for answer in answers)
+  np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-2 * np.abs(theirs).max())
 
 
 def test_the_first_process_writes_and_speaks_alone(finished):

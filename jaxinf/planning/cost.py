@@ -109,8 +109,8 @@ class Plan:
     return [
       f"{ready}In all {'an unknown time' if total is None else clock(total)} to go"
       f"; planning took {clock(self.seconds)}.",
-      f"Memory is that of each of {self.num_devices} devices, and of the host besides some "
-      f"{size(self.process_bytes)} for JAX and its programs. {self.limits}",
+      f"Memory is that of each local device ({self.num_devices} in all), and of the host besides "
+      f"some {size(self.process_bytes)} for JAX and its programs. {self.limits}",
       *(f"{cost.stage}: {note}" for cost in self.stages for note in cost.notes),
     ]
 

@@ -100,7 +100,7 @@ def get_config() -> ConfigDict:
   config.attribute.stop.top_k = 10
   config.attribute.stop.agreement = 0.8
   config.attribute.stop.group_size = 8
-  config.attribute.query_draws = placeholder(int)
+  config.attribute.query_draws = 1_000  # queries are few, so that their noise costs little to lower
   config.attribute.query_groups = 2
   config.attribute.design = draw_design()
   config.attribute.compression = "int8"
@@ -122,7 +122,7 @@ def get_config() -> ConfigDict:
   config.query = ConfigDict()
   config.query.measurement = "loss"
   config.query.damping = 1e-8
-  config.query.draws = 250
+  config.query.draws = 1_000
   config.query.query_groups = 2
   config.query.layers = placeholder(tuple)
   config.query.top_k = 10

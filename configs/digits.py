@@ -24,8 +24,9 @@ def get_config() -> ConfigDict:
   config.sample.num_samples = 16
   config.sample.batch_size = 4
   config.curvature.draws = 12
-  config.attribute.draws = 12
-  config.attribute.draw_groups = 3
-  config.index.draws = 12
-  config.query.draws = 12
+  config.attribute.draws = 16
+  config.attribute.draw_groups = 4
+  config.attribute.query_draws = 96
+  config.index.draws = 16
+  config.query.draws = 96
   return config

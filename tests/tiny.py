@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
   config.compress_study.truncation_shares = (0.5,)
   config.compress_study.projection_shares = (0.5,)
   config.attribute.draws = 4
+  config.attribute.query_draws = 4
   config.attribute.draw_groups = 2
   config.attribute.stop.group_size = 1
   config.attribute.damping = 1e-4

@@ -26,7 +26,8 @@ from jaxinf.curvature.factors import Tap
 from jaxinf.types import Arrays, Eigenbasis, PyTree
 
 _LETTERS = "abcdefgh"
-_MOST_UNROLLED = 8  # rows whose gradients are computed one after another in one program
+_MOST_UNROLLED = 8  # rows whose gradients are computed one after another in one program,
+_LEAST_PAIRS = 4  # if of as many pairs each: each takes its time to compile
 
 
 class KroneckerBlock(kfac_jax.KroneckerFactored):
@@ -177,7 +178,8 @@ class ConvBlock(KroneckerBlock):
 
   def matrices(self, arrays: Arrays, rows: int) -> jax.Array:
     """Of a few rows by the convolution's own derivative: faster than patches, more to compile."""
-    if rows > _MOST_UNROLLED or self._single_position(arrays):
+    few = rows <= _MOST_UNROLLED and len(arrays[1]) >= rows * _LEAST_PAIRS
+    if not few or self._single_position(arrays):
       return super().matrices(arrays, rows)
     x, dy = (jnp.split(_float32(array), rows) for array in arrays)
     gradient = lambda x, dy: kernel_gradient(

@@ -10,7 +10,8 @@ from jaxinf.diffusion.schedule import Schedule
 from jaxinf.random import draw_keys
 from jaxinf.types import Matrices, Params, PyTree
 
-_MOST_APART = 2  # images whose many pairs are ordinary batches, one after another
+_MOST_APART = 2  # images that are batches of their own, one after another, if of many pairs
+_MANY_DRAWS = 16
 
 
 def example_gradients(
@@ -39,7 +40,7 @@ def example_gradients(
   Returns:
     Layer name → [B, d_out, d_in].
   """
-  if 1 < len(images) <= _MOST_APART:
+  if 1 < len(images) <= _MOST_APART and keys.shape[1] >= _MANY_DRAWS:
     alone = lambda row: example_gradients(
       model, measurement, schedule, params, images=images[row][None], keys=keys[row][None],
       conditioning=jax.tree.map(lambda x: x[row][None], conditioning), design=design,

@@ -16,6 +16,25 @@ from tests import nets
 NUM, DRAWS = 3, 4
 
 
+@pytest.mark.parametrize("num", [1, 2, 3])
+@pytest.mark.parametrize("draws", [1, 4, 16])
+def test_few_images_of_many_draws_have_the_gradients_of_many_of_few(num, draws):
+  """Up to two images of 16 draws are batches of their own; others share a backward pass."""
+  task = nets.conv_task()
+  model = register(task.apply_fn, task.params, (4, 4, 1), Selection())
+  images = jnp.asarray(nets.random_images(5))
+  keys = fold_in_each(stream(0, "test"), jnp.arange(5))
+  keys = group_keys(keys, jnp.zeros(5, jnp.int32), draws)
+  kernel = lambda images, keys: example_gradients(
+    model, LOSS, task.schedule, task.params, images=images, keys=keys
+  )
+  together, few = jax.jit(kernel)(images, keys), jax.jit(kernel)(images[:num], keys[:num])
+  for layer, expected in together.items():
+    # The same float32 sums in another order.
+    atol = 1e-5 * np.abs(expected).max()
+    np.testing.assert_allclose(few[layer], expected[:num], rtol=0, atol=atol)
+
+
 @pytest.mark.parametrize("name", MEASUREMENTS)
 def test_tapped_gradients_equal_a_loop_over_examples(name):
   task, measurement = nets.conv_task(), MEASUREMENTS[name]

@@ -87,7 +87,7 @@ def query(run: Run) -> Artifact:
     artifact = artifacts.read(folder)
   if hosts.is_primary():
     print(_table(artifact.arrays))
-    _LOG.info("query: %d images; the numbers are in %s", len(images), folder)
+    _LOG.info("query: %d images; the numbers are in %s", len(images), folder / "arrays.npz")
   return artifact
 
 
@@ -118,7 +118,8 @@ def delete(run: Run) -> Store:
 def verify(run: Run) -> Store:
   """Reads the whole store and compares its checksums."""
   store = load_store(run)
-  _LOG.info("index-verify: %s is sound: %.1f MiB read", store.rows.folder, store.verify() / _MIB)
+  size = store.verify() / _MIB
+  _LOG.info("index-verify: %s is sound: %d images, %.1f MiB", store.rows.folder, len(store), size)
   return store
 
 
@@ -127,6 +128,8 @@ def _given_images(run: Run) -> Dataset:
   if run.images is None:
     raise ValueError("Say which images: --images=FILE.npz or --images=FOLDER.")
   name = "arrays" if run.images.suffix == ".npz" else "folder"
+  if not run.images.exists():
+    raise ValueError(f"--images={run.images} does not exist.")
   if not (run.images.is_dir() if name == "folder" else run.images.is_file()):
     raise ValueError(f"--images must be an .npz file or a folder of images; got {run.images}.")
   size = run.config.data.image_size if name == "folder" else None
@@ -135,7 +138,7 @@ def _given_images(run: Run) -> Dataset:
 
 def _table(arrays: Mapping[str, np.ndarray]) -> str:
   """The best training images of each query as aligned text."""
-  lines = []
+  lines = ["The training images that support each image most: score ± standard error"]
   fields = zip(*(arrays[n] for n in ("query_ids", "ids", "values", "std_errors")), strict=True)
   for query_id, *row in fields:
     lines.append(f"{query_id}")

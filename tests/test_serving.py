@@ -105,7 +105,7 @@ def test_a_query_finds_what_influence_finds_in_files_and_folders(indexed, images
     artifact = serving.query(given(indexed, path))
     np.testing.assert_array_equal(artifact.arrays["query_ids"], contents["ids"])
     assert_best(artifact.arrays, expected)
-    table = capsys.readouterr().out.splitlines()
+    _, *table = capsys.readouterr().out.splitlines()  # after a line that says what they are
     assert [line.split()[0] for line in table] == [
       "one.png", *expected.ids[0], "two.png", *expected.ids[1]
     ]  # fmt: skip
@@ -204,7 +204,7 @@ def test_damage_is_told_and_the_file_named(copy, images):
   [
     ("query", {}, "Say which images: --images="),
     ("index-append", {}, "Say which images: --images="),
-    ("query", {"images": Path("nowhere.npz")}, "--images must be an .npz file or a folder"),
+    ("query", {"images": Path("nowhere.npz")}, "--images=nowhere.npz does not exist"),
     ("query", {"images": Path(__file__)}, "--images must be an .npz file or a folder"),
     ("index-delete", {}, "Say which images to delete: --ids="),
     ("index-delete", {"ids": ("nobody",)}, "1 of 1 ids are not in the store, such as 'nobody'"),

@@ -79,6 +79,7 @@ def build_index(
     "settings": {
       "draws": draws, "draw_groups": draw_groups, "design": dataclasses.asdict(design),
       "seed": seed, "compression": [type(compression).__name__, dict(vars(compression))],
+      "image_shape": list(train.images.shape[1:]),
     }
   }  # fmt: skip
   if hosts.is_primary():

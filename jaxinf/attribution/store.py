@@ -104,7 +104,7 @@ class Store:
     rows, kernel = train.rows(size), self._gradients(train, LOSS, groups)
     if hosts.is_primary():
       needed = store.plan(train.ids, hashes_of(train), reserve_bytes)
-      _LOG.info("index: %s takes %.1f MiB more", store.folder, needed / 2**20)
+      _LOG.info("%s: %.1f MiB more on disk, in whole chunks", store.folder, needed / 2**20)
     hosts.wait_for_all("index planned")
     store.reload()
     last = len(store.ledger.ids) * size
@@ -210,6 +210,9 @@ class Store:
   ) -> parallel.Kernel:
     """The gradient kernel for such examples, made once, so that it compiles once."""
     image_shape = examples.images.shape[1:]
+    expected = tuple(self.settings["image_shape"])
+    if image_shape != expected:
+      raise ValueError(f"The store is of images {expected}; got {image_shape}. Resize them.")
     self.task.check_images(image_shape, examples.conditioning)
     check_curvature(self.task, self.curvature, examples)
     given = jax.tree.map(lambda x: (x.shape[1:], str(x.dtype)), examples.conditioning)

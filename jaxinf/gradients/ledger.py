@@ -164,7 +164,8 @@ class Ledger:
     places = np.array([n for n, i in enumerate(written) if i in wanted], np.int64)
     if missing := sorted(wanted - {written[n] for n in places}):
       raise ValueError(
-        f"{len(missing)} of {len(wanted)} ids are not in the store, such as {missing[0]!r}."
+        f"{len(missing)} of {len(wanted)} ids are not in the store, such as {missing[0]!r}: "
+        "none was deleted."
       )
     return dataclasses.replace(self, deleted=np.union1d(self.deleted, places)), places
 

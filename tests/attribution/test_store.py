@@ -584,7 +584,7 @@ def test_exact_curvature_has_no_store(problem, tmp_path):
     (nets.random_images(2), np.array(["a", "b"]), "are integers; those of the new images, strings"),
     (nets.random_images(2), np.array([-1, 12]), "Integer ids must lie in"),
     (nets.random_images(2), np.array([12, 12]), "train_ids must be 2 different ids"),
-    (nets.random_images(1, (5, 4, 2)), np.array([12]), "apply_fn.* fails for x_t"),
+    (nets.random_images(1, (5, 4, 2)), np.array([12]), "The store is of images"),
   ],
 )
 def test_what_cannot_be_appended_leaves_the_store_as_it_was(copy, problem, images, ids, message):
@@ -628,3 +628,16 @@ def test_a_store_says_how_it_was_made(built):
   }  # fmt: skip
   chunks = (built.rows.folder / "arrays").glob("leaf_*/c/*/*")
   assert built.num_bytes == sum(path.stat().st_size for path in chunks)
+
+
+def test_images_of_another_size_are_refused(tmp_path):
+  """A convolutional network would take them."""
+  task = nets.conv_task()
+  curvature = jaxinf.fit_curvature(task, nets.random_images(4), draws=2, seed=0)
+  store = jaxinf.build_index(tmp_path, task, curvature, nets.random_images(4), draws=2, seed=0)
+  larger = nets.random_images(2, (8, 8, 1))
+  with pytest.raises(ValueError, match=r"The store is of images \(4, 4, 1\); got \(8, 8, 1\)"):
+    store.query(larger, damping=1e-3, draws=2, seed=0)
+  with pytest.raises(ValueError, match=r"The store is of images \(4, 4, 1\)"):
+    store.append(larger, np.array([7, 8]))
+  assert len(store) == 4

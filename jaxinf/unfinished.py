@@ -44,15 +44,11 @@ class PartialSums:
       raise ValueError(f"Sums are saved every so many batches, at least 1; got every={every}.")
     path = path.with_name(path.stem + hosts.suffix() + path.suffix)
     self._path, self._key, self.every = path, plain(key), every
-    self._unfinished = path.with_name(path.name + ".partial")
 
   def save(self, rows_done: int, sums: list[np.ndarray]) -> None:
     arrays = {"key": np.array(json.dumps(self._key)), "rows_done": np.array(rows_done)}
     arrays |= {f"sum_{i}": array for i, array in enumerate(sums)}
-    self._path.parent.mkdir(parents=True, exist_ok=True)
-    with self._unfinished.open("wb") as file:
-      np.savez(file, allow_pickle=False, **arrays)
-    os.replace(self._unfinished, self._path)
+    _write(self._path, arrays)
 
   def load(self) -> tuple[int, list[np.ndarray]] | None:
     """(rows done, sums) as saved, or None; StaleArtifact for another key, ValueError if damaged."""
@@ -71,7 +67,7 @@ class PartialSums:
 
   def discard(self) -> None:
     """Removes the file, if there is one."""
-    for path in (self._path, self._unfinished):
+    for path in (self._path, _unfinished(self._path)):
       path.unlink(missing_ok=True)
 
 
@@ -110,14 +106,9 @@ class PartialOutputs:
     return rows
 
   def save(self, outputs: list[PyTree]) -> None:
-    self._folder.mkdir(parents=True, exist_ok=True)
     whole = jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
     arrays = {f"leaf_{i}": leaf for i, leaf in enumerate(jax.tree.leaves(whole))}
-    path = self._path(self._num_saved)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-      np.savez(file, allow_pickle=False, key=np.array(json.dumps(self._key)), **arrays)
-    os.replace(partial, path)
+    _write(self._path(self._num_saved), {"key": np.array(json.dumps(self._key)), **arrays})
     self._num_saved += 1
 
   def _path(self, number: int) -> Path:
@@ -140,11 +131,19 @@ class Kept:
     if not hosts.agreed(path.exists()):
       arrays = dict(compute())
       if hosts.is_primary():
-        self._folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as file:
-          np.savez(file, allow_pickle=False, **arrays)
-        os.replace(partial, path)
+        _write(path, arrays)
       hosts.wait_for_all(f"{name} kept")
     with np.load(path, allow_pickle=False) as file:
       return {name: file[name] for name in file.files}
+
+
+def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+  """Writes an .npz file atomically, and its folder where there is none."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with _unfinished(path).open("wb") as file:
+    np.savez(file, allow_pickle=False, **arrays)
+  os.replace(_unfinished(path), path)
+
+
+def _unfinished(path: Path) -> Path:
+  return path.with_name(path.name + ".partial")

@@ -11,6 +11,7 @@ from jaxinf import parallel
 from jaxinf.artifacts import fingerprint
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.eigenbasis import checked_damping
+from jaxinf.curvature.registration import Registration, register
 from jaxinf.diffusion.task import Task, checked_conditioning, checked_ids, checked_images
 from jaxinf.random import example_numbers
 from jaxinf.types import Array, PyTree
@@ -87,6 +88,20 @@ def checked_dampings(damping: float | Sequence[float]) -> tuple[float, ...]:
   if len(set(dampings)) < len(dampings):
     raise ValueError(f"Each damping must be given once; got {list(dampings)}.")
   return dampings
+
+
+def registered(task: Task, curvature: Curvature, examples: Examples) -> Registration:
+  """The task's layers for such examples, after checking that all three belong together."""
+  image_shape = examples.images.shape[1:]
+  task.check_images(image_shape, examples.conditioning)
+  check_curvature(task, curvature, examples)
+  model = register(
+    task.apply_fn, task.params, image_shape, curvature.selection,
+    conditioning=examples.conditioning,
+  )  # fmt: skip
+  if model.layers != curvature.layers:
+    raise ValueError("The curvature has other layers than the task's model: fit it for this task.")
+  return model
 
 
 def curvature_content(curvature: Curvature) -> str:

@@ -19,7 +19,13 @@ from jaxinf.attribution.store import RESERVE_BYTES, Store, hashes_of
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.diffusion.draws import DrawDesign
 from jaxinf.diffusion.task import Task
-from jaxinf.gradients.compression import COMPRESSIONS, Compression, LowRank, compression_named
+from jaxinf.gradients.compression import (
+  COMPRESSIONS,
+  Compression,
+  LowRank,
+  compression_named,
+  settings_of,
+)
 from jaxinf.gradients.packing import Packing
 from jaxinf.gradients.per_example import checked_draws
 from jaxinf.gradients.projection import RandomProjection
@@ -78,7 +84,7 @@ def build_index(
   key = _identity(task, curvature) | {
     "settings": {
       "draws": draws, "draw_groups": draw_groups, "design": dataclasses.asdict(design),
-      "seed": seed, "compression": [type(compression).__name__, dict(vars(compression))],
+      "seed": seed, "compression": settings_of(compression),
       "image_shape": list(train.images.shape[1:]),
     }
   }  # fmt: skip

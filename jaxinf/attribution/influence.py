@@ -16,22 +16,26 @@ import numpy as np
 from jaxinf.attribution.auto import AutoDraws, DrawPlan, merged_rounds
 from jaxinf.attribution.examples import (
   check_alike,
-  check_curvature,
   checked_dampings,
   content_of,
   curvature_content,
   examples_of,
+  registered,
 )
 from jaxinf.attribution.kernels import QUERY, DrawGroups, gradient_kernel, gradient_operands
 from jaxinf.attribution.queries import gradient_batches, query_rows
 from jaxinf.attribution.scoring import ScorePass
 from jaxinf.curvature.curvature import Curvature
-from jaxinf.curvature.registration import register
 from jaxinf.diffusion.draws import DrawDesign
 from jaxinf.diffusion.measurements import LOSS, measurement_named
 from jaxinf.diffusion.precision import in_precision
 from jaxinf.diffusion.task import Task
-from jaxinf.gradients.compression import Compression, Uncompressed, compression_named
+from jaxinf.gradients.compression import (
+  Compression,
+  Uncompressed,
+  compression_named,
+  settings_of,
+)
 from jaxinf.gradients.per_example import checked_draws, default_groups
 from jaxinf.types import Array, PyTree, Scores
 from jaxinf.unfinished import PartialOutputs, Resume
@@ -157,14 +161,7 @@ def influence(
     if value < 1:
       raise ValueError(f"{what} must be at least 1; got {value}.")
   check_alike(query, train)
-  image_shape = train.images.shape[1:]
-  task.check_images(image_shape, train.conditioning)
-  check_curvature(task, curvature, train)
-  model = register(
-    task.apply_fn, task.params, image_shape, curvature.selection, conditioning=train.conditioning
-  )
-  if model.layers != curvature.layers:
-    raise ValueError("The curvature has other layers than the task's model: fit it for this task.")
+  model = registered(task, curvature, train)
 
   # 1. Rows of queries: every one's gradients, preconditioned for every damping, and compressed.
   asked = DrawGroups(seed, plan.query_draws // plan.query_groups, asked_design)
@@ -184,10 +181,8 @@ def influence(
   groups = DrawGroups(seed, plan.group_size, design)
   exactly = gradients = gradient_kernel(model, LOSS, task.schedule, groups)
   if precision is not None:
-    faster = register(
-      in_precision(task.apply_fn, precision), task.params, image_shape, curvature.selection,
-      conditioning=train.conditioning,
-    )  # fmt: skip
+    network = in_precision(task.apply_fn, precision)
+    faster = registered(dataclasses.replace(task, apply_fn=network), curvature, train)
     gradients = gradient_kernel(faster, LOSS, task.schedule, groups)
   score_pass = ScorePass(
     gradients, exactly, task.params, train.rows(plan.draw_groups),
@@ -201,7 +196,7 @@ def influence(
   )  # fmt: skip
   key = settings | {
     "group_size": plan.group_size, "dampings": dampings,
-    "compression": [type(compression).__name__, dict(vars(compression))],
+    "compression": settings_of(compression),
   }  # fmt: skip
   if resume is not None:
     key |= {"inputs": content_of(task, query, train), "curvature": curvature_content(curvature)}

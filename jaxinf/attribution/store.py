@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxinf import hosts, parallel
 from jaxinf.attribution.eigenrows import pack_kernel, query_vectors, rotations
-from jaxinf.attribution.examples import Examples, check_curvature, examples_of
+from jaxinf.attribution.examples import Examples, examples_of, registered
 from jaxinf.attribution.kernels import (
   QUERY,
   TRAIN,
@@ -27,7 +27,6 @@ from jaxinf.attribution.queries import gradient_batches
 from jaxinf.attribution.search import Search, matching_layers
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.eigenbasis import checked_damping
-from jaxinf.curvature.registration import register
 from jaxinf.diffusion.draws import DrawDesign
 from jaxinf.diffusion.measurements import LOSS, Measurement, measurement_named
 from jaxinf.diffusion.task import Task
@@ -213,18 +212,10 @@ class Store:
     expected = tuple(self.settings["image_shape"])
     if image_shape != expected:
       raise ValueError(f"The store is of images {expected}; got {image_shape}. Resize them.")
-    self.task.check_images(image_shape, examples.conditioning)
-    check_curvature(self.task, self.curvature, examples)
     given = jax.tree.map(lambda x: (x.shape[1:], str(x.dtype)), examples.conditioning)
     inputs = (image_shape, str(given))
     if inputs not in self._models:
-      model = register(
-        self.task.apply_fn, self.task.params, image_shape, self.curvature.selection,
-        conditioning=examples.conditioning,
-      )  # fmt: skip
-      if model.layers != self.curvature.layers:
-        raise ValueError("The curvature has other layers than the task's model: fit it for this.")
-      self._models[inputs] = model
+      self._models[inputs] = registered(self.task, self.curvature, examples)
     kernel = (inputs, measurement, groups)
     if kernel not in self._models:
       self._models[kernel] = gradient_kernel(

@@ -71,6 +71,11 @@ class Blockwise(Compression, Protocol):
     """
 
 
+def settings_of(compression: Compression) -> list:
+  """Kind and options of a compression, as JSON, which `description` does not tell in full."""
+  return [type(compression).__name__, dict(vars(compression))]
+
+
 def compression_named(name: str | None, size: float | None = None) -> Compression:
   """The compression of that name.
 

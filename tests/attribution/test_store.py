@@ -106,7 +106,7 @@ def once(function):
 def compiled_once():
   """Gradients of one model and design compile once, for all stores and for `influence`."""
   with pytest.MonkeyPatch.context() as patch:
-    for name in ("register", "gradient_kernel"):
+    for name in ("registered", "gradient_kernel"):
       shared = once(getattr(store_module, name))
       for module in (store_module, influence_module):
         patch.setattr(module, name, shared)

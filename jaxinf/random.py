@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def stream(seed: int, name: str) -> jax.Array:
+def stream(seed: int | jax.Array, name: str) -> jax.Array:
   """The key of one named source of randomness, such as "train_gradients"."""
   return stream_of(seed, stream_number(name))
 
 
-def stream_of(seed: int, number: int | jax.Array) -> jax.Array:
-  """The key of the named source of randomness with that `stream_number`, which may be traced."""
+def stream_of(seed: int | jax.Array, number: int | jax.Array) -> jax.Array:
+  """The key of the named source of randomness with that `stream_number`; both may be traced."""
   return jax.random.fold_in(jax.random.key(seed), number)
 
 

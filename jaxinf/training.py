@@ -19,10 +19,10 @@ import optax
 from jaxinf import hosts, parallel
 from jaxinf.config import TrainConfig
 from jaxinf.data.dataset import Dataset
-from jaxinf.diffusion.objective import float_images, noised, squared_errors
+from jaxinf.diffusion.objective import flipped, float_images, noised, squared_errors
 from jaxinf.diffusion.schedule import Schedule
 from jaxinf.progress import Progress
-from jaxinf.random import fold_in_each, stream, substreams
+from jaxinf.random import fold_in_each, stream
 from jaxinf.types import Array, Params
 
 
@@ -43,6 +43,7 @@ class TrainRows:
   images: Array  # [B, H, W, C]
   places: Array  # [B] uint32
   mask: Array  # [B]
+  weights: Array | None = None  # [B] of the examples in the loss; None: 1
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
@@ -89,18 +90,18 @@ def init_state(model: nn.Module, image_shape: tuple, config: TrainConfig, seed: 
   )
 
 
-def flipped(images: jax.Array, keys: jax.Array) -> jax.Array:
-  """Images [B, H, W, C], each mirrored left to right with probability ½ as its key [B] says."""
-  flips = jax.vmap(jax.random.bernoulli)(substreams(keys, "flip"))
-  return jnp.where(flips[:, None, None, None], images[:, :, ::-1], images)
-
-
 def train_step(
-  model: nn.Module, schedule: Schedule, config: TrainConfig, *, random_flip: bool, seed: int
+  model: nn.Module,
+  schedule: Schedule,
+  config: TrainConfig,
+  *,
+  random_flip: bool,
+  seed: int | jax.Array,
 ) -> tuple[Callable, Callable]:
   """The two halves of a step: sums over rows, and the update from their totals.
 
-  sums(state, rows) → (Σ mask · ∇ℓ, Σ mask · ℓ, Σ mask); update(state, totals) → (state, metrics).
+  With w = mask · weights, sums(state, rows) → (Σ w · ∇ℓ, Σ w · ℓ, Σ mask), and
+  update(state, totals) → (state, metrics). The seed may be traced.
   """
   transform = optimiser(config)
 
@@ -117,7 +118,7 @@ def train_step(
 
     pairs = noised(schedule, images, keys)
     losses = squared_errors(apply_fn(params, pairs.x_t, pairs.t), pairs)
-    return jnp.sum(rows.mask * losses)
+    return jnp.sum(rows.mask * losses if rows.weights is None else rows.mask * rows.weights * losses)
 
   def sums(state, rows):
     loss, grads = jax.value_and_grad(total_loss)(state.params, state.step, rows)
@@ -184,19 +185,19 @@ def fit(
   start = int(state.step)
   end = config.steps if stop_after is None else min(config.steps, stop_after)
   num_devices = parallel.num_step_devices(devices)
-  batches = _Batches(len(dataset), config.batch_size, seed, num_devices)
+  batches = Batches(len(dataset), config.batch_size, seed)
   replicated = parallel.replicate(state, devices)
   recent: list[Any] = []  # metrics not yet looked at, so that the host need not wait each step
 
   with Progress(hosts.label("train"), config.steps, "steps", start) as progress:
     for step in range(start, end):
-      rows = parallel.shard_of_step(batches.rows(dataset, step), devices)
+      rows = parallel.shard_of_step(batches.rows(dataset, step, num_devices), devices)
       replicated, metrics = step_fn(replicated, rows)
       recent.append(metrics)
       done = step + 1
       saving = done % config.checkpoint_every == 0 or done == end
       if done % config.log_every == 0 or saving:
-        means = _checked_means(recent, done)
+        means = checked_means([parallel.first(metrics) for metrics in recent], done)
         recent.clear()
         hooks.log(done, means)
         progress.advance_to(done, f"loss {means['loss']:.4f}")
@@ -205,17 +206,16 @@ def fit(
   return parallel.first(replicated)
 
 
-def _checked_means(recent: list[Any], done: int) -> dict[str, float]:
+def checked_means(recent: list[dict[str, np.ndarray]], done: int) -> dict[str, float]:
   """Means of the metrics of the last len(recent) steps, all of which must be finite."""
-  host = [jax.tree.map(float, parallel.first(metrics)) for metrics in recent]
-  for step, metrics in enumerate(host, done - len(host) + 1):
-    if not np.isfinite(list(metrics.values())).all():
+  for step, metrics in enumerate(recent, done - len(recent) + 1):
+    if not all(np.isfinite(value).all() for value in metrics.values()):
       raise NonFiniteLoss(
         f"The loss of step {step} is {metrics['loss']} and its gradient's norm is "
         f"{metrics['grad_norm']}. Training stopped; lower train.learning_rate or train.clip_norm, "
         "or look for bad images."
       )
-  return {name: float(np.mean([m[name] for m in host])) for name in host[0]}
+  return {name: float(np.mean([m[name] for m in recent])) for name in recent[0]}
 
 
 def _check_counts(config: TrainConfig) -> None:
@@ -225,25 +225,28 @@ def _check_counts(config: TrainConfig) -> None:
 
 
 @dataclasses.dataclass
-class _Batches:
+class Batches:
   """The examples of each step: epochs of shuffled examples, a function of (seed, step)."""
 
   num_examples: int
   batch_size: int
   seed: int
-  num_devices: int
 
-  def rows(self, dataset: Dataset, step: int) -> TrainRows:
-    size = -(-self.batch_size // self.num_devices) * self.num_devices
-    places = np.arange(size)
+  def examples(self, step: int, places: np.ndarray) -> np.ndarray:
+    """Which of the examples stand at `places` in the batch of a step; beyond it, its last one."""
     positions = step * self.batch_size + np.minimum(places, self.batch_size - 1)
     epochs, offsets = np.divmod(positions, self.num_examples)
-    examples = np.empty(size, np.int64)
+    examples = np.empty(len(places), np.int64)
     for epoch in np.unique(epochs):
       here = epochs == epoch
       examples[here] = self._order(int(epoch))[offsets[here]]
+    return examples
+
+  def rows(self, dataset: Dataset, step: int, num_devices: int = 1) -> TrainRows:
+    """The rows of a step, padded to as many for each of the devices."""
+    places = np.arange(-(-self.batch_size // num_devices) * num_devices)
     return TrainRows(
-      images=dataset.images[examples],
+      images=dataset.images[self.examples(step, places)],
       places=places.astype(np.uint32),
       mask=(places < self.batch_size).astype(np.float32),
     )

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "jaxinf"
 ORDER = (
   "types", "random", "config", "progress", "hosts", "rows", "parallel", "costs", "artifacts",
   "unfinished",
-  "data", "models", "diffusion", "training", "curvature", "gradients", "attribution", "evaluation",
+  "data", "models", "diffusion", "training", "retraining", "curvature", "gradients", "attribution", "evaluation",
   "report", "runs", "studies", "serving", "planning", "stages",
   "__main__",
 )  # fmt: skip

@@ -112,7 +112,7 @@ def test_a_batch_that_devices_do_not_divide_weighs_every_example_once(
   training.fit(
     mlp, schedule, dataset, config, seed=0, state=start, hooks=saved.hooks, devices=devices
   )
-  rows = training._Batches(len(dataset), 5, seed=0, num_devices=1).rows(dataset, 0)
+  rows = training.Batches(len(dataset), 5, seed=0).rows(dataset, 0)
   keys = fold_in_each(jax.random.fold_in(stream(0, "train"), 0), jnp.arange(5, dtype=jnp.uint32))
   images = training.flipped(rows.images / np.float32(127.5) - 1, keys)
   pairs = noised(schedule, images, keys)
@@ -218,11 +218,12 @@ def test_states_are_saved_and_metrics_logged_at_the_declared_steps(mlp, schedule
   np.testing.assert_allclose(saved.metrics[2]["loss"], mean, rtol=1e-6)  # float32
 
 
-def decoded(batches, step):
+def decoded(batches, step, num_devices=1):
   """The examples of a step, from images that hold their own number, and the mask."""
   num = batches.num_examples
   images = np.broadcast_to(np.arange(num, dtype=np.uint8)[:, None, None, None], (num, 1, 1, 1))
-  rows = batches.rows(Dataset("numbers", images, np.arange(num).astype(str)), step)
+  dataset = Dataset("numbers", images, np.arange(num).astype(str))
+  rows = batches.rows(dataset, step, num_devices)
   np.testing.assert_array_equal(rows.places, np.arange(len(rows.places)))
   return rows.images[:, 0, 0, 0], rows.mask
 
@@ -230,10 +231,10 @@ def decoded(batches, step):
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 17])  # of 7 examples
 @pytest.mark.parametrize("num_devices", [1, 2, 3])
 def test_every_epoch_visits_every_example_once(batch_size, num_devices):
-  batches = training._Batches(7, batch_size, seed=1, num_devices=num_devices)
+  batches = training.Batches(7, batch_size, seed=1)
   visited = []
   for step in range(28):
-    examples, mask = decoded(batches, step)
+    examples, mask = decoded(batches, step, num_devices)
     assert len(examples) % num_devices == 0 and len(examples) - batch_size < num_devices
     np.testing.assert_array_equal(mask, np.arange(len(mask)) < batch_size)
     visited.extend(examples[mask == 1])
@@ -243,12 +244,12 @@ def test_every_epoch_visits_every_example_once(batch_size, num_devices):
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
-  batches = lambda seed, num_devices=1: training._Batches(7, 4, seed, num_devices)
+  batches = lambda seed: training.Batches(7, 4, seed)
   forward = [decoded(batches(1), step)[0] for step in range(10)]
   one = batches(1)
   for step in (9, 0, 5, 4, 5):  # in any order, from one object
     np.testing.assert_array_equal(decoded(one, step)[0], forward[step])
-    np.testing.assert_array_equal(decoded(batches(1, 3), step)[0][:4], forward[step])
+    np.testing.assert_array_equal(decoded(batches(1), step, 3)[0][:4], forward[step])
   assert any((decoded(batches(2), step)[0] != forward[step]).any() for step in range(10))
 
 

@@ -128,6 +128,47 @@ def get_config() -> ConfigDict:
   config.query.top_k = 10
   config.query.batch_size = 128
 
+  config.retrain = ConfigDict()
+  config.retrain.num_subsets = 100
+  config.retrain.num_seeds = 5
+  config.retrain.share = 0.5
+  config.retrain.steps = 80_000
+  config.retrain.outside_weight = 0.0
+  config.retrain.models_at_once = 1
+
+  config.measure = ConfigDict()
+  config.measure.measurements = ("loss", "elbo")
+  config.measure.draws = 5_000
+  config.measure.draw_groups = 5
+  config.measure.design = draw_design()
+  config.measure.batch_size = 500
+
+  config.score = ConfigDict()
+  config.score.methods = ("influence", "trak", "dtrak", "pixel", "random")
+  config.score.measurements = ("loss", "elbo")
+  config.score.dampings = tuple(10.0**power for power in range(-9, 2))
+  config.score.draws = 250
+  config.score.draw_groups = 2
+  config.score.query_draws = 1_000
+  config.score.query_groups = 2
+  config.score.design = draw_design()
+  config.score.compression = "int8"
+  config.score.projection_dim = 32_768
+  config.score.projection = "rademacher"
+  config.score.journey_steps = 10
+  config.score.clip = placeholder(str)
+  config.score.batch_size = 128
+
+  config.evaluate = ConfigDict()
+  config.evaluate.num_resamples = 1_000
+
+  config.counterfactual = ConfigDict()
+  config.counterfactual.methods = ("influence", "trak", "dtrak")
+  config.counterfactual.measurement = "loss"
+  config.counterfactual.shares = (0.02, 0.1)
+  config.counterfactual.num_queries = 5
+  config.counterfactual.num_seeds = 1
+
   config.report = ConfigDict()
   config.report.num_queries = 12
   config.report.top_k = 8

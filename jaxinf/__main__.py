@@ -40,7 +40,8 @@ import absl.logging
 from absl import app, flags
 from ml_collections import config_flags
 
-from jaxinf import hosts, stages, studies
+from jaxinf import hosts, studies
+from jaxinf.commands import COMMANDS
 from jaxinf.config import check_path, typed
 from jaxinf.runs import Run
 
@@ -62,6 +63,9 @@ _IMAGES = flags.DEFINE_string(
   "images", None, "An .npz file or folder of images, for the stages query and index-append."
 )
 _IDS = flags.DEFINE_list("ids", [], "Ids of training images, for the stage index-delete.")
+_SHARD = flags.DEFINE_string(
+  "shard", "0/1", "i/n: of the models to retrain, this process trains the i-th (from 0) of n parts."
+)
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, free there.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this process, from 0.")
@@ -74,14 +78,16 @@ def main(argv: list[str]) -> None:
   absl.logging.set_verbosity(absl.logging.WARNING)  # the libraries'; ours follow
   with hosts.ending_together():
     try:
-      stage = _stage_name(argv, list(stages.STAGES))
+      stage = _stage_name(argv, list(COMMANDS))
       images = Path(_IMAGES.value) if _IMAGES.value else None
       workdir = Path((_WORKDIR.value or ".") if stage == "plan" else _required(_WORKDIR))
-      run = Run(typed(_required(_CONFIG)), workdir, images=images, ids=tuple(_IDS.value))
+      run = Run(
+        typed(_required(_CONFIG)), workdir, images=images, ids=tuple(_IDS.value), shard=_shard()
+      )
       _connect()
       _speak()
       if not _DRY_RUN.value:
-        stages.STAGES[stage](run)
+        COMMANDS[stage](run)
       elif stage == "curvature":
         print(studies.curvature_memory(run))
       else:
@@ -127,6 +133,13 @@ def _speak() -> None:
   log.addHandler(handler)
   log.setLevel(logging.INFO if hosts.is_primary() else logging.WARNING)
   log.propagate = False
+
+
+def _shard() -> tuple[int, int]:
+  found = re.fullmatch(r"(\d+)/(\d+)", _SHARD.value)
+  if not found or not int(found[1]) < int(found[2]):
+    raise ValueError(f"--shard is i/n with 0 ≤ i < n, such as 0/2; got {_SHARD.value}.")
+  return int(found[1]), int(found[2])
 
 
 def _stage_name(argv: list[str], names: list[str]) -> str:

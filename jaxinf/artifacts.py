@@ -8,11 +8,13 @@ A folder without a manifest is unfinished and never read as a result.
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -152,6 +154,11 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
   return [] if old == new else [f"{path}: {old!r} → {new!r}"]
 
 
+def file_name(name: str) -> str:
+  """A name as a folder's: runs of other characters than letters, digits, _, ., + are one hyphen."""
+  return re.sub(r"[^\w.+-]+", "-", name).strip("-")
+
+
 def write_text(path: Path, text: str) -> None:
   """Writes a text file atomically."""
   write_bytes(path, text.encode())
@@ -228,6 +235,7 @@ class MetricsLog:
       self._events.close()
 
 
+@functools.cache
 def versions() -> dict[str, str]:
   found = {"python": platform.python_version()}
   for name in _PACKAGES:
@@ -238,6 +246,7 @@ def versions() -> dict[str, str]:
   return found
 
 
+@functools.cache  # of the code that runs, which does not change any more
 def git_revision() -> str | None:
   """The revision of the jaxinf checkout that runs, or None outside one."""
   checkout = Path(__file__).parents[1]

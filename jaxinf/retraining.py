@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinf import parallel
-from jaxinf.config import TrainConfig
 from jaxinf.data.dataset import Dataset
 from jaxinf.diffusion.schedule import Schedule
 from jaxinf.progress import Progress
+from jaxinf.sections import TrainConfig
 from jaxinf.training import (
   Batches,
   Hooks,
@@ -74,6 +74,7 @@ class Retraining:
   ):
     self._model, self._dataset, self._config = model, dataset, config
     self._devices = parallel.local_devices(devices)
+    self._starts: dict[int, TrainState] = {}  # of the last seed
 
     def step(state, images, examples, weights, seed):
       sums, update = train_step(model, schedule, config, random_flip=dataset.random_flip, seed=seed)
@@ -126,7 +127,7 @@ class Retraining:
     padded = [*members, *[members[-1]] * (num_devices * num_each - len(members))]
     by_device = lambda x: x.reshape(num_devices, num_each, *x.shape[1:])
     if state is None:
-      state = self._start(num_each, seed)
+      state = self.start(len(members), seed)
     weights = None
     if any(member.weights is not None for member in members):
       even = np.ones(len(self._dataset), np.float32)
@@ -158,10 +159,15 @@ class Retraining:
       dataclasses.replace(state, step=steps),
     )
 
-  def _start(self, num_each: int, seed: int) -> TrainState:
-    """Initial states [D, V, …], all alike."""
-    one = init_state(self._model, self._dataset.image_shape, self._config, seed)
-    devices = len(self._devices)
+  def start(self, num_members: int, seed: int) -> TrainState:
+    """The states [D, V, …] that so many models begin from, all alike."""
+    if seed not in self._starts:
+      self._starts = {
+        seed: init_state(self._model, self._dataset.image_shape, self._config, seed)
+      }
+    one, devices = self._starts[seed], len(self._devices)
+    num_each = math.ceil(num_members / devices)
     copies = lambda x: np.broadcast_to(x, (devices, num_each, *np.shape(x)))
-    step = np.broadcast_to(one.step, (devices,))
-    return dataclasses.replace(jax.tree.map(copies, one), step=step)
+    return dataclasses.replace(
+      jax.tree.map(copies, one), step=np.broadcast_to(one.step, (devices,))
+    )

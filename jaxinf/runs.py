@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinf import artifacts, data, models
-from jaxinf.config import Config, as_dict
+from jaxinf.config import as_dict
 from jaxinf.curvature.coverage import Coverage, Row
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.exact import GGN, Solver
@@ -23,6 +23,7 @@ from jaxinf.diffusion.schedule import SCHEDULES, Schedule
 from jaxinf.diffusion.task import Task
 from jaxinf.random import example_numbers
 from jaxinf.rows import Rows
+from jaxinf.sections import Config
 from jaxinf.types import ApplyFn, Eigenbasis, Params, Scores
 
 ORDER = ("train", "sample", "curvature", "attribute", "report")
@@ -31,7 +32,7 @@ ORDER = ("train", "sample", "curvature", "attribute", "report")
 Outcome = tuple[Mapping[str, np.ndarray], Mapping[str, Any], str]
 
 # Fields that change how fast a stage goes but not what it computes.
-_PACE = {
+PACE = {
   "train": {"log_every", "checkpoint_every"},
   "sample": {"batch_size"},
   "curvature": {"batch_size", "partitions", "checkpoint_every"},
@@ -52,6 +53,8 @@ class Run:
     devices: local devices; all of them where None.
     images: a file or folder of images that a stage on the store acts on, beside the config's.
     ids: of training images, likewise.
+    shard: (i, n), the part of the models to retrain that this process trains: the i-th of n.
+    folders: stage → folder, for those that lie elsewhere than in workdir/<stage>.
   """
 
   config: Config
@@ -59,9 +62,11 @@ class Run:
   devices: Sequence[jax.Device] | None = None
   images: Path | None = None
   ids: tuple[str, ...] = ()
+  shard: tuple[int, int] = (0, 1)
+  folders: Mapping[str, Path] = dataclasses.field(default_factory=dict)
 
   def folder(self, stage: str) -> Path:
-    return self.workdir / stage
+    return self.folders.get(stage, self.workdir / stage)
 
   @functools.cached_property
   def dataset(self) -> Dataset:
@@ -97,7 +102,7 @@ def key_of(run: Run, stage: str) -> dict:
     ValueError: an input is not finished, or was made with other settings (StaleArtifact).
   """
   config = run.config
-  pace = _PACE.get(stage, set())
+  pace = PACE.get(stage, set())
   section = as_dict(getattr(config, stage.replace("-", "_")))
   own = {k: v for k, v in section.items() if k not in pace}
   sections, inputs = _DEPENDS[stage]
@@ -115,7 +120,7 @@ def key_of(run: Run, stage: str) -> dict:
       "labels": artifacts.fingerprint(labels),
       "label_names": dataset.label_names,
     }
-  return key | {f"{name}_content": _content(run, name) for name in inputs}
+  return key | {f"{name}_content": content_of_stage(run, name) for name in inputs}
 
 
 # Stage → further config sections and earlier stages it depends on.
@@ -201,8 +206,8 @@ def _from_json(cls: type, fields: Mapping[str, Any]) -> Any:
   return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
-def _content(run: Run, stage: str) -> str:
-  """Hash of an earlier stage's arrays; it must be finished, and match the config."""
+def content_of_stage(run: Run, stage: str) -> str:
+  """Hash of a stage's arrays; ValueError unless it is finished and matches the config."""
   folder = run.folder(stage)
   if not artifacts.finished(folder, key_of(run, stage)):
     raise ValueError(

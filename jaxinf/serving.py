@@ -16,20 +16,21 @@ from jaxinf import artifacts, data, hosts
 from jaxinf.artifacts import Artifact
 from jaxinf.attribution.index import build_index, open_index
 from jaxinf.attribution.store import Store
-from jaxinf.config import DataConfig, DrawConfig, as_dict
+from jaxinf.config import as_dict
 from jaxinf.costs import measured
 from jaxinf.data.dataset import Dataset
 from jaxinf.diffusion.draws import DrawDesign
 from jaxinf.gradients.compression import compression_named
 from jaxinf.runs import Outcome, Run, load_curvature, load_task
+from jaxinf.sections import DataConfig, DrawConfig
 
 _LOG = logging.getLogger("jaxinf")
 _MIB = 2**20
 
 
-def draw_design(config: DrawConfig) -> DrawDesign:
-  """The design of draws that a config section asks for."""
-  return DrawDesign(**dataclasses.asdict(config))
+def draw_design(config: DrawConfig, random_flip: bool = False) -> DrawDesign:
+  """The design of draws that a config section asks for; with flips for training images."""
+  return DrawDesign(**dataclasses.asdict(config), random_flip=random_flip)
 
 
 def index(run: Run) -> Outcome:
@@ -38,7 +39,7 @@ def index(run: Run) -> Outcome:
   store = build_index(
     store_folder(run), task, load_curvature(run, task), run.dataset.images, draws=config.draws,
     seed=run.config.seed, train_ids=run.dataset.ids, draw_groups=config.draw_groups,
-    design=draw_design(config.design),
+    design=draw_design(config.design, run.dataset.random_flip),
     compression=compression_named(config.compression, config.compression_size),
     batch_size=config.batch_size, reserve_bytes=config.reserve_mib * _MIB, devices=run.devices,
   )  # fmt: skip

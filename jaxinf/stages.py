@@ -15,7 +15,7 @@ import flax.traverse_util
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf import artifacts, hosts, models, planning, serving, studies, training
+from jaxinf import artifacts, hosts, models, serving, studies, training
 from jaxinf.artifacts import Artifact
 from jaxinf.attribution.auto import AutoDraws
 from jaxinf.attribution.influence import influence
@@ -52,47 +52,47 @@ _AFTER = {"index": "next: query, with --images"}
 def train(run: Run) -> Artifact:
   """Trains the model; the artefact holds its EMA parameters."""
   _ = run.model  # fields that do not fit are refused before anything begins
-  return _stage(run, "train", _train)
+  return finish_stage(run, "train", _train)
 
 
 def sample(run: Run) -> Artifact:
   """Generates the samples that will be explained."""
-  return _stage(run, "sample", _sample)
+  return finish_stage(run, "sample", _sample)
 
 
 def curvature(run: Run) -> Artifact:
   """Fits the curvature over all training images."""
-  return _stage(run, "curvature", _curvature)
+  return finish_stage(run, "curvature", _curvature)
 
 
 def curvature_study(run: Run) -> Artifact:
   """Compares approximations of the curvature with the exact one, on a few images and samples."""
-  return _stage(run, "curvature-study", studies.curvature_study)
+  return finish_stage(run, "curvature-study", studies.curvature_study)
 
 
 def compress_study(run: Run) -> Artifact:
   """Compares compressions of the query gradients, on a few images and samples."""
-  return _stage(run, "compress-study", studies.compress_study)
+  return finish_stage(run, "compress-study", studies.compress_study)
 
 
 def attribute(run: Run) -> Artifact:
   """Scores every training image for every sample."""
-  return _stage(run, "attribute", _attribute)
+  return finish_stage(run, "attribute", _attribute)
 
 
 def index(run: Run) -> Artifact:
   """Keeps the gradients of all training images, to answer new queries."""
-  return _stage(run, "index", serving.index)
+  return finish_stage(run, "index", serving.index)
 
 
 def report(run: Run) -> Artifact:
   """Draws the page report/index.html."""
-  return _stage(run, "report", _report, alone=True)
+  return finish_stage(run, "report", _report, alone=True)
 
 
 def everything(run: Run) -> Artifact:
   """All stages in order; returns the last one's artefact."""
-  return [STAGES[name](run) for name in ORDER][-1]
+  return [stage(run) for stage in (train, sample, curvature, attribute, report)][-1]
 
 
 def _train(run: Run) -> Outcome:
@@ -157,7 +157,7 @@ def _curvature(run: Run) -> Outcome:
     estimator=config.estimator, targets=config.targets, skip=config.skip,
     diagonal=config.diagonal, only=config.only, partitions=config.partitions,
     decompose=config.decompose, batch_size=config.batch_size, devices=run.devices,
-    solver=Solver(**as_dict(config.solver)),
+    solver=Solver(**as_dict(config.solver)), random_flip=run.dataset.random_flip,
     resume=Resume(run.folder("curvature") / "sums", config.checkpoint_every),
   )  # fmt: skip
   arrays = {
@@ -189,7 +189,8 @@ def _attribute(run: Run) -> Outcome:
     damping=(config.damping, *config.sweep), draws=draws, seed=run.config.seed,
     measurement=config.measurement, query_ids=samples["ids"], train_ids=run.dataset.ids,
     draw_groups=config.draw_groups, query_draws=config.query_draws,
-    query_groups=config.query_groups, design=serving.draw_design(config.design),
+    query_groups=config.query_groups,
+    design=serving.draw_design(config.design, run.dataset.random_flip),
     compression=compression_named(config.compression, config.compression_size),
     query_blocks=config.query_blocks, precision=config.precision, batch_size=config.batch_size,
     devices=run.devices, resume=Resume(run.folder("attribute") / "sums", config.checkpoint_every),
@@ -223,7 +224,9 @@ def _report(run: Run) -> Outcome:
   return {}, {"files": [path.name for path in files]}, " and ".join(path.name for path in files)
 
 
-def _stage(run: Run, name: str, compute: Callable[[Run], Outcome], alone: bool = False) -> Artifact:
+def finish_stage(
+  run: Run, name: str, compute: Callable[[Run], Outcome], alone: bool = False
+) -> Artifact:
   """Reuses a matching artefact; otherwise computes and saves it, and says what comes next.
 
   All processes compute, or the primary `alone`; it writes, and they go on when all is written.
@@ -249,21 +252,3 @@ def _stage(run: Run, name: str, compute: Callable[[Run], Outcome], alone: bool =
     _LOG.info("%s: wrote %s to %s in %s; %s", name, what, folder, clock(cost["seconds"]), hint)
   hosts.wait_for_all(f"{name} written")
   return artifact or artifacts.read(folder)
-
-
-STAGES: dict[str, Callable[[Run], Any]] = {
-  "plan": planning.show,
-  "train": train,
-  "sample": sample,
-  "curvature": curvature,
-  "curvature-study": curvature_study,
-  "compress-study": compress_study,
-  "attribute": attribute,
-  "report": report,
-  "all": everything,
-  "index": index,
-  "index-append": serving.append,
-  "index-delete": serving.delete,
-  "index-verify": serving.verify,
-  "query": serving.query,
-}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxinf import artifacts, hosts
-from jaxinf.config import CompressStudyConfig, as_dict
+from jaxinf.config import as_dict
 from jaxinf.curvature.coverage import Selection
 from jaxinf.curvature.exact import Solver
 from jaxinf.curvature.fit import partition
@@ -21,6 +21,7 @@ from jaxinf.parallel import num_devices
 from jaxinf.report.compression_page import write_compression_study
 from jaxinf.report.study import write_study
 from jaxinf.runs import Outcome, Run, fresh_task, load_curvature, load_task
+from jaxinf.sections import CompressStudyConfig
 from jaxinf.unfinished import Kept
 
 

@@ -17,12 +17,12 @@ import numpy as np
 import optax
 
 from jaxinf import hosts, parallel
-from jaxinf.config import TrainConfig
 from jaxinf.data.dataset import Dataset
 from jaxinf.diffusion.objective import flipped, float_images, noised, squared_errors
 from jaxinf.diffusion.schedule import Schedule
 from jaxinf.progress import Progress
 from jaxinf.random import fold_in_each, stream
+from jaxinf.sections import TrainConfig
 from jaxinf.types import Array, Params
 
 

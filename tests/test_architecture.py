@@ -7,11 +7,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "jaxinf"
 ORDER = (
-  "types", "random", "config", "progress", "hosts", "rows", "parallel", "costs", "artifacts",
+  "types", "random", "sections", "config", "progress", "hosts", "rows", "parallel", "costs", "artifacts",
   "unfinished",
   "data", "models", "diffusion", "training", "retraining", "curvature", "gradients", "attribution", "evaluation",
-  "report", "runs", "studies", "serving", "planning", "stages",
-  "__main__",
+  "report", "runs", "studies", "serving", "planning", "stages", "proof",
+  "commands", "__main__",
 )  # fmt: skip
 MODULES = sorted(
   path.relative_to(PACKAGE).as_posix()

@@ -11,7 +11,8 @@ import pytest
 
 from configs import base
 from jaxinf import models
-from jaxinf.config import Config, ModelConfig, as_dict, check_path, typed
+from jaxinf.config import as_dict, check_path, typed
+from jaxinf.sections import Config, ModelConfig
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))

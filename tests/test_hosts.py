@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from jaxinf import artifacts, hosts, runs, serving, stages
+from jaxinf.commands import COMMANDS
 from jaxinf.config import typed
 from tests import tiny
 
@@ -189,7 +190,7 @@ def finished(tmp_path_factory):
     path = two.folder("train") / made_later
     shutil.rmtree(path) if path.is_dir() else path.unlink()
   processes = start("all", two.workdir)
-  stages.STAGES["all"](one)
+  COMMANDS["all"](one)
   said = logs(processes)
   assert [process.returncode for process in processes] == [0, 0], said
   return one, two, said
@@ -221,7 +222,7 @@ def test_two_processes_give_the_results_of_one(finished):
 def test_two_processes_write_the_store_that_one_writes(finished):
   one, two, _ = finished
   processes = start("index", two.workdir)
-  stages.STAGES["index"](one)
+  COMMANDS["index"](one)
   said = logs(processes)
   assert [process.returncode for process in processes] == [0, 0], said
   samples = artifacts.read(one.folder("sample")).arrays["images"]

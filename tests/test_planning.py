@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxinf import planning, runs, stages
+from jaxinf.commands import COMMANDS
 from jaxinf.config import typed
 from jaxinf.planning.passes import decomposition_seconds
 from jaxinf.planning.subject import Subject
@@ -63,7 +64,7 @@ def finished(tmp_path_factory):
   """A run whose stages are finished up to the index."""
   run = run_of(tmp_path_factory.mktemp("run") / "work")
   for stage in STAGES:
-    stages.STAGES[stage](run)
+    COMMANDS[stage](run)
   return run
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from jaxinf import training
-from jaxinf.config import TrainConfig
 from jaxinf.retraining import Member, Retraining
+from jaxinf.sections import TrainConfig
 
 CONFIG = TrainConfig(
   steps=7, batch_size=4, learning_rate=1e-2, warmup_steps=1, decay="cosine", weight_decay=0.01,

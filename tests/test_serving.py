@@ -16,6 +16,7 @@ from PIL import Image
 
 from jaxinf import artifacts, runs, serving, stages
 from jaxinf.attribution.influence import influence
+from jaxinf.commands import COMMANDS
 from jaxinf.config import typed
 from jaxinf.diffusion.draws import DrawDesign
 from jaxinf.gradients.store import RowStore
@@ -212,7 +213,7 @@ def test_damage_is_told_and_the_file_named(copy, images):
 )
 def test_questions_without_sense_say_what_to_do(indexed, stage, what, message):
   with pytest.raises(ValueError, match=message):
-    stages.STAGES[stage](dataclasses.replace(indexed, **what))
+    COMMANDS[stage](dataclasses.replace(indexed, **what))
 
 
 # A stage with chunks of one image, so that a process can be killed between two of them.

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxinf import artifacts, runs, serving, stages, studies
+from jaxinf.commands import COMMANDS
 from jaxinf.config import typed
 from jaxinf.unfinished import PartialOutputs
 from tests import tiny
@@ -28,13 +29,13 @@ def run_of(workdir, config=None, devices=None) -> runs.Run:
 def finished(tmp_path_factory):
   """A finished run on one device."""
   run = run_of(tmp_path_factory.mktemp("run") / "work", devices=jax.devices()[:1])
-  stages.STAGES["all"](run)
+  COMMANDS["all"](run)
   return run
 
 
 def test_two_devices_give_the_same_results_in_every_stage(finished, tmp_path):
   both = run_of(tmp_path, devices=jax.devices()[:2])
-  stages.STAGES["all"](both)
+  COMMANDS["all"](both)
   for stage in ("train", "sample", "attribute"):
     ours, theirs = (artifacts.read(run.folder(stage)).arrays for run in (finished, both))
     assert ours.keys() == theirs.keys()
@@ -101,7 +102,7 @@ def test_the_artefacts_hold_what_they_say(finished):
 
 def test_finished_stages_are_reused(finished):
   before = {s: (finished.folder(s) / "manifest.json").stat().st_mtime_ns for s in runs.ORDER}
-  stages.STAGES["all"](finished)
+  COMMANDS["all"](finished)
   after = {s: (finished.folder(s) / "manifest.json").stat().st_mtime_ns for s in runs.ORDER}
   assert before == after
 
@@ -129,7 +130,7 @@ def test_a_changed_config_refuses_the_stale_artefact_with_the_difference(
   old = config[section][field]
   config[section][field] = value
   with pytest.raises(artifacts.StaleArtifact) as caught:
-    stages.STAGES["all"](run_of(finished.workdir, config))
+    COMMANDS["all"](run_of(finished.workdir, config))
   assert str(finished.folder(stage)) in str(caught.value)
   expected = "data.content" if section == "data" else f"{section}.{field}: {old} → {value}"
   assert expected in str(caught.value)
@@ -235,7 +236,7 @@ def test_unknown_names_list_the_valid_ones(finished, tmp_path, section, value, m
 
 def test_a_curvature_study_leaves_its_numbers_a_page_and_a_figure(finished, capsys):
   """It is no stage of `all`; its table goes to the screen too."""
-  artifact = stages.STAGES["curvature-study"](finished)
+  artifact = COMMANDS["curvature-study"](finished)
   num = len(artifact.notes["names"])
   assert artifact.arrays["errors"].shape == artifact.arrays["correlations"].shape == (num, 1, 2)
   assert (artifact.arrays["residuals"] < 1e-2).all()
@@ -247,7 +248,7 @@ def test_a_curvature_study_leaves_its_numbers_a_page_and_a_figure(finished, caps
 
 def test_a_compress_study_leaves_its_numbers_a_page_and_a_figure(finished, capsys):
   """Beside the compressions that always take part, one svd, truncation and projection."""
-  artifact = stages.STAGES["compress-study"](finished)
+  artifact = COMMANDS["compress-study"](finished)
   names = artifact.notes["names"]
   assert list(names[:4]) == ["int16", "int8", "int4", "bfloat16"] and len(names) == 7
   for name in ("errors", "pearson", "spearman"):
@@ -267,7 +268,7 @@ def test_more_queries_than_samples_are_refused_by_a_study(finished, tmp_path, st
     shutil.copytree(finished.folder(stage), tmp_path / stage)
   run = run_of(tmp_path, config, devices=jax.devices()[:1])
   with pytest.raises(ValueError, match=r"num_queries must lie in 1…3"):
-    stages.STAGES[study](run)
+    COMMANDS[study](run)
 
 
 def test_the_memory_of_a_curvature_is_told_without_a_model(tmp_path):

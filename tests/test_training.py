@@ -8,10 +8,10 @@ import pytest
 
 from jaxinf import models, training
 from jaxinf.artifacts import Checkpoints
-from jaxinf.config import TrainConfig
 from jaxinf.data import Dataset
 from jaxinf.diffusion.objective import noised
 from jaxinf.random import fold_in_each, stream
+from jaxinf.sections import TrainConfig
 
 SHAPE = (4, 4, 1)
 

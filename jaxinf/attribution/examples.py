@@ -12,6 +12,7 @@ from jaxinf.artifacts import fingerprint
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.eigenbasis import checked_damping
 from jaxinf.curvature.registration import Registration, register
+from jaxinf.diffusion.measurements import LOSS, Measurement
 from jaxinf.diffusion.task import Task, checked_conditioning, checked_ids, checked_images
 from jaxinf.random import example_numbers
 from jaxinf.types import Array, PyTree
@@ -19,31 +20,62 @@ from jaxinf.types import Array, PyTree
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-  """Queries or training examples: images [n, H, W, C], ids [n], conditioning [n, …] or None."""
+  """Queries or training examples: images [n, H, W, C], ids [n], conditioning [n, …] or None.
+
+  Queries of a measurement of trajectories are [n, K, H, W, C].
+  """
 
   images: np.ndarray
   ids: np.ndarray
   conditioning: PyTree
+
+  @property
+  def image_shape(self) -> tuple[int, ...]:
+    """(H, W, C)."""
+    return self.images.shape[-3:]
 
   def rows(self, draws: int | None = None) -> parallel.Rows:
     """Rows of them, `draws` for each."""
     return parallel.Rows(self.images, example_numbers(self.ids), draws, self.conditioning)
 
 
-def examples_of(images: Array, ids: np.ndarray | None, conditioning: PyTree, name: str) -> Examples:
-  """Examples whose arguments are called `name`_ids and so on in errors."""
-  images = checked_images(images)
+def examples_of(
+  images: Array,
+  ids: np.ndarray | None,
+  conditioning: PyTree,
+  name: str,
+  measurement: Measurement = LOSS,
+) -> Examples:
+  """Examples of a measurement whose arguments are called `name`_ids and so on in errors."""
+  images = checked_images(images) if measurement.of == "images" else checked_trajectories(images)
   ids = checked_ids(ids, len(images), f"{name}_ids")
   conditioning = checked_conditioning(conditioning, len(images), f"{name}_conditioning")
   return Examples(images, ids, conditioning)
 
 
+def checked_trajectories(trajectories: Array) -> np.ndarray:
+  """Several states an example as an array [N, K, H, W, C], finite float32; ValueError otherwise.
+
+  They may leave [-1, 1], as noise does.
+  """
+  trajectories = np.asarray(trajectories)
+  if trajectories.ndim != 5 or not trajectories.size or trajectories.dtype != np.float32:
+    raise ValueError(
+      "The measurement is of trajectories: give a non-empty float32 array [N, K, H, W, C]; got "
+      f"{trajectories.dtype} of shape {trajectories.shape}. (A sampler's, [K, N, H, W, C], needs "
+      "np.moveaxis(trajectory, 0, 1).)"
+    )
+  if not np.isfinite(trajectories).all():
+    raise ValueError("Trajectories must be finite.")
+  return trajectories
+
+
 def check_alike(query: Examples, train: Examples) -> None:
   """Raises ValueError unless queries and training examples are inputs of the same network."""
-  if query.images.shape[1:] != train.images.shape[1:]:
+  if query.image_shape != train.image_shape:
     raise ValueError(
-      f"Queries of shape {query.images.shape[1:]} do not match training images of shape "
-      f"{train.images.shape[1:]}."
+      f"Queries of shape {query.image_shape} do not match training images of shape "
+      f"{train.image_shape}."
     )
   ours, theirs = (
     jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), examples.conditioning)
@@ -71,7 +103,7 @@ def check_curvature(task: Task, curvature: Curvature, train: Examples) -> None:
     )
   if curvature.task.apply_fn is not task.apply_fn:
     try:
-      curvature.task.check_images(train.images.shape[1:], train.conditioning)
+      curvature.task.check_images(train.image_shape, train.conditioning)
     except ValueError as error:
       raise ValueError(
         f"The curvature was fitted for a model with other inputs than the task's: {error}"
@@ -92,11 +124,10 @@ def checked_dampings(damping: float | Sequence[float]) -> tuple[float, ...]:
 
 def registered(task: Task, curvature: Curvature, examples: Examples) -> Registration:
   """The task's layers for such examples, after checking that all three belong together."""
-  image_shape = examples.images.shape[1:]
-  task.check_images(image_shape, examples.conditioning)
+  task.check_images(examples.image_shape, examples.conditioning)
   check_curvature(task, curvature, examples)
   model = register(
-    task.apply_fn, task.params, image_shape, curvature.selection,
+    task.apply_fn, task.params, examples.image_shape, curvature.selection,
     conditioning=examples.conditioning,
   )  # fmt: skip
   if model.layers != curvature.layers:

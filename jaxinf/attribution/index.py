@@ -66,7 +66,7 @@ def build_index(
     train_conditioning: pytree of arrays [N, …] where the model takes it.
     draw_groups: rows kept for each image, each the mean over a group of draws, from which standard
       errors come; 1 takes half of the disk and leaves none.
-    design: how the draws of a group depend on each other.
+    design: how the draws of a group depend on each other; with random_flip where training had it.
     compression: of the rows: int4, int8, int16, bfloat16, truncation or None (float32).
     batch_size: (image, draw) pairs at a time over all devices.
     reserve_bytes: of the disk that are left free.

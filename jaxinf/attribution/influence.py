@@ -27,7 +27,7 @@ from jaxinf.attribution.queries import gradient_batches, query_rows
 from jaxinf.attribution.scoring import ScorePass
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.diffusion.draws import DrawDesign
-from jaxinf.diffusion.measurements import LOSS, measurement_named
+from jaxinf.diffusion.measurements import LOSS, Measurement, measurement_named
 from jaxinf.diffusion.precision import in_precision
 from jaxinf.diffusion.task import Task
 from jaxinf.gradients.compression import (
@@ -47,7 +47,7 @@ _LOG = logging.getLogger("jaxinf")
 @overload
 def influence(
   task: Task, curvature: Curvature, queries: Array, train_images: Array, *,
-  damping: float, draws: int | str | AutoDraws, seed: int, measurement: str = ...,
+  damping: float, draws: int | str | AutoDraws, seed: int, measurement: str | Measurement = ...,
   query_ids: np.ndarray | None = ..., train_ids: np.ndarray | None = ...,
   query_conditioning: PyTree = ..., train_conditioning: PyTree = ...,
   draw_groups: int | None = ..., query_draws: int | None = ..., query_groups: int | None = ...,
@@ -59,7 +59,8 @@ def influence(
 @overload
 def influence(
   task: Task, curvature: Curvature, queries: Array, train_images: Array, *,
-  damping: Sequence[float], draws: int | str | AutoDraws, seed: int, measurement: str = ...,
+  damping: Sequence[float], draws: int | str | AutoDraws, seed: int,
+  measurement: str | Measurement = ...,
   query_ids: np.ndarray | None = ..., train_ids: np.ndarray | None = ...,
   query_conditioning: PyTree = ..., train_conditioning: PyTree = ...,
   draw_groups: int | None = ..., query_draws: int | None = ..., query_groups: int | None = ...,
@@ -78,7 +79,7 @@ def influence(
   damping: float | Sequence[float],
   draws: int | str | AutoDraws,
   seed: int,
-  measurement: str = "loss",
+  measurement: str | Measurement = "loss",
   query_ids: np.ndarray | None = None,
   train_ids: np.ndarray | None = None,
   query_conditioning: PyTree = None,
@@ -100,7 +101,8 @@ def influence(
   Args:
     task: the model.
     curvature: fitted at the task's parameters.
-    queries: [Q, H, W, C] images to explain, float32 in [-1, 1] or uint8.
+    queries: [Q, H, W, C] images to explain, float32 in [-1, 1] or uint8; [Q, K, H, W, C] float32
+      where the measurement is of trajectories.
     train_images: [N, H, W, C], likewise.
     damping: λ > 0, in the units of the curvature (squared gradient of the pixel-mean loss); or
       several of them, all scored in one pass over the training gradients. Each takes as much
@@ -108,7 +110,8 @@ def influence(
     draws: draws of (t, ε) for each training image; "auto" or an AutoDraws goes on until the top of
       the order is stable, and says in settings["draws"] how many that took.
     seed: of the draws.
-    measurement: what is measured of a query; see jaxinf.diffusion.measurements.
+    measurement: what is measured of a query, by name or as an object; see
+      jaxinf.diffusion.measurements.
     query_ids, train_ids: stable ids, which the random keys follow; row numbers where None.
     query_conditioning, train_conditioning: what a conditional model is given with each image, such
       as labels: pytrees of arrays [Q, …] and [N, …] of one form; None where it has no such inputs.
@@ -122,8 +125,9 @@ def influence(
       of a query: with 2 it is right on average, and rough for a single query.
     design: how the draws of a group depend on each other; each group is one complete design, so
       that few draws a group leave little to stratify. Shared draws are the best for comparing
-      images; a sum of scores over many images is then no less noisy than its terms.
-    query_design: likewise for queries; as `design` where None.
+      images; a sum of scores over many images is then no less noisy than its terms. With
+      random_flip where training had it (paper, Appendix J.8).
+    query_design: likewise for queries, which are never mirrored; as `design` where None.
     compression: of the preconditioned query gradients: a name of gradients.compression, or a
       Compression. None: float32. What it and `precision` do to scores is measured on a sample of
       training images and put into settings["check"].
@@ -145,10 +149,14 @@ def influence(
     ValueError: the arguments don't fit together, or scores are not finite.
   """
   dampings = checked_dampings(damping)
-  query = examples_of(queries, query_ids, query_conditioning, "query")
-  train = examples_of(train_images, train_ids, train_conditioning, "train")
   measured = measurement_named(measurement)
-  asked_design = design if query_design is None else query_design
+  query = examples_of(queries, query_ids, query_conditioning, "query", measured)
+  train = examples_of(train_images, train_ids, train_conditioning, "train")
+  asked_design = design.without_flips() if query_design is None else query_design
+  if asked_design.random_flip:
+    raise ValueError("query_design mirrors images, but a query is measured as it is: leave it out.")
+  if resume is not None and measured.name is None:
+    raise ValueError("With resume, give the Measurement a name that tells it from others.")
   plan = _draw_plan(draws, draw_groups, query_draws, query_groups)
   if isinstance(compression, str) or compression is None:
     compression = compression_named(compression)
@@ -189,9 +197,9 @@ def influence(
     max(1, batch_size // groups.size), devices, query_blocks,
   )  # fmt: skip
   settings = {f"curvature_{name}": value for name, value in curvature.settings.items()} | dict(
-    measurement=measurement, draw_groups=plan.draw_groups, query_draws=plan.query_draws,
-    query_groups=plan.query_groups, compression=compression.description, seed=seed,
-    precision=precision,
+    measurement=measured.name or "custom", draw_groups=plan.draw_groups,
+    query_draws=plan.query_draws, query_groups=plan.query_groups,
+    compression=compression.description, seed=seed, precision=precision,
     design=dataclasses.asdict(design), query_design=dataclasses.asdict(asked_design),
   )  # fmt: skip
   key = settings | {

@@ -1,7 +1,8 @@
 """The kernels of attribution: gradients of (image, group of draws) rows, and inner products.
 
 Each gradient is that of a measurement averaged over the draws of one group. Groups are rows of
-their own, from whose spread the noise of the draws is known.
+their own, from whose spread the noise of the draws is known. Where the design has flips, they are
+draws as well: those of training images, never of queries.
 """
 
 import dataclasses

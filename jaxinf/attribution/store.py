@@ -143,7 +143,7 @@ class Store:
     damping: float,
     draws: int,
     seed: int,
-    measurement: str = "loss",
+    measurement: str | Measurement = "loss",
     query_ids: np.ndarray | None = None,
     query_conditioning: PyTree = None,
     query_groups: int | None = None,
@@ -159,11 +159,11 @@ class Store:
     several calls, which need not read the store again.
 
     Args:
-      queries: [Q, H, W, C] float32 in [-1, 1] or uint8.
+      queries: [Q, H, W, C] float32 in [-1, 1] or uint8; or trajectories, as for `influence`.
       damping: λ > 0, in the units of the curvature; any, at no cost.
-      draws: of (t, ε) for each query, by the store's design.
+      draws: of (t, ε) for each query, by the store's design but without flips.
       seed: of them.
-      measurement: what is measured of a query.
+      measurement: what is measured of a query, by name or as an object.
       query_ids: stable ids, which the random keys follow; row numbers where None.
       query_conditioning: pytree of arrays [Q, …] where the model takes it.
       query_groups: groups the draws are split into, for standard errors; 2 where None and even.
@@ -180,10 +180,11 @@ class Store:
       ValueError: the arguments don't fit together or the store is damaged.
     """
     checked_damping(damping)
-    query = examples_of(queries, query_ids, query_conditioning, "query")
+    measured = measurement_named(measurement)
+    query = examples_of(queries, query_ids, query_conditioning, "query", measured)
     self.rows.refresh()
     names = matching_layers(self.packing.shapes, layers)
-    design = DrawDesign(**self.settings["design"])
+    design = DrawDesign(**self.settings["design"]).without_flips()
     if query_groups is None:
       query_groups = default_groups(draws, most=2)
     checked_draws(draws, query_groups, "draws", "query_groups")
@@ -191,7 +192,7 @@ class Store:
     vectors = query_vectors(
       self.curvature,
       gradient_batches(
-        self._gradients(query, measurement_named(measurement), groups),
+        self._gradients(query, measured, groups),
         gradient_operands(self.task.params, QUERY), query.rows(query_groups),
         batch_size=max(1, batch_size // groups.size), devices=devices,
       ),
@@ -200,15 +201,16 @@ class Store:
     search = Search(self.rows, self.packing, self.curvature, vectors, query_groups, devices)
     if top_k is not None:
       return search.best(top_k)
-    settings = {**self.settings, "damping": damping, "measurement": measurement, "layers": names,
-                "query_draws": draws, "query_groups": query_groups, "query_seed": seed}  # fmt: skip
+    settings = {**self.settings, "damping": damping, "layers": names,
+                "measurement": measured.name or "custom", "query_draws": draws,
+                "query_groups": query_groups, "query_seed": seed}  # fmt: skip
     return search.scores(query.ids, settings)
 
   def _gradients(
     self, examples: Examples, measurement: Measurement, groups: DrawGroups
   ) -> parallel.Kernel:
     """The gradient kernel for such examples, made once, so that it compiles once."""
-    image_shape = examples.images.shape[1:]
+    image_shape = examples.image_shape
     expected = tuple(self.settings["image_shape"])
     if image_shape != expected:
       raise ValueError(f"The store is of images {expected}; got {image_shape}. Resize them.")

@@ -94,7 +94,7 @@ class GGN:
     task: the model; forward-mode derivatives must pass through its apply_fn (no jax.custom_vjp).
     layers: the covered layers, as in `Curvature.layers`; other parameters are constants.
     rows: (example, draw) pairs.
-    seed: of the draws; the seed of a fitted curvature gives its draws.
+    seed, random_flip: of the draws; those of a fitted curvature give its draws.
     batch_size: pairs at a time over all devices.
     devices: local devices; all of them where None.
     solver: how systems are solved, and the precision of products.
@@ -110,6 +110,7 @@ class GGN:
     batch_size: int,
     devices: Sequence[jax.Device] | None = None,
     solver: Solver | None = None,
+    random_flip: bool = False,
   ):
     self._solver = Solver() if solver is None else solver
     if rows.draws is None:
@@ -123,7 +124,8 @@ class GGN:
     self._ends = np.cumsum([math.prod(layer.matrix_shape) for layer in layers])
     marked = self._leaves(np.ones(self._ends[-1]))
     self._covered = tuple(i for i, leaf in enumerate(marked) if leaf.any())
-    self._sums = Reduction(product_kernel(task, self._covered, seed), label=None, devices=devices)
+    kernel = product_kernel(task, self._covered, seed, random_flip)
+    self._sums = Reduction(kernel, label=None, devices=devices)
 
   @property
   def content(self) -> list[Array]:

@@ -47,6 +47,7 @@ def fit_curvature(
   sharing: str = "expand",
   estimator: str = "mc",
   targets: int = 1,
+  random_flip: bool = False,
   skip: Sequence[str] = SKIP_NORMALISATION,
   diagonal: Sequence[str] = (),
   only: Sequence[str] | None = None,
@@ -72,6 +73,8 @@ def fit_curvature(
     estimator: "mc" (model-sampled targets), "empirical" (true noise) or "exact" (all outputs;
       small networks only).
     targets: model-sampled targets for each draw ("mc").
+    random_flip: mirror the image of each draw with probability ½, as training did: augmentation is
+      part of the data (paper, Appendix J.8). Outer products are of single draws, also "empirical".
     skip: regular expressions on parameter paths to leave out; normalisation layers by default.
     diagonal: likewise, layers whose curvature is diagonal; scales and shifts have no other.
     only: likewise, parameters to keep, all others being left out; None for all.
@@ -116,7 +119,8 @@ def fit_curvature(
   _LOG.info("curvature: skipped %s", some or "nothing")
   settings = dict(
     method=method, sharing=sharing, estimator=estimator, targets=targets, draws=draws,
-    seed=seed, solver=None if method != "cg" else dataclasses.asdict(solver or Solver()),
+    seed=seed, random_flip=random_flip,
+    solver=None if method != "cg" else dataclasses.asdict(solver or Solver()),
     conditional=conditioning is not None, **selection.as_dict(),
   )  # fmt: skip
   fit = Fit(task, model, rows, settings, batch_size, decompose, resume, devices)
@@ -124,7 +128,8 @@ def fit_curvature(
   exact = None
   if method == "cg":
     exact = GGN(
-      task, model.layers, rows, seed=seed, batch_size=batch_size, devices=devices, solver=solver
+      task, model.layers, rows, seed=seed, batch_size=batch_size, devices=devices, solver=solver,
+      random_flip=random_flip,
     )  # fmt: skip
   return Curvature(model.layers, bases, model.coverage, task, settings, diagnostics, exact)
 
@@ -214,7 +219,8 @@ class Fit:
 
   def _targets(self, batch: Batch):
     """The pairs of a batch's rows, and their cotangents."""
-    pairs, keys = curvature_pairs(self.task.schedule, self.settings["seed"], batch)
+    seed, flips = self.settings["seed"], self.settings["random_flip"]
+    pairs, keys = curvature_pairs(self.task.schedule, seed, batch, flips)
     cotangents = ESTIMATORS[self.settings["estimator"]](keys, pairs, self.settings["targets"])
     return pairs, cotangents
 

@@ -13,7 +13,9 @@ from jaxinf.parallel import Kernel
 from jaxinf.types import Array, Batch
 
 
-def product_kernel(task: Task, covered: Sequence[int], seed: int) -> Kernel:
+def product_kernel(
+  task: Task, covered: Sequence[int], seed: int, random_flip: bool = False
+) -> Kernel:
   """Kernel from (params, v) to Σ over pairs of (2/D) JᵀJ v, in the precision of v.
 
   v and the sums are lists of the leaves at positions `covered` of the parameters; J has these
@@ -23,7 +25,7 @@ def product_kernel(task: Task, covered: Sequence[int], seed: int) -> Kernel:
   def kernel(operands, batch: Batch) -> list[Array]:
     params, vector = operands
     dtype = vector[0].dtype
-    pairs, _ = curvature_pairs(task.schedule, seed, batch)
+    pairs, _ = curvature_pairs(task.schedule, seed, batch, random_flip)
     cast = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
     params, pairs = jax.tree.map(cast, (params, pairs))
     leaves, structure = jax.tree.flatten(params)

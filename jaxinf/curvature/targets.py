@@ -8,7 +8,8 @@ and J = ∂ε_θ/∂θ. Back-propagating cotangents with second moment (2/D) I g
   mc:        √(2/D) ξ, ξ ~ N(0, I): the gradient at targets sampled from the model's own Gaussian,
              the GGN in expectation;
   exact:     √2 e_c for every output c, whose mean over the D outputs has that moment;
-  empirical: the loss's own gradient at the true ε, the empirical Fisher, which is not the GGN.
+  empirical: the loss's own gradient at the true ε, the empirical Fisher, which is not the GGN. Of
+             each draw by itself: only TRAK averages draws before the outer product.
 """
 
 from collections.abc import Callable
@@ -18,8 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf.diffusion.measurements import LOSS
-from jaxinf.diffusion.objective import Noised, float_images, noised, predict
+from jaxinf.diffusion.objective import (
+  Noised,
+  flipped,
+  float_images,
+  noised,
+  predict,
+  squared_errors,
+)
 from jaxinf.diffusion.schedule import Schedule
 from jaxinf.diffusion.task import Task
 from jaxinf.random import fold_in_each, stream, substreams
@@ -47,7 +54,7 @@ def monte_carlo(keys: jax.Array, pairs: Noised, num: int) -> Cotangents:
 def empirical(keys: jax.Array, pairs: Noised, num: int) -> Cotangents:
   """The gradient of each pair's loss at its true noise: one target."""
   del keys, num
-  return lambda out: LOSS.cotangents(pairs, draws=1)(out)[None]
+  return lambda out: jax.grad(lambda y: jnp.sum(squared_errors(y, pairs)))(out)[None]
 
 
 def exact(keys: jax.Array, pairs: Noised, num: int) -> Cotangents:
@@ -59,14 +66,20 @@ def exact(keys: jax.Array, pairs: Noised, num: int) -> Cotangents:
   return lambda out: jnp.broadcast_to(units, (size, len(out), *shape))
 
 
-def curvature_pairs(schedule: Schedule, seed: int, batch: Batch) -> tuple[Noised, jax.Array]:
+def curvature_pairs(
+  schedule: Schedule, seed: int, batch: Batch, random_flip: bool = False
+) -> tuple[Noised, jax.Array]:
   """The (t, ε) pairs of (example, draw) rows, and their keys [B]: the same in every method.
+
+  With random_flip each pair's image is mirrored with probability ½: augmentation is part of the
+  expectation over data (paper, Appendix J.8).
 
   In float32 whatever JAX's mode: under x64 the same keys would give other numbers.
   """
   with jax.enable_x64(False):
     keys = fold_in_each(fold_in_each(stream(seed, "curvature"), batch.ids), batch.draws)
-    pairs = noised(schedule, float_images(batch.images), keys)
+    images = float_images(batch.images)
+    pairs = noised(schedule, flipped(images, keys) if random_flip else images, keys)
   return pairs._replace(conditioning=batch.conditioning), keys
 
 

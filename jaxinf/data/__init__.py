@@ -5,11 +5,11 @@ A new one is a function and a line in DATASETS; its first act is `check_options`
 
 from collections.abc import Callable
 
-from jaxinf.config import DataConfig
 from jaxinf.data.cifar import cifar2, cifar10
 from jaxinf.data.dataset import Dataset
 from jaxinf.data.digits import digits
 from jaxinf.data.files import arrays, folder
+from jaxinf.sections import DataConfig
 
 
 def load(config: DataConfig) -> Dataset:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from jaxinf.config import DataConfig
 from jaxinf.data.dataset import Dataset, check_options, stratified_positions
+from jaxinf.sections import DataConfig
 
 # Kept here since a data set that was prepared without the publisher's files lacks the names.
 _LABEL_NAMES = (

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from jaxinf.config import DataConfig
 from jaxinf.data.dataset import Dataset, check_options
+from jaxinf.sections import DataConfig
 
 
 def digits(config: DataConfig) -> Dataset:

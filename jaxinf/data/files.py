@@ -1,4 +1,4 @@
-"""A user's own images: a NumPy .npz file, or a folder of image files."""
+"""A user's own images, in a NumPy .npz file or a folder of image files; and embeddings of them."""
 
 import pathlib
 import zipfile
@@ -7,8 +7,8 @@ import zlib
 import numpy as np
 from PIL import Image, ImageOps
 
-from jaxinf.config import DataConfig
 from jaxinf.data.dataset import Dataset, check_options
+from jaxinf.sections import DataConfig
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _GREY_MODES = ("1", "L", "LA", "La")
@@ -78,19 +78,49 @@ def folder(config: DataConfig) -> Dataset:
   )
 
 
+def read_embeddings(path: str | pathlib.Path, ids: np.ndarray) -> np.ndarray:
+  """Embeddings [len(ids), E] of the examples with these ids, in that order, from an .npz file.
+
+  It holds `embeddings` [n, E] and `ids` [n] (unique strings or integers), of these and maybe more.
+
+  Raises:
+    ValueError: the file lacks, or has other arrays; they do not fit; or an id is not in it.
+  """
+  path = pathlib.Path(path).expanduser()
+  contents = _read_npz(path, holds="embeddings=..., ids=...")
+  if set(contents) != {"embeddings", "ids"}:
+    names = ", ".join(sorted(contents)) or "none"
+    raise ValueError(f"{path}: expected the arrays embeddings and ids; got {names}. Rename them.")
+  embeddings, found = contents["embeddings"], _as_strings(contents["ids"])
+  position_of = {i: n for n, i in enumerate(found.tolist())} if found.ndim == 1 else {}
+  if embeddings.ndim != 2 or not len(embeddings) == len(position_of) == len(found):
+    raise ValueError(
+      f"{path}: expected embeddings [n, E] and n different ids; got shapes {embeddings.shape} and "
+      f"{found.shape}, {len(position_of)} different."
+    )
+  wanted = _as_strings(np.asarray(ids)).tolist()
+  unknown = [i for i in wanted if i not in position_of]
+  if unknown:
+    raise ValueError(
+      f"{path}: {len(unknown)} of {len(wanted)} ids have no embedding, such as {unknown[0]!r}; its "
+      f"ids look like {found[0]!r}."
+    )
+  return embeddings[[position_of[i] for i in wanted]]
+
+
 def _path(config: DataConfig, kind: str) -> pathlib.Path:
   if config.path is None:
     raise ValueError(f"data set {config.name!r} needs data.path, {kind}; got None.")
   return pathlib.Path(config.path).expanduser()
 
 
-def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _read_npz(path: pathlib.Path, holds: str = "images=...") -> dict[str, np.ndarray]:
   if not path.is_file():
-    raise ValueError(f"{path}: expected an .npz file, got none. Check data.path.")
+    raise ValueError(f"{path}: expected an .npz file, got none. Check the path.")
   if not zipfile.is_zipfile(path):
     raise ValueError(
       f"{path}: expected an .npz file, got something else or a damaged one. "
-      "Write it with np.savez(path, images=...)."
+      f"Write it with np.savez(path, {holds})."
     )
   try:
     with np.load(path, allow_pickle=False) as contents:
@@ -98,7 +128,7 @@ def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
   except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
     raise ValueError(
       f"{path}: expected readable arrays of numbers or strings, got: {error} "
-      "Write it again with np.savez(path, images=...), without object arrays."
+      f"Write it again with np.savez(path, {holds}), without object arrays."
     ) from error
 
 

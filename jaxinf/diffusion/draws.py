@@ -3,6 +3,9 @@
 Every design is unbiased: the draws of one group together have t uniform on 0 … T − 1 and ε standard
 normal, however they depend on each other. A group of draws is one complete design, so that
 groups are independent of each other and their spread is the noise of the mean.
+
+Training that mirrors images at random has the mean over both as its loss (paper, Appendix J.8):
+then draws are of (flip, t, ε).
 """
 
 import dataclasses
@@ -10,7 +13,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxinf.diffusion.objective import Noised
+from jaxinf.diffusion.objective import Noised, flipped
 from jaxinf.diffusion.schedule import Schedule, add_noise
 from jaxinf.random import substreams
 
@@ -29,6 +32,8 @@ class DrawDesign:
     shared: all examples have the same draws (common random numbers), so that their scores are
       compared on equal terms; otherwise each example has its own. A sum over examples is then no
       less noisy than its terms.
+    random_flip: each draw mirrors its image left to right with probability ½; antithetic pairs
+      share their flip. For the training images of a model trained so, never for queries.
 
   On scikit-learn's digits the default orders training images better than any other design of as
   many draws; `make bench-draws` has the figures.
@@ -40,6 +45,7 @@ class DrawDesign:
   timesteps: str = "stratified"
   antithetic: bool = True
   shared: bool = True
+  random_flip: bool = False
 
   def __post_init__(self):
     if self.timesteps not in TIMESTEPS:
@@ -48,6 +54,10 @@ class DrawDesign:
   def numbers(self, ids: jax.Array) -> jax.Array:
     """Example numbers [B] that the keys of examples `ids` [B] are made from."""
     return jnp.zeros_like(ids) if self.shared else ids
+
+  def without_flips(self) -> "DrawDesign":
+    """The design of queries, which are measured as they are, where this is of training images."""
+    return dataclasses.replace(self, random_flip=False)
 
 
 # The paper's: independent draws, each example's own.
@@ -68,28 +78,56 @@ def draw_pairs(
   Returns:
     The B · S pairs, image-major, without conditioning.
   """
-  num, size = keys.shape
-  twice = 2 if design.antithetic else 1
-  firsts = keys[:, ::twice]  # of each pair, or all
-  flat, num_firsts = firsts.reshape(-1), firsts.shape[1]
-  t = _timesteps(schedule.num_steps, substreams(flat, "t"), design, num_firsts, size // twice)
-  noise = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))(substreams(flat, "noise"))
+  images = jnp.repeat(images, keys.shape[1], axis=0)
+  t = draw_timesteps(schedule.num_steps, keys, design)
+  return draw_noised(schedule, images, t, keys, design)
+
+
+def draw_timesteps(num_steps: int, keys: jax.Array, design: DrawDesign) -> jax.Array:
+  """Timesteps [B · S] int32 in [0, num_steps) of keys [B, S]."""
+  firsts = _firsts(keys, design)
+  pairs, num = substreams(firsts.reshape(-1), "t"), firsts.shape[1]
+  if design.timesteps == "uniform":
+    t = jax.vmap(lambda key: jax.random.randint(key, (), 0, num_steps))(pairs)
+  else:
+    strata = keys.shape[1] // (2 if design.antithetic else 1)
+    within = jax.vmap(jax.random.uniform)(pairs).reshape(-1, num)
+    parts = (jnp.arange(strata) + within[:, :strata]) / max(strata, 1)
+    # Draws beyond one a stratum are uniform; a sum may round up to the next stratum.
+    t = jnp.concatenate([parts, within[:, strata:]], axis=1).reshape(-1) * num_steps
+    t = jnp.minimum(t.astype(jnp.int32), num_steps - 1)
+  return _both(t, keys, design)
+
+
+def draw_noised(
+  schedule: Schedule, images: jax.Array, t: jax.Array, keys: jax.Array, design: DrawDesign
+) -> Noised:
+  """The pairs of images [B · S, H, W, C] and timesteps [B · S] with the noise of keys [B, S]."""
+  normal = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))
+  noise = _both(normal(substreams(_firsts(keys, design).reshape(-1), "noise")), keys, design)
   if design.antithetic:
-    both = lambda x, other: jnp.stack([x, other], axis=1).reshape(num, 2 * num_firsts, *x.shape[1:])
-    t, noise = (
-      x[:, :size].reshape(num * size, *x.shape[2:]) for x in (both(t, t), both(noise, -noise))
-    )
-  images = jnp.repeat(images, size, axis=0)
+    signs = jnp.tile(1.0 - 2.0 * (jnp.arange(keys.shape[1]) % 2), len(keys))
+    noise *= signs[:, None, None, None]
+  images = draw_flips(images, keys, design)
   return Noised(add_noise(schedule, images=images, t=t, noise=noise), t, noise)
 
 
-def _timesteps(
-  num_steps: int, keys: jax.Array, design: DrawDesign, num: int, strata: int
-) -> jax.Array:
-  """Timesteps [B · num] int32 from keys [B · num]; draws beyond one a stratum are uniform."""
-  if design.timesteps == "uniform":
-    return jax.vmap(lambda key: jax.random.randint(key, (), 0, num_steps))(keys)
-  within = jax.vmap(jax.random.uniform)(keys).reshape(-1, num)
-  parts = (jnp.arange(strata) + within[:, :strata]) / max(strata, 1)
-  t = jnp.concatenate([parts, within[:, strata:]], axis=1).reshape(-1) * num_steps
-  return jnp.minimum(t.astype(jnp.int32), num_steps - 1)  # a sum may round up to the next stratum
+def draw_flips(images: jax.Array, keys: jax.Array, design: DrawDesign) -> jax.Array:
+  """Images [B · S, H, W, C], mirrored as keys [B, S] say where the design has flips."""
+  if not design.random_flip:
+    return images
+  return flipped(images, _both(_firsts(keys, design).reshape(-1), keys, design))
+
+
+def _firsts(keys: jax.Array, design: DrawDesign) -> jax.Array:
+  """[B, F] of keys [B, S]: those of the first draw of each pair, or all."""
+  return keys[:, ::2] if design.antithetic else keys
+
+
+def _both(values: jax.Array, keys: jax.Array, design: DrawDesign) -> jax.Array:
+  """[B · S, …]: the values [B · F, …] of first draws, for both draws of each pair."""
+  if not design.antithetic:
+    return values
+  num, size = keys.shape
+  each = values.reshape(num, -1, *values.shape[1:])
+  return jnp.repeat(each, 2, axis=1)[:, :size].reshape(num * size, *values.shape[1:])

@@ -37,6 +37,12 @@ def float_images(images: jax.Array) -> jax.Array:
   return images
 
 
+def flipped(images: jax.Array, keys: jax.Array) -> jax.Array:
+  """Images [B, H, W, C], each mirrored left to right with probability ½ as its key [B] says."""
+  flips = jax.vmap(jax.random.bernoulli)(substreams(keys, "flip"))
+  return jnp.where(flips[:, None, None, None], images[:, :, ::-1], images)
+
+
 def noised(schedule: Schedule, images: jax.Array, keys: jax.Array) -> Noised:
   """One draw of (t, ε) for each image [B, H, W, C] from its key [B]; t is uniform in [0, T).
 

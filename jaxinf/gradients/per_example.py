@@ -32,7 +32,7 @@ def example_gradients(
     measurement: what is differentiated.
     schedule: the diffusion process.
     params: the parameters.
-    images: [B, H, W, C], float32 in [-1, 1] or uint8.
+    images: [B, H, W, C], float32 in [-1, 1] or uint8; or what the measurement is of.
     keys: [B, S], one a draw.
     conditioning: pytree of arrays [B, …], or None.
     design: how the S draws of an image depend on each other.
@@ -47,7 +47,7 @@ def example_gradients(
     )  # fmt: skip
     return jax.tree.map(lambda *x: jnp.concatenate(x), *map(alone, range(len(images))))
   pairs = measurement.pairs(schedule, images, keys, conditioning, design)
-  cotangents = measurement.cotangents(pairs, draws=keys.shape[1])
+  cotangents = measurement.cotangents(schedule, pairs, draws=keys.shape[1])
   return model.gradients(params, pairs, cotangents, rows=len(images))
 
 

@@ -11,7 +11,6 @@ import numpy as np
 
 from jaxinf import parallel
 from jaxinf.attribution.kernels import TRAIN, DrawGroups, gradient_kernel, gradient_operands
-from jaxinf.config import AttributeConfig
 from jaxinf.curvature.registration import register
 from jaxinf.diffusion.draws import DrawDesign
 from jaxinf.diffusion.measurements import LOSS
@@ -20,6 +19,7 @@ from jaxinf.gradients.per_example import checked_draws
 from jaxinf.parallel.devices import mapped
 from jaxinf.planning.subject import Subject, mapped_program, one_device
 from jaxinf.planning.trials import Program, Trial, num_operations, random_like, times
+from jaxinf.sections import AttributeConfig
 from jaxinf.types import PyTree
 
 

@@ -13,13 +13,14 @@ import jinja2
 import numpy as np
 
 from jaxinf.artifacts import write_bytes
-from jaxinf.config import Config, as_dict
+from jaxinf.config import as_dict
 from jaxinf.curvature.coverage import Coverage
 from jaxinf.data.dataset import Dataset
 from jaxinf.progress import clock
 from jaxinf.report.check import SupportCheck, support_check
 from jaxinf.report.figures import TITLES, attribution_figure, png_bytes, sorted_scores_paths
 from jaxinf.report.rows import Row, Unit, common_unit, explained_rows
+from jaxinf.sections import Config
 from jaxinf.types import Scores
 
 _CHECKED = 10  # supporting images in the check, fewer where there are not twice as many

@@ -14,11 +14,12 @@ from jaxinf.curvature.decompose import decomposed
 from jaxinf.curvature.eigenbasis import precondition
 from jaxinf.curvature.registration import register
 from jaxinf.diffusion.draws import UNIFORM
-from jaxinf.diffusion.measurements import LOSS
+from jaxinf.diffusion.measurements import LOSS, measurement_named
 from jaxinf.gradients.per_example import group_keys
 from jaxinf.random import fold_in_each, stream
 from jaxinf.types import KroneckerFactors, Scores
 from tests import nets
+from tests.diffusion.measured import random_examples
 
 NUM_TRAIN, NUM_QUERIES, DRAWS = 11, 3, 4
 SETTINGS = dict(damping=1e-3, draws=DRAWS, seed=5, draw_groups=2, design=UNIFORM)
@@ -42,10 +43,13 @@ def scores(problem):
   return jaxinf.influence(*problem, **SETTINGS, compression=None)
 
 
-def twin_gradients(task, curvature, images, name) -> dict[str, np.ndarray]:
+def twin_gradients(task, curvature, images, name, design=UNIFORM) -> dict[str, np.ndarray]:
   """Layer → [n, d_out, d_in]: plain gradients in float64, one image at a time."""
   keys = keys_of(name, len(images))
-  pairs = [LOSS.pairs(task.schedule, images[i][None], keys[i][None]) for i in range(len(images))]
+  pairs = [
+    LOSS.pairs(task.schedule, images[i][None], keys[i][None], design=design)
+    for i in range(len(images))
+  ]
   with jax.enable_x64(True):
     double = lambda tree: jax.tree.map(
       lambda x: jnp.asarray(np.asarray(x), jnp.float64 if x.dtype == jnp.float32 else None), tree
@@ -65,17 +69,101 @@ def twin_gradients(task, curvature, images, name) -> dict[str, np.ndarray]:
   }
 
 
-def test_scores_equal_a_naive_float64_twin(problem, scores):
-  task, curvature, queries, train = problem
-  query_grads = twin_gradients(task, curvature, queries, "query_gradients")
-  train_grads = twin_gradients(task, curvature, train, "train_gradients")
-  expected = sum(
+def twin_scores(curvature, query_grads, train_grads) -> np.ndarray:
+  """[Q, N]."""
+  return sum(
     np.einsum(
       "qoi,noi->qn", precondition(query_grads[name], basis, SETTINGS["damping"]), train_grads[name]
     )
     for name, basis in curvature.bases.items()
   )
+
+
+def test_scores_equal_a_naive_float64_twin(problem, scores):
+  task, curvature, queries, train = problem
+  query_grads = twin_gradients(task, curvature, queries, "query_gradients")
+  train_grads = twin_gradients(task, curvature, train, "train_gradients")
+  expected = twin_scores(curvature, query_grads, train_grads)
   np.testing.assert_allclose(scores.values, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_flips_are_of_training_images_and_never_of_queries(problem, scores, tmp_path):
+  """By default, with the design of queries given, and in a store of the training gradients."""
+  task, curvature, queries, train = problem
+  design = dataclasses.replace(UNIFORM, random_flip=True)
+  query_grads = twin_gradients(task, curvature, queries, "query_gradients")
+  train_grads = twin_gradients(task, curvature, train, "train_gradients", design)
+  expected = twin_scores(curvature, query_grads, train_grads)
+  atol = 1e-5 * np.abs(expected).max()
+  assert not np.allclose(scores.values, expected, rtol=0, atol=100 * atol)
+  settings = SETTINGS | {"design": design}
+  for more in ({}, {"query_design": UNIFORM}):
+    found = jaxinf.influence(*problem, **settings, **more, compression=None)
+    np.testing.assert_allclose(found.values, expected, rtol=0, atol=atol)
+    assert found.settings["design"]["random_flip"]
+    assert not found.settings["query_design"]["random_flip"]
+  store = jaxinf.build_index(
+    tmp_path, task, curvature, train, draws=DRAWS, seed=5, design=design, compression=None
+  )
+  found = store.query(queries, damping=SETTINGS["damping"], draws=DRAWS, seed=5)
+  np.testing.assert_allclose(found.values, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("name", ["elbo", "trajectory", "journey_loss(8,5,1)"])
+def test_a_query_of_any_measurement_has_the_gradient_of_its_value(name, problem):
+  """By name and as an object: scores are products with plain gradients of `evaluate`."""
+  task, curvature, _, train = problem
+  measurement = measurement_named(name)
+  queries = random_examples(measurement, NUM_QUERIES, task.schedule.num_steps, seed=1)
+  if measurement.of == "trajectories":
+    queries *= 2  # noise leaves [-1, 1]
+  keys = keys_of("query_gradients", NUM_QUERIES)
+
+  def value(params, query, keys):
+    return measurement.evaluate(task.apply_fn, params, task.schedule, query[None], keys[None])[0]
+
+  gradient = jax.jit(jax.grad(value))
+  leaves = [
+    jax.tree.leaves(gradient(task.params, *pair)) for pair in zip(queries, keys, strict=True)
+  ]
+  query_grads = {
+    layer.name: np.stack([layer.to_matrix(list(map(np.asarray, x))) for x in leaves])
+    for layer in curvature.layers
+  }
+  train_grads = twin_gradients(task, curvature, train, "train_gradients")
+  expected = twin_scores(curvature, query_grads, train_grads)
+  for asked in (name, dataclasses.replace(measurement, name=None)):
+    found = jaxinf.influence(
+      task, curvature, queries, train, **SETTINGS, measurement=asked, compression=None
+    )
+    # Float32 gradients of large terms, summed in another order.
+    atol = 1e-5 * np.abs(expected).max()
+    np.testing.assert_allclose(found.values, expected, rtol=0, atol=atol)
+    assert found.settings["measurement"] == (name if asked == name else "custom")
+
+
+@pytest.mark.parametrize(
+  ("queries", "message"),
+  [
+    (np.zeros((2, 4, 4, 1), np.float32), r"of trajectories: give .* \[N, K, H, W, C\]; got"),
+    (np.zeros((2, 1001, 4, 4, 1)), "got float64"),
+    (np.full((2, 1001, 4, 4, 1), np.nan, np.float32), "must be finite"),
+    (np.zeros((2, 1001, 4, 4, 2), np.float32), "do not match training images"),
+    (np.zeros((2, 1000, 4, 4, 1), np.float32), "must have the 1001 states"),
+  ],
+)
+def test_queries_that_are_no_trajectories_are_refused(problem, queries, message):
+  task, curvature, _, train = problem
+  with pytest.raises(ValueError, match=message):
+    jaxinf.influence(task, curvature, queries, train, **SETTINGS, measurement="trajectory")
+
+
+def test_a_resumed_measurement_needs_a_name(problem, tmp_path):
+  unnamed = dataclasses.replace(LOSS, name=None)
+  with pytest.raises(ValueError, match="give the Measurement a name"):
+    jaxinf.influence(
+      *problem, **SETTINGS, measurement=unnamed, resume=jaxinf.Resume(tmp_path, every=1)
+    )
 
 
 def test_int8_queries_keep_the_order_at_the_default_damping(problem):
@@ -184,6 +272,7 @@ def test_a_curvature_of_other_parameters_is_refused(problem):
     ({"compression": "int7"}, "Unknown compression 'int7'"),
     ({"train_ids": np.zeros(NUM_TRAIN, int)}, "train_ids must be 11 different ids"),
     ({"batch_size": 0}, "batch_size must be at least 1"),
+    ({"query_design": jaxinf.DrawDesign(random_flip=True)}, "a query is measured as it is"),
   ],
 )
 def test_bad_settings_are_refused(problem, change, message):

@@ -115,7 +115,9 @@ def one_batch(
 
   def gradients(model, draws):
     def kernel(params, noised):
-      return model.gradients(params, noised, LOSS.cotangents(noised, draws), rows=size // draws)
+      return model.gradients(
+        params, noised, LOSS.cotangents(SCHEDULE, noised, draws), rows=size // draws
+      )
 
     return jax.jit(kernel)
 
@@ -178,7 +180,7 @@ def all_pairs(
 
   @jax.jit
   def grads(params, noised):
-    cotangents = LOSS.cotangents(noised, draws)
+    cotangents = LOSS.cotangents(SCHEDULE, noised, draws)
     return kernels.model.gradients(params, noised, cotangents, rows=size // draws)
 
   plain, products = jax.jit(kernels.plain), jax.jit(score)

@@ -56,7 +56,8 @@ class Kernels:
     """Forward and backward: the gradient of the loss."""
 
     def loss(params):
-      return jnp.mean(LOSS.value(predict(self.apply_fn, params, pairs.noised), pairs.noised))
+      outputs = predict(self.apply_fn, params, pairs.noised)
+      return jnp.mean(LOSS.value(SCHEDULE, outputs, pairs.noised))
 
     return jax.grad(loss)(params)
 

@@ -1,5 +1,6 @@
 """Designs of draws: each is unbiased, and has the structure that its name says."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -11,6 +12,7 @@ from jaxinf import DrawDesign, Schedule
 from jaxinf.diffusion.draws import UNIFORM, draw_pairs
 from jaxinf.diffusion.measurements import LOSS
 from jaxinf.diffusion.objective import noised
+from jaxinf.diffusion.schedule import add_noise
 from jaxinf.random import draw_keys, fold_in_each, stream
 
 NUM_STEPS = 10
@@ -97,6 +99,35 @@ def test_shared_draws_are_those_of_every_example(design):
   keys = fold_in_each(stream(0, "test"), design.numbers(ids))
   drawn = [jax.random.normal(key) for key in keys]
   assert (drawn[0] == drawn[1] == drawn[2]) == design.shared
+
+
+@named
+@pytest.mark.parametrize("size", [4, 5])
+def test_flips_mirror_half_of_the_images_and_change_no_draw(design, size):
+  """Pairs share theirs, with shared draws all images do, and the noise is not mirrored."""
+  images = jnp.asarray(np.random.default_rng(0).normal(size=(400, 2, 3, 1)), jnp.float32)
+  ids = design.numbers(jnp.arange(400))
+  keys = jax.vmap(lambda key: draw_keys(key, size))(fold_in_each(stream(0, "test"), ids))
+  flips = dataclasses.replace(design, random_flip=True)
+  pairs, plain = (draw_pairs(SCHEDULE, images, keys, chosen) for chosen in (flips, design))
+  np.testing.assert_array_equal(pairs.t, plain.t)
+  np.testing.assert_array_equal(pairs.noise, plain.noise)
+  repeated = jnp.repeat(images, size, axis=0)
+  kept, turned = (
+    np.asarray(add_noise(SCHEDULE, images=x, t=pairs.t, noise=pairs.noise))
+    for x in (repeated, repeated[:, :, ::-1])
+  )
+  mirrored = (np.asarray(pairs.x_t) == turned).all(axis=(1, 2, 3))
+  np.testing.assert_array_equal(np.asarray(pairs.x_t)[~mirrored], kept[~mirrored])
+  mirrored = mirrored.reshape(400, size)
+  if design.antithetic:
+    np.testing.assert_array_equal(mirrored[:, 0], mirrored[:, 1])
+  if design.shared:
+    assert (mirrored == mirrored[0]).all()
+  else:
+    # Pairs share theirs: four standard errors of 800 fair coins.
+    assert abs(mirrored.mean() - 0.5) < 4 * np.sqrt(0.25 / 800)
+  assert flips.without_flips() == design
 
 
 def test_the_papers_design_draws_each_pair_by_itself():

@@ -1,16 +1,12 @@
-"""Draws of (t, ε), the ε loss and measurements: distributions, a NumPy twin, a naive loop."""
+"""Draws of (t, ε), the ε loss: distributions and a NumPy twin."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinf.diffusion import measurements
-from jaxinf.diffusion.draws import UNIFORM
-from jaxinf.diffusion.measurements import LOSS, MEASUREMENTS, measurement_named
 from jaxinf.diffusion.objective import Noised, float_images, noised, squared_errors
-from jaxinf.random import draw_keys, fold_in_each, stream
-from tests import nets
+from jaxinf.random import fold_in_each, stream
 
 NUM = 20_000
 
@@ -90,87 +86,3 @@ def test_bytes_map_linearly_to_minus_one_to_one():
   # Float32 numbers of size 1.
   np.testing.assert_allclose(float_images(jnp.asarray(levels)), levels / 127.5 - 1, atol=1e-7)
   np.testing.assert_array_equal(float_images(jnp.array([-1.0, 0.3, 1.0])), np.float32([-1, 0.3, 1]))
-
-
-@pytest.mark.parametrize("name", MEASUREMENTS)
-@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-def test_a_measurement_equals_a_naive_loop_over_images_and_draws(name, dtype, mlp, schedule):
-  measurement = MEASUREMENTS[name]
-  images = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 1)).astype(np.uint8)
-  images = images if dtype == np.uint8 else np.asarray(float_images(images))
-  params = mlp.init(stream(0, "init"), jnp.zeros((1, 4, 4, 1)), jnp.zeros(1, jnp.int32))["params"]
-  apply_fn = lambda params, x_t, t: mlp.apply({"params": params}, x_t, t)
-  keys = jnp.stack([draw_keys(key, 2) for key in keys_of(3)])
-  values = measurement.evaluate(apply_fn, params, schedule, jnp.asarray(images), keys)
-
-  expected = np.zeros(3)
-  for n in range(3):
-    for s in range(2):
-      image = float_images(jnp.asarray(images[n : n + 1]))
-      pair = measurement.draw(schedule, image, keys[n, s][None, None], UNIFORM)
-      expected[n] += measurement.value(apply_fn(params, pair.x_t, pair.t), pair)[0] / 2
-  np.testing.assert_allclose(values, expected, rtol=1e-5)  # float32 sums in another order
-
-
-@pytest.mark.parametrize("name", MEASUREMENTS)
-def test_conditioning_changes_no_draw_and_stays_with_its_image(name):
-  measurement = MEASUREMENTS[name]
-  images = jnp.asarray(nets.random_images(3))
-  keys = jnp.stack([draw_keys(key, 2) for key in keys_of(3)])
-  text = jax.random.normal(stream(4, "test"), (3, 5, 2))
-  conditioning = {"label": jnp.array([2, 0, 1]), "text": text}
-  without = measurement.pairs(nets.SCHEDULE, images, keys)
-  pairs = measurement.pairs(nets.SCHEDULE, images, keys, conditioning)
-  assert without.conditioning is None
-  jax.tree.map(np.testing.assert_array_equal, pairs._replace(conditioning=None), without)
-  np.testing.assert_array_equal(pairs.conditioning["label"], [2, 2, 0, 0, 1, 1])
-  np.testing.assert_array_equal(pairs.conditioning["text"], np.repeat(text, 2, axis=0))
-
-
-@pytest.mark.parametrize("name", MEASUREMENTS)
-def test_a_conditional_measurement_equals_a_loop_over_closed_over_labels(name):
-  """Every image by itself, under the unconditional network that its label makes."""
-  measurement, task = MEASUREMENTS[name], nets.conditional_task()
-  images, labels = jnp.asarray(nets.random_images(4)), jnp.array([2, 0, 1, 2])
-  keys = jnp.stack([draw_keys(key, 3) for key in keys_of(4)])
-  values = measurement.evaluate(task.apply_fn, task.params, task.schedule, images, keys, labels)
-  expected = []
-  for n in range(4):
-
-    def apply_fn(params, x_t, t, label=labels[n]):
-      return task.apply_fn(params, x_t, t, jnp.full(len(x_t), label))
-
-    one = measurement.evaluate(
-      apply_fn, task.params, task.schedule, images[n : n + 1], keys[n : n + 1]
-    )
-    expected.append(one[0])
-  np.testing.assert_allclose(values, expected, rtol=1e-5)  # float32 sums in another order
-  others = measurement.evaluate(
-    task.apply_fn, task.params, task.schedule, images, keys, (labels + 1) % 3
-  )
-  assert not np.isclose(values, others, rtol=1e-3).any()
-
-
-@pytest.mark.parametrize("name", MEASUREMENTS)
-def test_cotangents_are_the_derivative_of_an_images_mean_over_draws(name, schedule):
-  measurement = MEASUREMENTS[name]
-  keys = jnp.stack([draw_keys(key, 2) for key in keys_of(3)])
-  pairs = measurement.pairs(schedule, jnp.zeros((3, 2, 2, 1)), keys)
-  out = jax.random.normal(stream(2, "test"), pairs.x_t.shape)
-  change = jax.random.normal(stream(3, "test"), pairs.x_t.shape)
-  total = lambda y: float(np.sum(np.float64(measurement.value(y, pairs)).reshape(3, 2).mean(1)))
-  difference = (total(out + 0.1 * change) - total(out - 0.1 * change)) / 0.2
-  inner = np.sum(np.float64(measurement.cotangents(pairs, draws=2)(out)) * change)
-  # Central differences are exact for a square, up to float32 rounding: 6 · 1e-7 over a step of 0.2.
-  np.testing.assert_allclose(inner, difference, rtol=1e-4)
-
-
-def test_the_loss_of_the_true_noise_is_zero(schedule):
-  pairs = LOSS.pairs(schedule, jnp.zeros((3, 2, 2, 1)), keys_of(3)[:, None])
-  np.testing.assert_array_equal(LOSS.value(pairs.noise, pairs), np.zeros(3))
-
-
-def test_an_unknown_measurement_names_the_valid_ones():
-  assert measurement_named("loss") is measurements.LOSS
-  with pytest.raises(ValueError, match="Unknown measurement 'lost'; there are: loss"):
-    measurement_named("lost")

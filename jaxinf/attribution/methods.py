@@ -1,0 +1,207 @@
+"""Methods of attribution by name, in one frame: a question in, scores at every damping out.
+
+The names stand in METHODS at the foot. All return `Scores` of the same queries and training images,
+positive where an image supports a query. The oracle, exact retraining, predicts models rather than
+scoring images, and is evaluation/oracle.py.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxinf.attribution import similarity
+from jaxinf.attribution.das import das
+from jaxinf.attribution.influence import influence
+from jaxinf.attribution.journey import journey_trak
+from jaxinf.attribution.trak import dtrak, trak
+from jaxinf.curvature.curvature import Curvature
+from jaxinf.diffusion.draws import DrawDesign
+from jaxinf.diffusion.measurements import measurement_named
+from jaxinf.diffusion.task import Task
+from jaxinf.types import Array, Scores
+from jaxinf.unfinished import Resume
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+  """What is asked of a method: which training images support which queries.
+
+  Attributes:
+    task: the model.
+    queries: [Q, H, W, C] generated images.
+    query_ids: [Q].
+    trajectories: [Q, T + 1, H, W, C] on which they were sampled, or None.
+    train_images: [N, H, W, C].
+    train_ids: [N].
+    measurement: whose gradient is taken at the queries; see diffusion.measurements.
+    dampings: L values of λ, for methods that have one.
+    draws, draw_groups, query_draws, query_groups: of (t, ε), as of `influence`.
+    design: of the draws for training images, with flips where training had them.
+    compression: of preconditioned query gradients.
+    projection_dim, projection, journey_steps: of TRAK and its kin.
+    embeddings: () → those of queries [Q, E] and of training images [N, E], for "clip".
+    curvature: options of `fit_curvature` that differ from the usual ones → the curvature.
+    seed, batch_size, devices, resume: as of `influence`.
+  """
+
+  task: Task
+  queries: Array
+  query_ids: np.ndarray
+  trajectories: Array | None
+  train_images: Array
+  train_ids: np.ndarray
+  measurement: str
+  dampings: Sequence[float]
+  draws: int
+  draw_groups: int
+  query_draws: int
+  query_groups: int
+  design: DrawDesign
+  compression: str | None
+  projection_dim: int
+  projection: str
+  journey_steps: int
+  embeddings: Callable[[], tuple[Array, Array]]
+  curvature: Callable[[Mapping[str, Any]], Curvature]
+  seed: int
+  batch_size: int
+  devices: Sequence[jax.Device] | None = None
+  resume: Resume | None = None
+
+  def of(self, measurement: str) -> Array:
+    """The queries that a measurement is of: images, or trajectories."""
+    if measurement_named(measurement).of == "images":
+      return self.queries
+    return self.saved_trajectories
+
+  @property
+  def saved_trajectories(self) -> Array:
+    """The trajectories; ValueError where none were kept."""
+    if self.trajectories is None:
+      raise ValueError(
+        "The sampling trajectories are needed, and were not kept: sample with "
+        "sample.keep_trajectory=True (keep_trajectory of jaxinf.diffusion.sampler.sample)."
+      )
+    return self.trajectories
+
+  @property
+  def common(self) -> dict[str, Any]:
+    """Arguments that all methods on gradients share."""
+    return dict(
+      damping=tuple(self.dampings), draws=self.draws, draw_groups=self.draw_groups,
+      query_draws=self.query_draws, query_groups=self.query_groups, design=self.design,
+      query_ids=self.query_ids, train_ids=self.train_ids, seed=self.seed,
+      batch_size=self.batch_size, devices=self.devices, resume=self.resume,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A method, and what a user takes where nothing was tuned.
+
+  Attributes:
+    scores: question → scores, one for each damping, or a single one.
+    default_damping: λ recommended without a benchmark (paper, J.4); None: the method has none.
+    measures: whether scores depend on the measurement whose gradient is taken.
+    curved: whether they depend on a fitted curvature.
+    reads: fields of the question they depend on, of those that are settings.
+    sweeps: whether damping changes more than the scale of scores.
+  """
+
+  scores: Callable[[Question], Sequence[Scores]]
+  default_damping: float | None = None
+  measures: bool = False
+  curved: bool = False
+  reads: tuple[str, ...] = ()
+  sweeps: bool = True
+
+  def dampings(self, sweep: Sequence[float]) -> tuple[float, ...]:
+    """Those of a sweep and the default, ascending; none where the method has none."""
+    if self.default_damping is None:
+      return ()
+    return tuple(sorted({*sweep, self.default_damping} if self.sweeps else {self.default_damping}))
+
+
+def method_named(name: str) -> Method:
+  """The method of that name; an unknown one is a ValueError that lists them."""
+  if name not in METHODS:
+    raise ValueError(f"Unknown method {name!r}; there are: {', '.join(METHODS)}.")
+  return METHODS[name]
+
+
+def _influence(question: Question, **options: Any) -> Sequence[Scores]:
+  return influence(
+    question.task, question.curvature(options), question.of(question.measurement),
+    question.train_images, measurement=question.measurement, compression=question.compression,
+    **question.common,
+  )  # fmt: skip
+
+
+def _projected(question: Question, method: Callable[..., Any], **options: Any) -> Sequence[Scores]:
+  queries = question.of(options.get("measurement", "loss"))
+  return method(
+    question.task, queries, question.train_images, projection_dim=question.projection_dim,
+    projection=question.projection, **options, **question.common,
+  )  # fmt: skip
+
+
+def _trak(question: Question) -> Sequence[Scores]:
+  return _projected(question, trak, measurement=question.measurement)
+
+
+def _journey_trak(question: Question) -> Any:
+  total, num = question.task.schedule.num_steps, question.journey_steps
+  timesteps = np.unique(np.linspace(0, total - 1, num + 2).round().astype(int)[1:-1])
+  return journey_trak(
+    question.task, question.saved_trajectories, question.train_images,
+    timesteps=timesteps.tolist(), projection_dim=question.projection_dim,
+    projection=question.projection, **question.common,
+  )  # fmt: skip
+
+
+def _pixel(question: Question, metric: str) -> Sequence[Scores]:
+  ids = dict(query_ids=question.query_ids, train_ids=question.train_ids)
+  images = question.queries, question.train_images
+  return [similarity.pixel_similarity(*images, metric=metric, **ids)]
+
+
+def _clip(question: Question) -> Sequence[Scores]:
+  ids = dict(query_ids=question.query_ids, train_ids=question.train_ids)
+  return [similarity.embedding_similarity(*question.embeddings(), name="clip", **ids)]
+
+
+def _random(question: Question) -> Sequence[Scores]:
+  return [similarity.random_scores(question.query_ids, question.train_ids, seed=question.seed)]
+
+
+_DRAWS = ("draws", "draw_groups", "query_draws", "query_groups", "design")
+_PROJECTED = (*_DRAWS, "projection_dim", "projection")
+
+
+def _with_curvature(sweeps: bool = True, **options: Any) -> Method:
+  scores = functools.partial(_influence, **options)
+  return Method(scores, 1e-8, True, True, (*_DRAWS, "compression"), sweeps)
+
+
+METHODS: dict[str, Method] = {
+  "influence": _with_curvature(),
+  "ekfac": _with_curvature(method="ekfac"),
+  "kfac-empirical": _with_curvature(method="kfac", estimator="empirical"),
+  "kfac-reduce": _with_curvature(method="kfac", sharing="reduce"),
+  "kfac-reduce-empirical": _with_curvature(method="kfac", sharing="reduce", estimator="empirical"),
+  "diagonal": _with_curvature(method="diagonal"),
+  "identity": _with_curvature(method="identity", sweeps=False),
+  "cg": _with_curvature(method="cg"),
+  "trak": Method(_trak, 1e-9, measures=True, reads=_PROJECTED),
+  "dtrak": Method(functools.partial(_projected, method=dtrak), 1e-9, reads=_PROJECTED),
+  "journey-trak": Method(_journey_trak, 1e-9, reads=(*_PROJECTED, "journey_steps")),
+  "das": Method(functools.partial(_projected, method=das), 1e-9, reads=_PROJECTED),
+  "pixel": Method(functools.partial(_pixel, metric="cosine")),
+  "pixel-l2": Method(functools.partial(_pixel, metric="l2")),
+  "clip": Method(_clip, reads=("clip",)),
+  "random": Method(_random),
+}

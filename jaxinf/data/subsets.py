@@ -1,0 +1,92 @@
+"""Random subsets of the training examples, on which models are retrained (paper, J.5)."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subsets:
+  """M subsets of N training examples, checked when they are made.
+
+  Attributes:
+    membership: [M, N] bool; True: the example is in the subset, and its model is trained on it.
+    train_ids: [N] unique ids, integers or strings.
+
+  Raises:
+    ValueError: the arrays don't fit together, ids repeat, or a subset is empty.
+  """
+
+  membership: np.ndarray
+  train_ids: np.ndarray
+
+  def __post_init__(self):
+    shape, dtype = np.shape(self.membership), getattr(self.membership, "dtype", np.dtype(object))
+    if len(shape) != 2 or not all(shape) or dtype.kind != "b":
+      raise ValueError(
+        f"membership must be a NumPy array [M, N] of booleans; got shape {shape}, {dtype}. "
+        "Compare ids with np.isin to make one."
+      )
+    if np.shape(self.train_ids) != shape[1:]:
+      raise ValueError(
+        f"train_ids must be one id for each of the {shape[1]} columns of membership; "
+        f"got shape {np.shape(self.train_ids)}."
+      )
+    if len(np.unique(self.train_ids)) < shape[1]:
+      raise ValueError("train_ids must be unique: some come more than once. Rename or drop them.")
+    empty = np.flatnonzero(~self.membership.any(axis=1))
+    if len(empty):
+      raise ValueError(f"Subset {empty[0]} is empty: no model can be trained on it. Leave it out.")
+
+  def __len__(self) -> int:
+    return len(self.membership)
+
+  def positions(self, j: int) -> np.ndarray:
+    """Positions among the N examples, ascending, of those in subset j."""
+    return np.flatnonzero(self.membership[j])
+
+  def take(self, first: int, stop: int) -> "Subsets":
+    """Subsets first … stop − 1."""
+    if not 0 <= first < stop <= len(self):
+      raise ValueError(f"There are subsets 0…{len(self) - 1}; got the range {first}…{stop - 1}.")
+    return dataclasses.replace(self, membership=self.membership[first:stop])
+
+
+def random_subsets(
+  train_ids: np.ndarray, num_subsets: int, *, share: float, seed: int, first: int = 0
+) -> Subsets:
+  """Subsets number first … first + num_subsets − 1 of round(share · N) examples each.
+
+  Each is drawn without replacement and independently of the others: of the random order that
+  (seed, j) gives to N positions, subset number j is the beginning. So more subsets extend fewer,
+  machines may make different ones, and a smaller share lies within a larger. The numbers come from
+  NumPy's raw Philox stream, which does not change between its versions.
+
+  Args:
+    train_ids: [N] unique ids.
+    num_subsets: M ≥ 1.
+    share: of the examples in a subset; the paper's is ½. An N · share halfway between two integers
+      goes to the even one.
+    seed: non-negative.
+    first: number of the first subset.
+
+  Raises:
+    ValueError: a subset would be empty or the whole, or a number is out of range.
+  """
+  num_train = len(train_ids)
+  size = round(share * num_train)
+  if not 1 <= size < num_train:
+    raise ValueError(
+      f"A subset must hold between 1 and {num_train - 1} of the {num_train} examples; a share of "
+      f"{share:g} gives {size}. Choose another, such as 0.5."
+    )
+  if num_subsets < 1 or first < 0 or seed < 0:
+    raise ValueError(
+      "num_subsets must be at least 1, first and seed at least 0; "
+      f"got {num_subsets}, {first} and {seed}."
+    )
+  membership = np.zeros((num_subsets, num_train), bool)
+  for row, number in zip(membership, range(first, first + num_subsets), strict=True):
+    stream = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(number,)))
+    row[np.argsort(stream.random_raw(num_train), kind="stable")[:size]] = True
+  return Subsets(membership, np.asarray(train_ids))

@@ -1,0 +1,119 @@
+"""Methods, and dampings of one method, side by side by their linear datamodelling scores."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jaxinf.data.subsets import Subsets
+from jaxinf.evaluation.lds import LDS, Retrained, lds, percent_range
+from jaxinf.types import Scores
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DampingLDS:
+  """LDS of one method at L dampings; see `damping_lds`.
+
+  Attributes:
+    dampings: [L] λ in ascending order.
+    ldses: the L of them.
+    default_damping: the one of them that was chosen without the benchmark.
+  """
+
+  dampings: np.ndarray
+  ldses: tuple[LDS, ...]
+  default_damping: float
+
+  @property
+  def default(self) -> LDS:
+    """At the default damping: what a user without retrained models can have."""
+    return self.ldses[self.dampings.tolist().index(self.default_damping)]
+
+  @property
+  def best_on_benchmark(self) -> LDS:
+    """The highest: its damping is picked on the very numbers that are reported."""
+    return self.ldses[self._best]
+
+  @property
+  def best_damping(self) -> float:
+    """The damping picked on the benchmark."""
+    return float(self.dampings[self._best])
+
+  @property
+  def _best(self) -> int:
+    return int(np.argmax([found.mean for found in self.ldses]))
+
+  def table(self) -> str:
+    """A row a damping, with what marks the default and the best on the benchmark."""
+    lines = [f"{'damping':>10}{'LDS (%)':>14}{'over subsets':>18}"]
+    for damping, found in zip(self.dampings.tolist(), self.ldses, strict=True):
+      marks = ("default",) * (damping == self.default_damping)
+      marks += ("best on benchmark",) * (damping == self.best_damping)
+      mark = f"  ← {', '.join(marks)}" if marks else ""
+      lines.append(f"{damping:>10.3g}{_score(found):>14}{percent_range(found.interval):>18}{mark}")
+    return "\n".join(lines)
+
+
+def damping_lds(
+  sweep: Sequence[Scores],
+  subsets: Subsets,
+  retrained: Retrained,
+  *,
+  default: float,
+  seed: int = 0,
+  num_resamples: int = 1000,
+) -> DampingLDS:
+  """The LDS at every damping of a sweep.
+
+  Args:
+    sweep: scores that differ in settings["damping"].
+    default: one of these dampings, chosen without looking at the benchmark.
+    subsets, retrained, seed, num_resamples: as of `lds`.
+
+  Raises:
+    ValueError: dampings repeat or lack, the default is none of them, or as of `lds`.
+  """
+  dampings = [scores.settings.get("damping", np.nan) for scores in sweep]
+  if np.isnan(dampings).any() or len(set(dampings)) < len(dampings) or default not in dampings:
+    raise ValueError(
+      'A sweep needs scores with each settings["damping"] once, and the default among them; got '
+      f"{dampings} and the default {default!r}."
+    )
+  order = np.argsort(dampings)
+  return DampingLDS(
+    dampings=np.array(dampings, float)[order],
+    ldses=tuple(
+      lds(sweep[i], subsets, retrained, seed=seed, num_resamples=num_resamples) for i in order
+    ),
+    default_damping=default,
+  )
+
+
+def compare(ldses: Mapping[str, LDS], *, against: str | None = None) -> str:
+  """Methods side by side as aligned text, in %.
+
+  A row has the LDS ± its standard error over queries, its 95 % intervals over subsets and over
+  subsets and queries, and the p-value of `LDS.against` the method `against`.
+
+  Args:
+    ldses: LDS by name of the method, all of the same queries, subsets and resamples.
+    against: one of the names; None: that of the highest LDS, which is then chosen by the same
+      numbers it is tested with, so that p-values are too small. None is corrected for the number
+      of rows.
+  """
+  if not ldses or (against is not None and against not in ldses):
+    raise ValueError(f"Expected one of the methods {', '.join(ldses) or '(none)'}; got {against}.")
+  reference = max(ldses, key=lambda name: ldses[name].mean) if against is None else against
+  width = max(len("method"), *map(len, ldses))
+  head = f"{'method':<{width}}{'LDS (%)':>14}{'over subsets':>18}{'and queries':>18}"
+  lines = [f"{head}  p against {reference}"]
+  for name, found in ldses.items():
+    p_value = found.against(ldses[reference]).p_value
+    cell = "–" if name == reference else "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
+    intervals = (f"{percent_range(x):>18}" for x in (found.interval, found.interval_both))
+    lines.append(f"{name:<{width}}{_score(found):>14}{''.join(intervals)}  {cell}")
+  return "\n".join(lines)
+
+
+def _score(found: LDS) -> str:
+  return f"{100 * found.mean:.1f} ± {100 * found.std_error:.1f}"

@@ -1,0 +1,219 @@
+"""Rank correlations, and how far they may be off: NumPy and SciPy only.
+
+Dimensions: M subsets, Q queries, B resamples. A linear datamodelling score is a mean over queries
+of rank correlations over subsets. Both are samples, and all queries share the subsets: there are
+neither M nor Q independent repetitions.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+from scipy import stats
+
+
+@dataclasses.dataclass(frozen=True)
+class Resamples:
+  """How often each subset and each query occurs in B bootstrap samples with replacement.
+
+  Attributes:
+    subsets: [B, M] counts, rows adding up to M.
+    queries: [B, Q] counts, rows adding up to Q.
+  """
+
+  subsets: np.ndarray
+  queries: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class PairedTest:
+  """Whether two methods differ on the same subsets and queries; see `paired_test`.
+
+  Attributes:
+    difference: mean over queries, first method less second.
+    std_error: of the difference, over subsets and queries.
+    interval: (low, high) of the difference.
+    p_value: two-sided.
+  """
+
+  difference: float
+  std_error: float
+  interval: tuple[float, float]
+  p_value: float
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+  """Spearman's rank correlation of columns: [..., M, Q] twice gives [..., Q].
+
+  Equal values share the average of their ranks. A column that is constant orders nothing: its
+  correlation is 0.
+  """
+  x, y = _centred_ranks(x), _centred_ranks(y)
+  return _quotient((x * y).sum(axis=-2), (x * x).sum(axis=-2), (y * y).sum(axis=-2))
+
+
+def spearman_matrix(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+  """Rank correlations [R, C, Q] over subsets of every x [R, M, Q] with every y [C, M, Q].
+
+  Such as of R measurements whose gradients predict with C true ones, or of C with themselves; the
+  mean over queries is what a heatmap shows. Ties and constants as in `spearman`.
+  """
+  x, y = _centred_ranks(x), _centred_ranks(y)
+  products = np.einsum("rmq,cmq->rcq", x, y, optimize=True)
+  return _quotient(products, (x * x).sum(axis=1)[:, None], (y * y).sum(axis=1)[None])
+
+
+@functools.lru_cache(maxsize=4)
+def resamples(num_subsets: int, num_queries: int, *, seed: int, num_resamples: int) -> Resamples:
+  """Bootstrap counts, the same for the same arguments: methods are compared on equal samples."""
+  if num_resamples < 2:
+    raise ValueError(f"num_resamples must be at least 2; got {num_resamples}. 1000 is usual.")
+  rng = np.random.default_rng(seed)
+  counts = (
+    rng.multinomial(num, np.full(num, 1 / num), size=num_resamples).astype(np.float32)
+    for num in (num_subsets, num_queries)
+  )
+  found = Resamples(*counts)
+  found.subsets.flags.writeable = found.queries.flags.writeable = False  # they are kept
+  return found
+
+
+def resampled_spearman(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:
+  """[B, Q] float32: `spearman` of x and y [M, Q] in resamples of their rows.
+
+  A row that comes w times is w equal rows. Its average rank in the resample follows from the counts
+  of the rows below it, without sorting again: Σ_j w_j [x_j < x_i] + ½ Σ_j w_j [x_j = x_i] + ½.
+  Ranks are exact in float32, and the correlations to its rounding.
+
+  Args:
+    x, y: finite numbers.
+    counts: [B, M] how often each row comes in a resample.
+  """
+  counts = np.ascontiguousarray(counts.T, np.float32)  # [M, B]: long rows are read fastest
+  found = np.empty((counts.shape[1], x.shape[1]), np.float32)
+  for query in range(x.shape[1]):
+    a, b = (_resampled_ranks(column, counts) for column in (x[:, query], y[:, query]))
+    dot = lambda u, v: np.einsum("mb,mb->b", u, v)
+    weighted_a = counts * a
+    found[:, query] = _quotient(dot(weighted_a, b), dot(weighted_a, a), dot(counts * b, b))
+  return found
+
+
+def subset_interval(
+  per_query: np.ndarray, resampled: np.ndarray, *, level: float = 0.95
+) -> tuple[float, float]:
+  """Percentile bootstrap interval of a mean over queries: for these queries and other subsets.
+
+  The bootstrap's own bias is taken off: repeated rows draw rank correlations towards 0, by some
+  1 / M of them.
+
+  Args:
+    per_query: [Q] the estimate.
+    resampled: [B, Q] the same in resamples of subsets.
+    level: probability that the interval holds the truth.
+  """
+  means = resampled.mean(axis=1, dtype=np.float64)
+  mean = float(np.mean(per_query))
+  low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2]) - means.mean() + mean
+  return float(low), float(high)
+
+
+def two_way_error(per_query: np.ndarray, resampled: np.ndarray, query_counts: np.ndarray) -> float:
+  """Standard error of a mean over queries, when subsets and queries are both random samples.
+
+  With V the bootstrap variance of the mean over subsets, over queries, or over both at once,
+
+    error² = 2 (V_subsets + V_queries) − V_both,
+
+  and at least the larger of the two. Were the parts of a correlation that belong to subsets s, to
+  queries q and to their pairs p, the truth is s + q + p, V_subsets = s + p, V_queries = q + p and
+  V_both = s + q + 3 p: V_both alone is up to three times too large. NaN of one query.
+
+  Args:
+    per_query: [Q] the estimate.
+    resampled: [B, Q] the same in resamples of subsets.
+    query_counts: [B, Q] resamples of queries.
+  """
+  if len(per_query) < 2:
+    return float("nan")
+  shares = query_counts / query_counts.sum(axis=1, keepdims=True)
+  means = resampled.mean(axis=1), shares @ per_query, (shares * resampled).sum(axis=1)
+  subsets, queries, both = (float(np.var(x, dtype=np.float64)) for x in means)
+  return max(subsets, queries, 2 * (subsets + queries) - both) ** 0.5
+
+
+def two_way_interval(
+  per_query: np.ndarray,
+  resampled: np.ndarray,
+  samples: Resamples,
+  *,
+  level: float = 0.95,
+) -> tuple[float, float]:
+  """Interval over subsets and queries of a mean over queries: other queries, other subsets.
+
+  mean ± t · `two_way_error`, t of Student's distribution with min(M, Q) − 1 degrees of freedom; NaN
+  of one query. Arguments as of `subset_interval`.
+  """
+  mean = float(np.mean(per_query))
+  error = two_way_error(per_query, resampled, samples.queries)
+  width = float(stats.t.ppf((1 + level) / 2, _degrees(samples))) * error
+  return mean - width, mean + width
+
+
+def paired_test(
+  first: tuple[np.ndarray, np.ndarray],
+  second: tuple[np.ndarray, np.ndarray],
+  samples: Resamples,
+  *,
+  level: float = 0.95,
+) -> PairedTest:
+  """Tests whether two methods predict equally well, from their correlations on the same resamples.
+
+  The null hypothesis: the expected difference of their mean rank correlations is 0, over random
+  subsets and random queries of the kind of these. (Not that they are equal on every query, nor that
+  their scores are exchangeable.) The statistic is difference / `two_way_error` of the differences
+  per query, referred to Student's distribution with min(M, Q) − 1 degrees of freedom, so that the
+  interval at 1 − p just touches 0. One test of two methods chosen beforehand: p-values against the
+  best of several, or of many pairs, are too small by the choice.
+
+  Args:
+    first: per_query [Q] and resampled [B, Q] of one method; see `subset_interval`.
+    second: the same of the other.
+    samples: the resamples of both.
+    level: of the interval.
+  """
+  differences = np.asarray(first[0], np.float64) - second[0]
+  resampled = np.asarray(first[1], np.float64) - second[1]
+  difference = float(differences.mean())
+  error = two_way_error(differences, resampled, samples.queries)
+  if error == 0:
+    p_value = float(difference == 0)
+  else:
+    p_value = float(2 * stats.t.sf(abs(difference) / error, _degrees(samples)))
+  interval = two_way_interval(differences, resampled, samples, level=level)
+  return PairedTest(difference, error, interval, p_value)
+
+
+def _degrees(samples: Resamples) -> int:
+  return min(samples.subsets.shape[1], samples.queries.shape[1]) - 1
+
+
+def _centred_ranks(x: np.ndarray) -> np.ndarray:
+  """Average ranks along the second-last axis, less their mean."""
+  ranks = stats.rankdata(x, axis=-2)
+  return ranks - (ranks.shape[-2] + 1) / 2
+
+
+def _resampled_ranks(column: np.ndarray, counts: np.ndarray) -> np.ndarray:
+  """[M, B] float32 average ranks of a column [M] in resamples counts [M, B], less their mean."""
+  order = np.argsort(column)
+  up_to = np.zeros((len(counts) + 1, counts.shape[1]), np.float32)
+  np.cumsum(counts[order], axis=0, out=up_to[1:])
+  below, through = (np.searchsorted(column[order], column, side) for side in ("left", "right"))
+  return (up_to[below] + up_to[through] - up_to[-1]) / 2
+
+
+def _quotient(products: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+  """products / √(first · second), and 0 where one of these is 0; exactly 1 where all are equal."""
+  scale = np.sqrt(first * second)
+  return np.divide(products, scale, out=np.zeros_like(products), where=scale > 0)

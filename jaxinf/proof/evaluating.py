@@ -1,0 +1,161 @@
+"""The stage `evaluate`: how well the scores of every method predict every true measurement.
+
+It is derived in seconds or minutes from what the other stages keep, and is made anew each time.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxinf import artifacts
+from jaxinf.costs import measured
+from jaxinf.data.subsets import Subsets
+from jaxinf.evaluation.comparison import DampingLDS, damping_lds
+from jaxinf.evaluation.lds import LDS, Retrained, lds
+from jaxinf.evaluation.oracle import noise_ceiling, retraining_lds
+from jaxinf.proof.measures import key_of_measurement, of_models, retrained
+from jaxinf.proof.models import folder, subset_name, subsets_of
+from jaxinf.proof.scoring import Row, rows_of, scored
+from jaxinf.runs import Run
+from jaxinf.types import Scores
+
+_LOG = logging.getLogger("jaxinf")
+
+REFERENCE = "influence"  # p-values are of differences from this method, where it is there
+
+
+def evaluate(run: Run) -> None:
+  """Scores by every method, and their LDS against every true measurement; prints the tables."""
+  config = run.config
+  with measured() as cost:
+    subsets = subsets_of(run)
+    rows = {row.name: row for row in rows_of(run)}
+    sweeps = {name: scored(run, row) for name, row in rows.items()}
+    arrays: dict[str, np.ndarray] = {}
+    tables: dict[str, Any] = {}
+    for target in config.measure.measurements:
+      truth = retrained(run, target, len(subsets), config.retrain.num_seeds)
+      entries, found = _entries(run, rows, sweeps, subsets, truth)
+      oracle = _oracle(truth, run)
+      tables[target] = {
+        "entries": entries,
+        "num_models": int(truth.trained.sum()),
+        "num_subsets": len(truth.kept),
+        "num_queries": len(truth.query_ids),
+        **oracle,
+      }
+      arrays |= {f"{target}/{name}": values for name, values in found.items()}
+      names = [subset_name(None, seed) for seed in range(config.retrain.num_seeds)]
+      arrays[f"{target}/measured"] = truth.values
+      arrays[f"{target}/measured by models of all images"] = of_models(run, target, names)
+  key = {
+    "measurements": {name: key_of_measurement(run, name) for name in config.measure.measurements},
+    "rows": list(rows),
+    "num_resamples": config.evaluate.num_resamples,
+  }
+  place = folder(run, "evaluate")
+  artifacts.write(place, key, arrays, notes={"tables": tables}, cost=cost)
+  for target, table in tables.items():
+    print(table_text(target, table))
+  _LOG.info("evaluate: wrote %s", place)
+
+
+def _entries(
+  run: Run,
+  rows: Mapping[str, Row],
+  sweeps: Mapping[str, Sequence[Scores]],
+  subsets: Subsets,
+  truth: Retrained,
+) -> tuple[list[dict], dict[str, np.ndarray]]:
+  """A dict a row for the table, and per row its LDS by query and its predictions."""
+  options: dict[str, Any] = dict(
+    seed=run.config.seed, num_resamples=run.config.evaluate.num_resamples
+  )
+  defaults: dict[str, LDS] = {}
+  bests: dict[str, DampingLDS] = {}
+  for name, row in rows.items():
+    if row.kind.default_damping is None:
+      (scores,) = sweeps[name]
+      defaults[name] = lds(scores, subsets, truth, **options)
+      continue
+    bests[name] = damping_lds(
+      sweeps[name], subsets, truth, default=row.kind.default_damping, **options
+    )
+    defaults[name] = bests[name].default
+  references = [f"{REFERENCE}, {truth.measurement}", *(n for n in rows if n.startswith(REFERENCE))]
+  reference = next((name for name in references if name in rows), next(iter(rows)))
+  entries, arrays = [], {}
+  for name, row in rows.items():
+    entry = dataclasses.asdict(row) | {"name": name, "reference": reference}
+    entry["default"] = _summary(defaults[name], defaults[reference], row.kind.default_damping)
+    if name in bests:
+      best = bests[name]
+      entry["best"] = _summary(best.best_on_benchmark, defaults[reference], best.best_damping)
+      entry["dampings"] = best.dampings.tolist()
+      entry["sweep"] = [each.mean for each in best.ldses]
+      entry["sweep_errors"] = [each.std_error for each in best.ldses]
+    entries.append(entry)
+    arrays[f"{name}/per query"] = defaults[name].per_query.astype(np.float32)
+    arrays[f"{name}/predicted"] = defaults[name].predicted.astype(np.float32)
+  return entries, arrays
+
+
+def _summary(found: LDS, reference: LDS, damping: float | None) -> dict[str, Any]:
+  test = None if found is reference else found.against(reference)
+  return {
+    "damping": damping,
+    "mean": found.mean,
+    "std_error": found.std_error,
+    "interval": found.interval,
+    "interval_both": found.interval_both,
+    "p_value": None if test is None else test.p_value,
+  }
+
+
+def _oracle(truth: Retrained, run: Run) -> dict[str, Any]:
+  """Exact retraining and the noise ceiling, where there are two seeds."""
+  if truth.values.shape[1] < 2:
+    return {"oracle": None, "ceiling": None}
+  found = retraining_lds(
+    truth, seed=run.config.seed, num_resamples=run.config.evaluate.num_resamples
+  )
+  ceiling = noise_ceiling(
+    truth, seed=run.config.seed, num_resamples=run.config.evaluate.num_resamples
+  )
+  return {"oracle": _summary(found, found, None), "ceiling": dataclasses.asdict(ceiling)}
+
+
+def table_text(target: str, table: Mapping[str, Any]) -> str:
+  """The table of one true measurement as aligned text, in %."""
+  entries = table["entries"]
+  width = max(26, *(len(entry["name"]) for entry in entries))
+  head = f"{'method, gradient of':<{width}}{'default':>14}{'over subsets':>16}{'p':>9}"
+  lines = [
+    f"\nLDS (%) for {target}: {table['num_models']} models of {table['num_subsets']} subsets, "
+    f"{table['num_queries']} samples; p against {entries[0]['reference']} at its default",
+    f"{head}{'best on benchmark':>20}{'its damping':>13}",
+  ]
+  for entry in entries:
+    line = f"{entry['name']:<{width}}{_cells(entry['default'])}"
+    if best := entry.get("best"):
+      line += f"{_score(best):>20}{best['damping']:>13.0e}"
+    lines.append(line)
+  if table["oracle"]:
+    lines.append(f"{'exact retraining (oracle)':<{width}}{_cells(table['oracle'])}")
+    ceiling = table["ceiling"]
+    lines.append(f"{'ceiling (perfect scores)':<{width}}{100 * ceiling['ceiling']:>14.1f}")
+  return "\n".join(lines)
+
+
+def _cells(summary: Mapping[str, Any]) -> str:
+  p_value = summary["p_value"]
+  cell = "–" if p_value is None else "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
+  interval = "{:.1f} … {:.1f}".format(*(100 * x for x in summary["interval"]))
+  return f"{_score(summary):>14}{interval:>16}{cell:>9}"
+
+
+def _score(summary: Mapping[str, Any]) -> str:
+  return f"{100 * summary['mean']:.1f} ± {100 * summary['std_error']:.1f}"

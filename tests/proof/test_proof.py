@@ -1,0 +1,180 @@
+"""A whole proof in seconds: what is trained, measured, scored and compared is what it says."""
+
+import dataclasses
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from scipy import stats
+
+from jaxinf import artifacts, proof, runs, stages, training
+from jaxinf.config import typed
+from jaxinf.diffusion.draws import DrawDesign
+from jaxinf.diffusion.measurements import MEASUREMENTS
+from jaxinf.gradients.per_example import group_keys
+from jaxinf.proof import measures, models, removal, scoring
+from jaxinf.random import example_numbers, fold_in_each, stream
+from tests import tiny
+
+
+def run_of(workdir, **changes) -> runs.Run:
+  config = tiny.get_config()
+  for path, value in changes.items():
+    section, field = path.split("__")
+    config[section][field] = value
+  return runs.Run(typed(config), workdir, devices=jax.devices()[:1])
+
+
+def copied(run, tmp_path, **changes):
+  """The same workdir again, under other settings."""
+  shutil.copytree(run.workdir, tmp_path / "work")
+  return run_of(tmp_path / "work", **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  run = run_of(tmp_path_factory.mktemp("proof") / "work")
+  proof.benchmark(run)
+  proof.counterfactual(run)
+  return run
+
+
+def model_folders(run):
+  return sorted(path.parent.name for path in run.folder("retrain").glob("*/manifest.json"))
+
+
+def test_every_subset_is_trained_with_every_seed_and_so_are_all_images(finished):
+  names = [f"full-seed-{k}" for k in (0, 1)]
+  names += [f"subset-{j:04d}-seed-{k}" for j in range(4) for k in (0, 1)]
+  assert model_folders(finished) == names
+  assert not list((finished.folder("retrain") / "unfinished").glob("*"))  # checkpoints are gone
+
+
+def test_a_subset_model_is_what_training_on_the_subset_gives(finished):
+  subsets = models.subsets_of(finished)
+  config = dataclasses.replace(finished.config.train, steps=10, warmup_steps=1)
+  state = training.fit(
+    finished.model, finished.schedule, finished.dataset.take(subsets.positions(2)), config,
+    seed=finished.config.seed + 1 + 1, devices=finished.devices,
+  )  # fmt: skip
+  params = models.load_params(finished, "subset-0002-seed-1")
+  # The same float32 sums in the order of a vmapped and of a single product, through Adam.
+  for ours, theirs in zip(*map(jax.tree.leaves, (params, state.ema_params)), strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-5)
+
+
+def test_measurements_are_those_of_the_models(finished):
+  """Against `evaluate` of one model and sample at a time, on the same draws."""
+  samples = artifacts.read(finished.folder("sample")).arrays
+  task, params = runs.load_task(finished), models.load_params(finished, "subset-0001-seed-0")
+  design = DrawDesign()
+  numbers = example_numbers(samples["ids"])
+  keys = fold_in_each(stream(finished.config.seed, "measure"), design.numbers(numbers))
+  for name in ("loss", "elbo"):
+    expected = np.mean(
+      [
+        MEASUREMENTS[name].evaluate(
+          task.apply_fn, params, task.schedule, samples["images"],
+          group_keys(keys, np.full(len(keys), group), 4), design=design,
+        )
+        for group in (0, 1)
+      ],
+      axis=0,
+    )  # fmt: skip
+    found = measures.retrained(finished, name, 4, 2)
+    # Float32 sums of eight draws.
+    np.testing.assert_allclose(found.values[1, 0], expected, rtol=1e-5)
+
+
+def test_more_subsets_extend_what_is_there(finished, tmp_path):
+  run = copied(finished, tmp_path, retrain__num_subsets=5)
+  before = {name: (run.folder("retrain") / name).stat().st_mtime for name in model_folders(run)}
+  shutil.rmtree(run.folder("retrain") / "subset-0000-seed-0")  # measured: needed no more
+  proof.retrain(run)
+  assert set(model_folders(run)) == set(before) - {"subset-0000-seed-0"} | {
+    "subset-0004-seed-0", "subset-0004-seed-1"
+  }  # fmt: skip
+  proof.measure(run)
+  old, new = (measures.retrained(r, "loss", 5, 2).values for r in (finished, run))
+  np.testing.assert_array_equal(new[:4], old[:4])
+  assert np.isnan(old[4]).all() and np.isfinite(new[4]).all()
+
+
+def test_shards_share_the_models_between_them(finished, tmp_path):
+  run = run_of(tmp_path / "work")
+  shutil.copytree(finished.folder("train"), run.folder("train"))
+  shutil.copytree(finished.folder("sample"), run.folder("sample"))
+  trained = []
+  for i in range(3):
+    before = set(model_folders(run))
+    proof.retrain(dataclasses.replace(run, shard=(i, 3)))
+    trained.append(set(model_folders(run)) - before)
+  assert all(trained) and set.union(*trained) == set(model_folders(finished))
+  assert sum(map(len, trained)) == 10
+  for name in model_folders(run):
+    ours, theirs = (models.load_params(r, name) for r in (run, finished))
+    for x, y in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+      np.testing.assert_array_equal(x, y)  # the same groups, hence bitwise
+
+
+def test_other_settings_are_refused_with_the_difference(finished, tmp_path):
+  run = copied(finished, tmp_path, retrain__steps=12)
+  with pytest.raises(artifacts.StaleArtifact, match=r"steps"):
+    proof.retrain(run)
+
+
+def test_the_table_holds_the_rank_correlations(finished):
+  subsets = models.subsets_of(finished)
+  artifact = artifacts.read(finished.folder("evaluate"))
+  rows = scoring.rows_of(finished)
+  assert [row.name for row in rows] == ["influence, loss", "influence, elbo", "pixel", "random"]
+  for target in ("loss", "elbo"):
+    truth = measures.retrained(finished, target, 4, 2).values.mean(axis=1)
+    table = artifact.notes["tables"][target]
+    assert table["num_models"] == 8 and table["oracle"]["mean"] <= 1
+    for row, entry in zip(rows, table["entries"], strict=True):
+      sweep = scoring.scored(finished, row)
+      assert [s.settings.get("damping") for s in sweep] == entry.get("dampings", [None])
+      means = []
+      for scores in sweep:
+        predicted = np.where(subsets.membership, 0, 1) @ scores.values.T
+        correlations = [stats.spearmanr(*pair).statistic for pair in zip(predicted.T, truth.T)]
+        means.append(np.mean(correlations))
+      default = entry.get("dampings", [None]).index(entry["default"]["damping"])
+      np.testing.assert_allclose(entry["default"]["mean"], means[default], atol=1e-6)
+      if "best" in entry:
+        np.testing.assert_allclose(entry["best"]["mean"], max(means), atol=1e-6)
+
+
+def test_counterfactual_models_lack_the_top_images(finished):
+  artifact = artifacts.read(finished.folder("counterfactual"))
+  assert artifact.arrays["change"].shape == (3, 2, 2, 1)
+  (row, *_) = (r for r in scoring.rows_of(finished) if r.name == "pixel")
+  top = scoring.scored(finished, row)[0].top(6).positions[1]  # 25 % of 24 images
+  spec = removal._without(finished, top, 0)
+  assert len(spec.member.examples) == 18 and not set(spec.member.examples) & set(top)
+  without = measures.of_models(finished, "loss", [spec.name], "counterfactual/measure")
+  full = measures.of_models(finished, "loss", ["full-seed-0"])
+  assert artifact.notes["methods"] == ["influence", "pixel", "random"]
+  np.testing.assert_array_equal(artifact.arrays["change"][1, 1, 1, 0], (without - full)[0, 1])
+  config = models.model_key(finished, spec)
+  assert config["steps"] == finished.config.train.steps  # as many as the full model's
+
+
+def test_bad_settings_are_refused(finished, tmp_path):
+  with pytest.raises(ValueError, match="run the stage retrain first"):
+    run = run_of(tmp_path / "work")
+    for stage in ("train", "sample"):
+      shutil.copytree(finished.folder(stage), run.folder(stage))
+    proof.measure(run)
+  with pytest.raises(ValueError, match="Unknown method 'shapley'"):
+    proof.evaluate(copied(finished, tmp_path / "a", score__methods=("shapley",)))
+  with pytest.raises(ValueError, match="outside_weight"):
+    proof.retrain(copied(finished, tmp_path / "b", retrain__outside_weight=1.0))
+  with pytest.raises(ValueError, match="trajectories"):
+    run = copied(finished, tmp_path / "c", measure__measurements=("trajectory",),
+                 sample__keep_trajectory=False)  # fmt: skip
+    shutil.rmtree(run.folder("sample"))
+    stages.sample(run)
+    proof.measure(run)

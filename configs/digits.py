@@ -29,4 +29,12 @@ def get_config() -> ConfigDict:
   config.attribute.query_draws = 96
   config.index.draws = 16
   config.query.draws = 96
+  config.retrain.num_subsets = 32
+  config.retrain.num_seeds = 2
+  config.retrain.steps = 500
+  config.measure.draws = 400
+  config.measure.batch_size = 400
+  config.score.draws = 48
+  config.score.query_draws = 192
+  config.score.projection_dim = 4_096
   return config

@@ -20,6 +20,15 @@ On a store of training gradients, which answers new queries without a pass over 
   index-delete  delete training images by --ids=ID,ID
   index-verify  read everything and compare the checksums
 
+The proof by retraining, after train and sample:
+  retrain         train models on random subsets of the training images, here the part --shard=i/n
+  measure         take the true measurements of the samples by each of these models
+  evaluate        score by every method, and tell how well each predicts the measurements
+  benchmark       all of these, train and sample among them
+  counterfactual  retrain without the images that each method calls most supporting
+  study NAME      draw one of the paper's figures into DIR/study/NAME/; study all puts those that
+                  are there on one page, and any other NAME lists the names
+
 Any field of the config can be set on the command line, as --config.attribute.damping=1e-6.
 --dry-run with the stage curvature prints what it takes in memory, layer by layer.
 
@@ -143,10 +152,15 @@ def _shard() -> tuple[int, int]:
 
 
 def _stage_name(argv: list[str], names: list[str]) -> str:
-  if len(argv) != 2 or argv[1] not in names:
-    got = " ".join(argv[1:]) or "none"
-    raise ValueError(f"Name one stage of {', '.join(names)}; got {got}. See --help.")
-  return argv[1]
+  """The stage that the words name: one, or two as in `study lds`."""
+  given = " ".join(argv[1:])
+  if given in names:
+    return given
+  what, of = "stage", [name for name in names if " " not in name] + ["study NAME"]
+  if argv[1:2] == ["study"]:
+    what, of = "study", [name.partition(" ")[2] for name in names if " " in name]
+    given = " ".join(argv[2:])
+  raise ValueError(f"Name one {what} of {', '.join(of)}; got {given or 'none'}. See --help.")
 
 
 def _required(flag: flags.FlagHolder) -> Any:

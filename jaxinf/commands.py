@@ -1,9 +1,11 @@
 """What can be asked of a run, by name."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from jaxinf import planning, proof, serving, stages
+from jaxinf.proof.studies import EVERY, STUDIES, study
 from jaxinf.runs import Run
 
 COMMANDS: dict[str, Callable[[Run], Any]] = {
@@ -26,4 +28,5 @@ COMMANDS: dict[str, Callable[[Run], Any]] = {
   "evaluate": proof.evaluate,
   "benchmark": proof.benchmark,
   "counterfactual": proof.counterfactual,
+  **{f"study {name}": functools.partial(study, name=name) for name in (*STUDIES, EVERY)},
 }

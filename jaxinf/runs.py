@@ -168,7 +168,7 @@ def load_curvature(run: Run, task: Task) -> Curvature:
     rows = Rows(run.dataset.images, example_numbers(run.dataset.ids), settings["draws"])
     exact = GGN(
       task, layers, rows, seed=settings["seed"], batch_size=run.config.curvature.batch_size,
-      devices=run.devices, solver=Solver(**settings["solver"]),
+      devices=run.devices, solver=Solver(**settings["solver"]), random_flip=settings["random_flip"],
     )  # fmt: skip
   return Curvature(layers, bases, coverage, task, settings, diagnostics, exact)
 

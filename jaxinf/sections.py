@@ -209,6 +209,18 @@ class CounterfactualConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class StudyConfig:
+  measurement: str  # gradient of approximations, damping and half precision; truth of the first
+  approximations: tuple[str, ...]  # methods that differ in the curvature
+  methods: tuple[str, ...]  # of damping and half precision
+  draws: tuple[int, ...]  # of (t, ε) in all gradients, of damping
+  timesteps: tuple[int, ...]  # from 0, whose losses predict each other
+  change_timesteps: tuple[int, ...]  # from 0, whose predicted and actual changes are compared
+  outside_weight: float  # in the loss, of images outside the subset, for timesteps-half
+  num_models: int  # in the table of correlations, the one of all images among them
+
+
+@dataclasses.dataclass(frozen=True)
 class ReportConfig:
   num_queries: int  # samples shown
   top_k: int  # training images in each row
@@ -233,4 +245,5 @@ class Config:
   score: ScoreConfig
   evaluate: EvaluateConfig
   counterfactual: CounterfactualConfig
+  study: StudyConfig
   report: ReportConfig

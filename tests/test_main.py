@@ -12,7 +12,7 @@ RUN = ("train", "--config=configs/digits.py")
 STAGES = (
   "plan, train, sample, curvature, curvature-study, compress-study, attribute, report, all, index, "
   "index-append, index-delete, index-verify, query, retrain, measure, evaluate, benchmark, "
-  "counterfactual"
+  "counterfactual, study NAME"
 )
 CASES = {
   "unknown stage": (("trian", *RUN[1:]), f"Name one stage of {STAGES}; got trian."),

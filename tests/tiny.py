@@ -57,6 +57,12 @@ def get_config() -> ConfigDict:
   config.counterfactual.methods = ("influence", "pixel")
   config.counterfactual.num_queries = 2
   config.counterfactual.shares = (0.1, 0.25)
+  config.study.approximations = ("influence", "kfac-reduce", "identity")
+  config.study.methods = ("influence", "trak")
+  config.study.draws = (2, 4)
+  config.study.timesteps = (0, 9, 19)
+  config.study.change_timesteps = (9,)
+  config.study.num_models = 3
   config.report.num_queries = 2
   config.report.top_k = 3
   return config

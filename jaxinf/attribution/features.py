@@ -78,7 +78,7 @@ class FeaturePass:
   Attributes:
     projection: P.
     batch_size: rows of gradients at a time over all local devices.
-    block_mib: of gradients that wait for the projection, on the host and on each device.
+    block_mib: of gradients that wait on the host and are projected at once; the devices share them.
     devices: local devices; all of them where None.
   """
 

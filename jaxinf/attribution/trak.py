@@ -100,8 +100,8 @@ def trak(
     design: how the draws of a group depend on each other; with random_flip where training had it.
     query_design: likewise for queries, which are never mirrored; as `design` where None.
     batch_size: (image, draw) pairs at a time over all devices; at least one group of draws on each.
-    block_mib: of gradients that are projected at once, on the host and on each device: the more,
-      the less often P is made.
+    block_mib: of gradients that wait on the host and are projected at once: the more, the less
+      often P is made. The devices share them.
     resume: keeps features on disk as they come; None: a killed pass begins again.
     devices: local devices; all of them where None.
 
@@ -133,7 +133,6 @@ def trak(
     train_measurement=train_measured.name or "custom", draws=draws, draw_groups=draw_groups,
     query_draws=query_draws, query_groups=query_groups, seed=seed,
     projection=projection, projection_dim=projection_dim, projection_seed=first_seed,
-    num_checkpoints=len(checkpoints),
     design=dataclasses.asdict(design), query_design=dataclasses.asdict(query_design),
   )  # fmt: skip
 
@@ -173,6 +172,7 @@ def trak(
     found = [np.stack(part) / len(models) for part in zip(*pairs, strict=True)]
     total = [a + b for a, b in zip(total, found, strict=True)] if total else found
   of_groups, of_queries = total
+  settings["num_checkpoints"] = len(checkpoints)
   scores = tuple(
     Scores(
       finite(of_groups[i]), query.ids, train.ids, settings | {"damping": value},

@@ -6,7 +6,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jaxinf.data.subsets import Subsets
-from jaxinf.evaluation.lds import LDS, Retrained, lds, percent_range
+from jaxinf.evaluation.lds import (
+  LDS,
+  Retrained,
+  lds,
+  mean_error,
+  percent_range,
+  predicted_and_measured,
+)
+from jaxinf.evaluation.statistics import spearman
 from jaxinf.types import Scores
 
 
@@ -16,41 +24,42 @@ class DampingLDS:
 
   Attributes:
     dampings: [L] λ in ascending order.
-    ldses: the L of them.
+    per_query: [L, Q] rank correlations over subsets.
     default_damping: the one of them that was chosen without the benchmark.
+    default: LDS there: what a user without retrained models can have.
+    best_on_benchmark: the highest LDS: its damping is picked on the very numbers that are reported.
   """
 
   dampings: np.ndarray
-  ldses: tuple[LDS, ...]
+  per_query: np.ndarray
   default_damping: float
+  default: LDS
+  best_on_benchmark: LDS
 
   @property
-  def default(self) -> LDS:
-    """At the default damping: what a user without retrained models can have."""
-    return self.ldses[self.dampings.tolist().index(self.default_damping)]
+  def means(self) -> np.ndarray:
+    """[L] means over queries."""
+    return self.per_query.mean(axis=1)
 
   @property
-  def best_on_benchmark(self) -> LDS:
-    """The highest: its damping is picked on the very numbers that are reported."""
-    return self.ldses[self._best]
+  def std_errors(self) -> np.ndarray:
+    """[L] std(ddof=1) / √Q over queries; NaN for one."""
+    return mean_error(self.per_query)
 
   @property
   def best_damping(self) -> float:
     """The damping picked on the benchmark."""
-    return float(self.dampings[self._best])
-
-  @property
-  def _best(self) -> int:
-    return int(np.argmax([found.mean for found in self.ldses]))
+    return float(self.dampings[self.means.argmax()])
 
   def table(self) -> str:
     """A row a damping, with what marks the default and the best on the benchmark."""
-    lines = [f"{'damping':>10}{'LDS (%)':>14}{'over subsets':>18}"]
-    for damping, found in zip(self.dampings.tolist(), self.ldses, strict=True):
+    lines = [f"{'damping':>10}{'LDS (%)':>14}"]
+    rows = zip(self.dampings.tolist(), self.means, self.std_errors, strict=True)
+    for damping, mean, error in rows:
       marks = ("default",) * (damping == self.default_damping)
       marks += ("best on benchmark",) * (damping == self.best_damping)
       mark = f"  ← {', '.join(marks)}" if marks else ""
-      lines.append(f"{damping:>10.3g}{_score(found):>14}{percent_range(found.interval):>18}{mark}")
+      lines.append(f"{damping:>10.3g}{_score(mean, error):>14}{mark}")
     return "\n".join(lines)
 
 
@@ -63,7 +72,7 @@ def damping_lds(
   seed: int = 0,
   num_resamples: int = 1000,
 ) -> DampingLDS:
-  """The LDS at every damping of a sweep.
+  """The LDS at every damping of a sweep; bootstrap intervals at the default and the best alone.
 
   Args:
     sweep: scores that differ in settings["damping"].
@@ -79,14 +88,17 @@ def damping_lds(
       'A sweep needs scores with each settings["damping"] once, and the default among them; got '
       f"{dampings} and the default {default!r}."
     )
-  order = np.argsort(dampings)
-  return DampingLDS(
-    dampings=np.array(dampings, float)[order],
-    ldses=tuple(
-      lds(sweep[i], subsets, retrained, seed=seed, num_resamples=num_resamples) for i in order
-    ),
-    default_damping=default,
+  sweep = [sweep[i] for i in np.argsort(dampings)]
+  per_query = np.stack(
+    [spearman(*predicted_and_measured(scores, subsets, retrained)) for scores in sweep]
   )
+  best = int(per_query.mean(axis=1).argmax())
+  place = sorted(dampings).index(default)
+  whole = {
+    i: lds(sweep[i], subsets, retrained, seed=seed, num_resamples=num_resamples)
+    for i in {place, best}
+  }
+  return DampingLDS(np.sort(dampings), per_query, default, whole[place], whole[best])
 
 
 def compare(ldses: Mapping[str, LDS], *, against: str | None = None) -> str:
@@ -111,9 +123,11 @@ def compare(ldses: Mapping[str, LDS], *, against: str | None = None) -> str:
     p_value = found.against(ldses[reference]).p_value
     cell = "–" if name == reference else "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
     intervals = (f"{percent_range(x):>18}" for x in (found.interval, found.interval_both))
-    lines.append(f"{name:<{width}}{_score(found):>14}{''.join(intervals)}  {cell}")
+    lines.append(
+      f"{name:<{width}}{_score(found.mean, found.std_error):>14}{''.join(intervals)}  {cell}"
+    )
   return "\n".join(lines)
 
 
-def _score(found: LDS) -> str:
-  return f"{100 * found.mean:.1f} ± {100 * found.std_error:.1f}"
+def _score(mean: float, error: float) -> str:
+  return f"{100 * mean:.1f} ± {100 * error:.1f}"

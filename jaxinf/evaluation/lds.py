@@ -120,9 +120,7 @@ class LDS:
   @property
   def std_error(self) -> float:
     """std(ddof=1) / √Q over queries, as the paper's; other subsets are not accounted for."""
-    if len(self.per_query) < 2:
-      return float("nan")
-    return float(self.per_query.std(ddof=1) / len(self.per_query) ** 0.5)
+    return float(mean_error(self.per_query))
 
   @functools.cached_property
   def interval(self) -> tuple[float, float]:
@@ -194,6 +192,25 @@ def lds(
   Raises:
     ValueError: ids or numbers of subsets differ, or scores are not finite.
   """
+  predicted, measured = predicted_and_measured(scores, subsets, retrained)
+  counts = statistics.resamples(*predicted.shape, seed=seed, num_resamples=num_resamples).subsets
+  return LDS(
+    per_query=statistics.spearman(predicted, measured),
+    query_ids=np.asarray(retrained.query_ids),
+    predicted=predicted,
+    measured=measured,
+    subset_numbers=retrained.kept,
+    resampled=statistics.resampled_spearman(predicted, measured, counts),
+    seed=seed,
+    measurement=retrained.measurement,
+    settings=scores.settings,
+  )
+
+
+def predicted_and_measured(
+  scores: Scores, subsets: Subsets, retrained: Retrained
+) -> tuple[np.ndarray, np.ndarray]:
+  """[M, Q] predicted changes and mean measurements, of the M subsets that have a model."""
   if len(subsets) != len(retrained.values):
     raise ValueError(
       f"There are {len(subsets)} subsets but measurements of {len(retrained.values)}: pass the "
@@ -201,22 +218,7 @@ def lds(
     )
   columns = _matched(scores.query_ids, retrained.query_ids, "queries", "the retrained models'")
   kept = retrained.kept
-  predicted = predictions(scores, subsets)[kept][:, columns]
-  measured = retrained.means()[kept]
-  counts = statistics.resamples(
-    len(kept), len(columns), seed=seed, num_resamples=num_resamples
-  ).subsets
-  return LDS(
-    per_query=statistics.spearman(predicted, measured),
-    query_ids=np.asarray(retrained.query_ids),
-    predicted=predicted,
-    measured=measured,
-    subset_numbers=kept,
-    resampled=statistics.resampled_spearman(predicted, measured, counts),
-    seed=seed,
-    measurement=retrained.measurement,
-    settings=scores.settings,
-  )
+  return predictions(scores, subsets)[kept][:, columns], retrained.means()[kept]
 
 
 def predictions(scores: Scores, subsets: Subsets) -> np.ndarray:
@@ -247,6 +249,14 @@ def _matched(given: np.ndarray, wanted: np.ndarray, what: str, whose: str) -> np
 
 def _some(ids: list) -> str:
   return ", ".join(map(repr, ids[:3])) + ", …" * (len(ids) > 3) if ids else "none"
+
+
+def mean_error(per_query: np.ndarray) -> np.ndarray:
+  """[…] std(ddof=1) / √Q of numbers [..., Q]; NaN for one query."""
+  num_queries = per_query.shape[-1]
+  if num_queries < 2:
+    return np.full(per_query.shape[:-1], np.nan)
+  return per_query.std(axis=-1, ddof=1) / num_queries**0.5
 
 
 def percent_range(interval: tuple[float, float]) -> str:

@@ -95,8 +95,8 @@ def _entries(
       best = bests[name]
       entry["best"] = _summary(best.best_on_benchmark, defaults[reference], best.best_damping)
       entry["dampings"] = best.dampings.tolist()
-      entry["sweep"] = [each.mean for each in best.ldses]
-      entry["sweep_errors"] = [each.std_error for each in best.ldses]
+      entry["sweep"] = best.means.tolist()
+      entry["sweep_errors"] = best.std_errors.tolist()
     entries.append(entry)
     arrays[f"{name}/per query"] = defaults[name].per_query.astype(np.float32)
     arrays[f"{name}/predicted"] = defaults[name].predicted.astype(np.float32)

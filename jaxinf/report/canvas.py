@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which the colour-blind tell apart.
@@ -40,9 +41,9 @@ def tidy(axes: Axes, grid: str = "both") -> None:
     axes.grid(axis=grid, color=FAINT, linewidth=0.6)  # type: ignore[arg-type]
 
 
-def shades(number: int) -> list[tuple[float, ...]]:
+def shades(number: int) -> list[str]:
   """Colours from light to dark for lines in an order, of viridis."""
-  return list(matplotlib.colormaps["viridis"](np.linspace(0.85, 0.1, number)))
+  return [to_hex(x) for x in matplotlib.colormaps["viridis"](np.linspace(0.85, 0.1, number))]
 
 
 def percent(mean: float, error: float | None = None) -> str:

@@ -22,7 +22,7 @@ class Heatmap:
     rows, columns: their labels.
     row_axis, column_axis: what these are.
     unit: how a number is written, such as ".1f".
-    centred: colours diverge from 0; else they go from the least to the greatest number.
+    limits: numbers of the first and the last colour; None: colours diverge from 0.
     split: draw a line before this column; None: nowhere.
   """
 
@@ -33,7 +33,7 @@ class Heatmap:
   row_axis: str
   column_axis: str
   unit: str = ".1f"
-  centred: bool = True
+  limits: tuple[float, float] | None = None
   split: int | None = None
 
 
@@ -44,7 +44,7 @@ class ChangePanel:
   Attributes:
     title: of the panel, with its numbers.
     predicted, actual: [M, Q], of M subsets and Q samples.
-    line: (slope, intercept) of the least-squares line through all points.
+    line: (slope, intercept) of the line that is drawn.
   """
 
   title: str
@@ -85,6 +85,7 @@ def changes_figure(panels: Sequence[ChangePanel], *, columns: int = 2) -> bytes:
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.set(xlabel="predicted change", ylabel="actual change")
+    axes.locator_params(nbins=6)
     axes.ticklabel_format(scilimits=(-2, 3), useMathText=True)
     axes.set_title(panel.title, loc="left", fontsize=10)
     tidy(axes)
@@ -110,15 +111,11 @@ def weights_figure(weights: Mapping[str, np.ndarray]) -> bytes:
 
 
 def _heatmap(axes: Axes, heatmap: Heatmap) -> None:
-  values, finite = heatmap.values, heatmap.values[np.isfinite(heatmap.values)]
-  if heatmap.centred:
-    high = np.abs(finite).max(initial=1e-9)
-    low, colours = -high, "RdBu_r"
-  else:
-    low, high, colours = finite.min(initial=1.0), finite.max(initial=0.0), "cividis"
-    low -= 1e-9 * (low == high)
-  image = axes.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto")
-  for (row, column), value in np.ndenumerate(values):
+  largest = np.abs(heatmap.values[np.isfinite(heatmap.values)]).max(initial=1e-9)
+  low, high = heatmap.limits or (-largest, largest)
+  colours = "cividis" if heatmap.limits else "RdBu_r"
+  image = axes.imshow(heatmap.values, cmap=colours, vmin=low, vmax=high, aspect="auto")
+  for (row, column), value in np.ndenumerate(heatmap.values):
     red, green, blue, _ = image.cmap(image.norm(value))
     dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
     axes.text(

@@ -4,6 +4,7 @@ Pure functions from numbers to PNG. LDS come as shares and are drawn in %.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -35,6 +36,7 @@ GROUPS = {
   "exact retraining": GREEN,
 }
 _ROW, _HEAD = 0.27, 0.75  # inches
+_DASHES = ("-", "--", ":")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,17 +116,20 @@ def sweeps_figure(
     len(grid), max(map(len, grid)), squeeze=False, sharex="col", sharey="row"
   )
   names = list(dict.fromkeys(name for row in grid for panel in row for name in panel.lines))
-  colours = shades(len(names)) if ordered else PALETTE
-  colour_of = {name: colours[i % len(colours)] for i, name in enumerate(names)}
+  colours: Sequence[str] = shades(len(names)) if ordered else PALETTE
+  looks = {
+    name: dict(color=colours[i % len(colours)], linestyle="-" if ordered else _DASHES[i % 3])
+    for i, name in enumerate(names)
+  }
   for row_of_axes, row in zip(axes_grid, grid, strict=True):
     row_of_axes[0].set_ylabel("LDS, %")
     for axes in row_of_axes[len(row) :]:
       axes.set_visible(False)
     for axes, panel in zip(row_of_axes, row, strict=False):
-      _sweep_panel(axes, panel, colour_of)
+      _sweep_panel(axes, panel, looks)
   for axes in axes_grid[-1]:
     axes.set_xlabel("damping λ")
-  handles = [Line2D([], [], color=colour_of[name], marker="o", ms=4, label=name) for name in names]
+  handles = [Line2D([], [], marker="o", ms=4, label=name, **looks[name]) for name in names]  # type: ignore[arg-type]
   if any(np.isnan(m).any() for row in grid for p in row for m, _ in p.lines.values()):
     handles.append(Line2D([], [], color=GREY, marker="x", ls="none", label="NaN"))
   figure.legend(
@@ -146,6 +151,9 @@ def counterfactual_figure(
   figure = new_figure(4.2)
   axes = figure.subplots()
   width = 0.8 / len(methods)
+  power = math.floor(math.log10(np.abs(change).max() or 1.0))
+  power = 0 if -2 <= power < 3 else power
+  change = change / 10.0**power
   means, errors = mean_and_error(change)
   for i, method in enumerate(methods):
     x = np.arange(len(shares)) + (i - (len(methods) - 1) / 2) * width
@@ -156,7 +164,7 @@ def counterfactual_figure(
     jitter = np.linspace(-0.2, 0.2, change.shape[2]) * width
     axes.scatter(dots + jitter, change[i], s=9, color=INK, alpha=0.5, linewidths=0, zorder=3)
     for place, mean, error in zip(x, means[i], errors[i], strict=True):
-      text = f"{mean:.2g}" if np.isnan(error) else f"{mean:.2g}\n± {error:.1g}"
+      text = f"{mean:.2f}" if np.isnan(error) else f"{mean:.2f}\n± {error:.2f}"
       axes.annotate(
         text.replace("-", "−"), (place, max(mean + np.nan_to_num(error), 0)), xytext=(0, 3),
         textcoords="offset points", ha="center", fontsize=8, color=INK,
@@ -166,8 +174,8 @@ def counterfactual_figure(
   axes.margins(y=0.15)
   labels = [f"{100 * share:g} % of the images removed" for share in shares]
   axes.set_xticks(range(len(shares)), labels)
-  axes.set_ylabel(f"change of {measurement}")
-  axes.ticklabel_format(axis="y", scilimits=(-2, 3), useMathText=True)
+  unit = f", in units of $10^{{{power}}}$" if power else ""
+  axes.set_ylabel(f"change of {measurement}{unit}")
   tidy(axes, "y")
   figure.legend(loc="outside upper center", ncols=len(methods), frameon=False)
   return png(figure)
@@ -197,13 +205,14 @@ def _bar_panel(axes: Axes, panel: BarPanel, bars: Sequence[tuple[float, Bar]]) -
           mean, place, xerr=None if np.isnan(error) else error, color=colour, marker="o",
           markersize=6, markerfacecolor=colour if filled else "white", capsize=2.5, linewidth=1.3,
         )  # fmt: skip
-    texts = [(percent(*shown), INK, 1.135)]
+    texts = [(percent(*shown), INK, 75)]
     if bar.best is not None:
-      texts.append((f"({percent(*bar.default)})", GREY, 1.275))
-    for text, ink, x in texts:
-      axes.text(
-        x, place, text, transform=axes.get_yaxis_transform(), va="center", ha="right",
-        color=ink, fontsize=9,
+      texts.append((f"({percent(*bar.default)})", GREY, 150))
+    for text, ink, points in texts:
+      axes.annotate(
+        text, (1, place), xytext=(points, 0), xycoords=axes.get_yaxis_transform(),
+        textcoords="offset points", va="center", ha="right", color=ink, fontsize=9,
+        annotation_clip=False,
       )  # fmt: skip
   if panel.ceiling is not None:
     middle, low, high = (100 * x for x in panel.ceiling)
@@ -219,12 +228,12 @@ def _bar_panel(axes: Axes, panel: BarPanel, bars: Sequence[tuple[float, Bar]]) -
 
 def _bar_legend(panels: Sequence[BarPanel]) -> list[Line2D]:
   bars = [bar for panel in panels for bar in panel.bars]
-  dot = dict(marker="o", linestyle="none", color=INK)
   found = []
   if any(bar.best for bar in bars):
+    faces = {"damping best on this benchmark": INK, "(default damping)": "white"}
     found = [
-      Line2D([], [], label="damping best on this benchmark", **dot),
-      Line2D([], [], label="(default damping)", markerfacecolor="white", **dot),
+      Line2D([], [], color=INK, marker="o", ls="none", markerfacecolor=face, label=label)
+      for label, face in faces.items()
     ]
   found += [
     Line2D([], [], color=colour, linewidth=5, alpha=0.6, label=group)
@@ -236,15 +245,13 @@ def _bar_legend(panels: Sequence[BarPanel]) -> list[Line2D]:
   return found
 
 
-def _sweep_panel(axes: Axes, panel: SweepPanel, colour_of: Mapping[str, object]) -> None:
+def _sweep_panel(axes: Axes, panel: SweepPanel, looks: Mapping[str, Mapping[str, str]]) -> None:
   if panel.default is not None:
     axes.axvline(panel.default, color=GREY, linestyle=":", linewidth=1)
   crossed = 0
   for name, (means, errors) in panel.lines.items():
-    colour, errors = colour_of[name], np.nan_to_num(errors)
-    axes.plot(
-      panel.dampings, 100 * means, color=colour, marker="o", markersize=3.5, linewidth=1.5
-    )  # fmt: skip
+    colour, errors = looks[name]["color"], np.nan_to_num(errors)
+    axes.plot(panel.dampings, 100 * means, marker="o", markersize=3.5, lw=1.6, **looks[name])  # type: ignore[arg-type]
     axes.fill_between(
       panel.dampings, 100 * (means - errors), 100 * (means + errors), color=colour, alpha=0.18,
       linewidth=0,

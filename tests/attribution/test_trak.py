@@ -96,8 +96,7 @@ VALUES = {
 }
 
 
-@pytest.mark.parametrize("dim", [6, 40], ids=["fewer_than_images", "more_than_images"])
-@pytest.mark.parametrize("kind", ["rademacher", "normal"])
+@pytest.mark.parametrize(("dim", "kind"), [(6, "rademacher"), (40, "normal")])
 def test_scores_equal_a_dense_float64_twin(problem, dim, kind):
   """Gradients in float32 carry errors of 1e-6, which a condition number of some 100 multiplies."""
   task, queries, train = problem

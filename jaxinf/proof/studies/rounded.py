@@ -1,6 +1,6 @@
 """Scores in half precision (paper, Fig. 21): how much of float32 attribution needs.
 
-Python's `traker` keeps features in float16, and so its matrices; `rounded_fisher_scores` rounds
+The package `traker` keeps features in float16, and so its matrices; `rounded_fisher_scores` rounds
 where it does. With features Φ [N, k] and r(·) rounding, sums within a product being float32:
 
   S = N · r(r(q W) Φᵀ),   W = r(c (G + N λ I)⁻¹) / c,   G = r(Φᵀ Φ),
@@ -67,7 +67,9 @@ def rounded_fisher_scores(
     asked = queries if primal else rounded(queries @ train.T)
     found = []
     for damping in dampings:
-      weights, scale = _inverse(rounded(gram + rounded(np.float32(num * damping)) * np.eye(len(gram), dtype=np.float32)))
+      damped = gram.copy()
+      damped[np.diag_indices_from(damped)] += rounded(np.float32(num * damping))
+      weights, scale = _inverse(rounded(damped))
       solved = rounded(asked @ rounded(weights / scale))
       scores = rounded(solved @ train.T) if primal else solved
       found.append(scores * (num * scale))
@@ -142,5 +144,9 @@ def _features(question: Question, stream: str, name: str) -> np.ndarray:
 
 
 # Method → the half precisions it can be computed in.
-HALVES = {"influence": ("bfloat16",), "trak": ("float16", "bfloat16"), "dtrak": ("float16", "bfloat16")}
+HALVES = {
+  "influence": ("bfloat16",),
+  "trak": ("float16", "bfloat16"),
+  "dtrak": ("float16", "bfloat16"),
+}
 _SCORES = {"influence": _influence, "trak": _trak, "dtrak": _dtrak}

@@ -1,6 +1,7 @@
-"""LDS by approximation of the Hessian (paper, Fig. 4), damping, draws and precision (7–10 and 21)."""
+"""LDS by Hessian (paper, Fig. 4), by damping and draws (7–10) and by precision (21)."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -60,19 +61,16 @@ def hessian(run: Run) -> Drawn:
 def damping(run: Run) -> Drawn:
   """LDS over dampings, with more and more draws in all gradients."""
   config = run.config.study
-  lines = {
-    draws: (with_draws(run, draws), [row_of(method, config.measurement) for method in config.methods])
-    for draws in sorted(config.draws)
-  }
+  rows = [row_of(method, config.measurement) for method in config.methods]
   targets = image_measurements(run)
   truth = truth_of(run, targets)
   found = {
-    (row.name, f"{draws}", target): _line(truth, other, row, target)
-    for draws, (other, rows) in lines.items()
+    (row.name, f"{draws}", target): _line(truth, with_draws(run, draws), row, target)
+    for draws in sorted(config.draws)
     for row in rows
     for target in targets
   }
-  names = [row.name for row in next(iter(lines.values()))[1]]
+  names = [row.name for row in rows]
   parts = []
   for name in names:
     cells = {label: line for (row, label, target), line in found.items()
@@ -99,14 +97,16 @@ def half_precision(run: Run) -> Drawn:
   found: dict[tuple[str, str, str], Line] = {}
   for method in config.methods:
     row = row_of(method, target)
-    found[row.name, "float32", target] = _line(truth, run, row, target)
+    whole, compression = run, run.config.score.compression
+    if "compression" in row.kind.reads and compression is not None:
+      whole = _with_scores(run, "float32", compression=None)
+      found[row.name, f"{compression} queries", target] = _line(truth, run, row, target)
+    found[row.name, "float32", target] = _line(truth, whole, row, target)
     for precision in HALVES.get(method, ()):
       rounded = RoundedRow(method, row.measurement, precision)
       found[row.name, precision, target] = _line(truth, run, rounded, target)
   names = list(dict.fromkeys(name for name, *_ in found))
-  parts = [
-    f"{name} in {precision} {_range(line)}" for (name, precision, _), line in found.items()
-  ]
+  parts = [f"{name} in {precision} {_range(line)}" for (name, precision, _), line in found.items()]
   return _sweeps(
     truth, found, names, [target], "precision",
     title="What half precision does to the LDS",
@@ -114,8 +114,9 @@ def half_precision(run: Run) -> Drawn:
       "TRAK and D-TRAK: features, their Gram matrix with its damping, its inverse (taken in "
       "float32, scaled to a mean magnitude of one) and all products with it are rounded to the "
       "half precision, as traker does; sums within a product are in float32. Influence: the "
-      "network's products in training gradients and the preconditioned queries are bfloat16, the "
-      "curvature float32. Crosses: scores that are not finite. Least … greatest LDS over "
+      "network's products in training gradients and the preconditioned queries are bfloat16, or "
+      "these queries alone are compressed as in score.compression; the curvature is float32. "
+      "Crosses: scores that are not finite. Least … greatest LDS over "
       "dampings: " + "; ".join(parts) + "."
     ),
   )  # fmt: skip
@@ -123,17 +124,23 @@ def half_precision(run: Run) -> Drawn:
 
 def with_draws(run: Run, draws: int) -> Run:
   """The run with that many draws in every gradient of the scores, kept in a folder of its own."""
-  section = dataclasses.replace(
-    run.config.score, draws=draws, query_draws=draws, draw_groups=1, query_groups=1
+  return _with_scores(
+    run, f"draws-{draws}", draws=draws, query_draws=draws, draw_groups=1, query_groups=1
   )
+
+
+def _with_scores(run: Run, folder: str, **settings: Any) -> Run:
+  """The run with other settings of scores, which are kept in a folder within the run's."""
   return dataclasses.replace(
     run,
-    config=dataclasses.replace(run.config, score=section),
-    folders={**run.folders, "score": run.folder("score") / f"draws-{draws}"},
+    config=dataclasses.replace(run.config, score=dataclasses.replace(run.config.score, **settings)),
+    folders={**run.folders, "score": run.folder("score") / folder},
   )
 
 
 def _line(truth: Truth, run: Run, row: Row, target: str) -> Line:
+  if row.kind.default_damping is None:
+    raise ValueError(f"The method {row.method} has no damping: leave it out of config.study.")
   sweep = scored(run, row)
   order = np.argsort(dampings_of(sweep))
   means, errors = truth.sweep(sweep, target)

@@ -14,7 +14,8 @@ export MALLOC_MMAP_MAX_ = 0
 export MALLOC_TRIM_THRESHOLD_ = 68719476736
 export MALLOC_TOP_PAD_ = 67108864
 
-.PHONY: demo test test-interop bench-gradients bench-draws bench-store bench-curvature bench-plan lint lock clean
+.PHONY: demo test test-interop bench-gradients bench-draws bench-store bench-curvature bench-trak \
+	bench-plan bench-lds bench-retrain lint lock clean
 
 # Train, sample, fit curvature, attribute and report on scikit-learn's digits.
 demo: .venv/installed
@@ -24,7 +25,7 @@ demo: .venv/installed
 test: .venv/installed
 	$(RUN) -m pytest -n 2 --dist loadfile
 
-# Parity with diffusers, in an environment of its own.
+# Parity with diffusers and embeddings by transformers' CLIP, in an environment of its own.
 test-interop: .venv-interop/installed
 	.venv-interop/bin/python -m pytest tests/interop
 
@@ -45,9 +46,32 @@ bench-store: .venv/installed
 bench-curvature: .venv/installed
 	$(RUN) -m tests.benchmarks.curvature $(ARGS)
 
+# TRAK features against plain training steps; ARGS="--work=FOLDER" as above, beside traker.
+bench-trak: .venv/installed
+	$(RUN) -m tests.benchmarks.trak $(ARGS)
+
 # What `jaxinf plan` says of the stages on digits, and what they then take.
 bench-plan: .venv/installed
 	$(RUN) -m tests.benchmarks.planning $(ARGS)
+
+# The proof by retraining: LDS of every method. It goes on from the run's folder, or at first from the
+# committed results, of which it repeats the scores alone. LDS=digits_unet for the U-Net, or any config.
+LDS ?= digits_mlp
+LDS_RUN = --config=configs/$(LDS).py --workdir=runs/$(LDS) $(ARGS)
+ifeq ($(LDS),digits_unet)
+LDS_RUN = --config=configs/digits.py --workdir=runs/$(LDS) --config.sample.num_samples=50 \
+	--config.sample.batch_size=50 $(ARGS)
+endif
+
+bench-lds: .venv/installed
+	@mkdir -p runs
+	@test -e runs/$(LDS) -o ! -e docs/results/$(LDS) || cp -r docs/results/$(LDS) runs/$(LDS)
+	$(RUN) -m jaxinf benchmark $(LDS_RUN)
+	$(RUN) -m jaxinf study lds $(LDS_RUN)
+
+# Retraining against a minimal training loop: steps a second and models an hour, by models at once.
+bench-retrain: .venv/installed
+	$(RUN) -m tests.benchmarks.retraining $(ARGS)
 
 lint: .venv/installed
 	$(RUN) -m ruff check .
@@ -77,6 +101,6 @@ clean:
 	$(PYTHON) -m venv .venv-interop
 	.venv-interop/bin/python $(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
 	.venv-interop/bin/python $(PIP) install --no-deps -r requirements.lock
-	.venv-interop/bin/python $(PIP) install diffusers==0.42.1
+	.venv-interop/bin/python $(PIP) install diffusers==0.42.1 transformers==5.24.0
 	.venv-interop/bin/python $(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@

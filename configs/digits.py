@@ -34,6 +34,8 @@ def get_config() -> ConfigDict:
   config.retrain.steps = 500
   config.measure.draws = 400
   config.measure.batch_size = 400
+  config.score.compression = None
+  config.score.passes = 1
   config.score.draws = 48
   config.score.query_draws = 192
   config.score.projection_dim = 4_096

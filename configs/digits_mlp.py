@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
     "influence", "ekfac", "kfac-empirical", "diagonal", "identity", "trak", "dtrak",
     "journey-trak", "das", "pixel", "pixel-l2", "random",
   )  # fmt: skip
+  config.score.measurements = ("loss", "elbo", "simple_elbo", "trajectory", "square_norm")
   config.score.draws = 200
   config.score.projection_dim = 4_096
   config.score.batch_size = 2_000

@@ -1,17 +1,31 @@
 """jaxinf: training-data attribution for diffusion models in JAX."""
 
 from jaxinf.attribution.auto import AutoDraws
+from jaxinf.attribution.das import das
 from jaxinf.attribution.index import build_index, open_index
 from jaxinf.attribution.influence import influence
+from jaxinf.attribution.journey import journey_trak
+from jaxinf.attribution.similarity import (
+  clip_embeddings,
+  embedding_similarity,
+  pixel_similarity,
+  random_scores,
+)
 from jaxinf.attribution.stability import RankStability, rank_stability
 from jaxinf.attribution.store import Store
+from jaxinf.attribution.trak import dtrak, trak
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.exact import Solver
 from jaxinf.curvature.fit import SKIP_NORMALISATION, fit_curvature
+from jaxinf.data.subsets import Subsets, random_subsets
 from jaxinf.diffusion.draws import DrawDesign
+from jaxinf.diffusion.measurements import Measurement, loss_at_timestep, weighted_loss
 from jaxinf.diffusion.schedule import Schedule
 from jaxinf.diffusion.task import Task
+from jaxinf.evaluation.comparison import compare, damping_lds
 from jaxinf.evaluation.damping import DampingSweep, recommend_damping
+from jaxinf.evaluation.lds import Retrained, lds
+from jaxinf.evaluation.oracle import noise_ceiling, retraining_lds
 from jaxinf.types import Ranking, Scores
 from jaxinf.unfinished import Resume
 
@@ -22,18 +36,37 @@ __all__ = [
   "Curvature",
   "DampingSweep",
   "DrawDesign",
+  "Measurement",
   "RankStability",
   "Ranking",
   "Resume",
+  "Retrained",
   "Schedule",
   "Scores",
   "Solver",
   "Store",
+  "Subsets",
   "Task",
   "build_index",
+  "clip_embeddings",
+  "compare",
+  "damping_lds",
+  "das",
+  "dtrak",
+  "embedding_similarity",
   "fit_curvature",
   "influence",
+  "journey_trak",
+  "lds",
+  "loss_at_timestep",
+  "noise_ceiling",
   "open_index",
+  "pixel_similarity",
+  "random_scores",
+  "random_subsets",
   "rank_stability",
   "recommend_damping",
+  "retraining_lds",
+  "trak",
+  "weighted_loss",
 ]

@@ -162,9 +162,7 @@ class Retraining:
   def start(self, num_members: int, seed: int) -> TrainState:
     """The states [D, V, …] that so many models begin from, all alike."""
     if seed not in self._starts:
-      self._starts = {
-        seed: init_state(self._model, self._dataset.image_shape, self._config, seed)
-      }
+      self._starts = {seed: init_state(self._model, self._dataset.image_shape, self._config, seed)}
     one, devices = self._starts[seed], len(self._devices)
     num_each = math.ceil(num_members / devices)
     copies = lambda x: np.broadcast_to(x, (devices, num_each, *np.shape(x)))

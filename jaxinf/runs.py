@@ -152,6 +152,23 @@ def fresh_task(run: Run) -> Task:
   return Task(_apply_fn(run), params, run.schedule)
 
 
+def load_samples(run: Run) -> dict[str, np.ndarray]:
+  """The arrays `ids` and `images` of the samples, and `trajectories` where these were kept."""
+  arrays = dict(artifacts.read(run.folder("sample")).arrays)
+  place = run.folder("sample") / "trajectories"
+  if artifacts.finished(place, key_of(run, "sample")):
+    arrays["trajectories"] = artifacts.read(place).arrays["trajectories"]
+  return arrays
+
+
+def samples_content(run: Run, of: str) -> str:
+  """Hash of the samples' images, or of their trajectories; "none" where these were not kept."""
+  content, place = content_of_stage(run, "sample"), run.folder("sample") / "trajectories"
+  if of == "images":
+    return content
+  return artifacts.read_manifest(place)["content"] if place.exists() else "none"
+
+
 def load_curvature(run: Run, task: Task) -> Curvature:
   """The fitted curvature of a run, for its task."""
   artifact = artifacts.read(run.folder("curvature"))

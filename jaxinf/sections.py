@@ -187,6 +187,7 @@ class ScoreConfig:
   query_groups: int
   design: DrawConfig
   compression: str | None  # of preconditioned query gradients
+  passes: int  # parts of the samples, each with a pass over the images: the more, the less memory
   projection_dim: int  # of TRAK and its kin
   projection: str  # rademacher or normal
   journey_steps: int  # timesteps of a sampling trajectory, for Journey-TRAK

@@ -146,6 +146,12 @@ def _sample(run: Run) -> Outcome:
       run.folder("sample") / "sums", key_of(run, "sample"), 1, dict.fromkeys(names, 0)
     ),
   )  # fmt: skip
+  trajectories = arrays.pop("trajectories", None)
+  if trajectories is not None and hosts.is_primary():  # apart, as they are large
+    kept = {"ids": ids, "trajectories": trajectories}
+    artifacts.write(
+      run.folder("sample") / "trajectories", key_of(run, "sample"), kept, notes={}, cost={}
+    )
   return {"ids": ids, **arrays}, {}, f"{len(ids)} samples"
 
 

@@ -118,7 +118,9 @@ def train_step(
 
     pairs = noised(schedule, images, keys)
     losses = squared_errors(apply_fn(params, pairs.x_t, pairs.t), pairs)
-    return jnp.sum(rows.mask * losses if rows.weights is None else rows.mask * rows.weights * losses)
+    return jnp.sum(
+      rows.mask * losses if rows.weights is None else rows.mask * rows.weights * losses
+    )
 
   def sums(state, rows):
     loss, grads = jax.value_and_grad(total_loss)(state.params, state.step, rows)

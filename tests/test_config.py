@@ -1,21 +1,29 @@
-"""Every config file passes the door; what is unknown, missing or mistyped does not."""
+"""Every config file passes the door and can be run; what is unknown or mistyped passes not."""
 
 import ast
 import dataclasses
 import importlib
 import json
+import re
 import typing
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from configs import base
 from jaxinf import models
+from jaxinf.attribution.methods import method_named
+from jaxinf.commands import COMMANDS
 from jaxinf.config import as_dict, check_path, typed
+from jaxinf.diffusion.measurements import measurement_named
+from jaxinf.gradients.per_example import checked_draws
 from jaxinf.sections import Config, ModelConfig
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+DERIVED = [name for name in CONFIGS if name != "base"]
 SECTIONS = typing.get_type_hints(Config)
 FIELDS = [
   (section, field.name)
@@ -30,12 +38,91 @@ def config():
   return base.get_config()
 
 
+def load(name: str) -> Config:
+  return typed(importlib.import_module(f"configs.{name}").get_config())
+
+
+def num_params(config: Config) -> int:
+  """Of the model, on images as the data set has them; nothing is computed."""
+  shape = {"digits": (1, 8, 8, 1)}.get(config.data.name, (1, 32, 32, 3))
+  network = models.build(config.model.name, dict(config.model.fields), out_channels=shape[-1])
+  images, t = jnp.zeros(shape), jnp.zeros(1, jnp.int32)
+  return models.num_params(jax.eval_shape(network.init, jax.random.key(0), images, t))
+
+
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_config_file_is_valid(name):
-  config = typed(importlib.import_module(f"configs.{name}").get_config())
-  assert isinstance(config, Config)
-  models.build(config.model.name, dict(config.model.fields), out_channels=3)
+def test_every_config_file_is_valid_and_its_model_builds(name):
+  config = load(name)
   json.dumps(as_dict(config))  # as manifests hold it
+  assert num_params(config)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_a_config_names_exists_and_finds_what_it_needs(name):
+  """Methods and measurements, trajectories for those that are of them, and timesteps."""
+  config = load(name)
+  study, counter = config.study, config.counterfactual
+  methods = (*config.score.methods, *counter.methods, *study.approximations, *study.methods)
+  measurements = (
+    *config.measure.measurements, *config.score.measurements, config.attribute.measurement,
+    config.query.measurement, counter.measurement, study.measurement,
+  )  # fmt: skip
+  for method in methods:
+    method_named(method)
+  of_trajectories = [m for m in measurements if measurement_named(m).of == "trajectories"]
+  if of_trajectories or "journey-trak" in methods:
+    assert config.sample.keep_trajectory
+  timesteps = (*study.timesteps, *study.change_timesteps)
+  assert all(0 <= t < config.diffusion.num_steps for t in timesteps)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_draws_split_into_groups(name):
+  config = load(name)
+  for section in (config.attribute, config.index, config.measure, config.score):
+    checked_draws(section.draws, section.draw_groups)
+  for section in (config.attribute, config.score):
+    checked_draws(section.query_draws or section.draws, section.query_groups)
+  checked_draws(config.query.draws, config.query.query_groups)
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_a_config_is_at_most_30_lines_from_the_one_it_starts_from(name):
+  tree = ast.parse((ROOT / "configs" / f"{name}.py").read_text())
+  (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef))
+  assert re.search(r"\w+\.get_config\(\)", ast.unparse(function.body[0]))
+  assert isinstance(function.body[-1], ast.Return)
+  assert function.body[-1].lineno - function.body[0].end_lineno - 1 <= 30
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_the_docstring_says_how_to_run_it_and_what_that_costs(name):
+  text = importlib.import_module(f"configs.{name}").__doc__
+  command = rf"^python -m jaxinf (.+) --config=configs/{name}\.py --workdir=runs/{name}\b"
+  assert re.search(command, text, re.M)[1] in COMMANDS
+  assert re.search(r"\d (s|min|h|seconds|minutes|hours)\b|[Nn]ot yet measured", text)
+  if size := re.search(r"(\d+\.\d) M parameters", text):
+    assert size[1] == f"{num_params(load(name)) / 1e6:.1f}"
+
+
+def test_the_papers_settings_stand(config):
+  """Appendices J.5 – J.7; that decay is cosine for CIFAR-2 is J.7, too."""
+  retrain, counter, score = config.retrain, config.counterfactual, config.score
+  assert (retrain.num_subsets, retrain.num_seeds, retrain.share) == (100, 5, 0.5)
+  assert (config.sample.num_samples, config.measure.draws) == (200, 5_000)
+  assert (counter.shares, counter.num_queries) == ((0.02, 0.1), 5)
+  assert (config.curvature.draws, score.draws, score.projection_dim) == (250, 250, 32_768)
+
+
+@pytest.mark.parametrize(
+  ("name", "num_train", "steps", "decay", "epochs"),
+  [("cifar10", 50_000, 160_000, "constant", 410), ("cifar2", 5_000, 32_000, "cosine", 800)],
+)
+def test_training_takes_the_papers_steps_and_so_its_epochs(name, num_train, steps, decay, epochs):
+  train, retrain = load(name).train, load(name).retrain
+  assert (train.steps, train.warmup_steps, train.decay) == (steps, steps // 10, decay)
+  assert retrain.steps == steps // 2  # as many epochs of half the images
+  assert steps * train.batch_size / num_train == pytest.approx(epochs, rel=0.03)  # it rounds
 
 
 def test_values_arrive_as_they_were_set(config):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxinf import planning, runs, stages
+from jaxinf import planning, runs
 from jaxinf.commands import COMMANDS
 from jaxinf.config import typed
 from jaxinf.planning.passes import decomposition_seconds

@@ -86,8 +86,9 @@ def test_eight_devices_give_the_same_scores_and_the_same_store(finished, tmp_pat
 def test_the_artefacts_hold_what_they_say(finished):
   sample = artifacts.read(finished.folder("sample"))
   assert sample.arrays["images"].shape == (3, 8, 8, 1)
-  assert sample.arrays["trajectories"].shape == (3, 21, 8, 8, 1)
-  np.testing.assert_array_equal(sample.arrays["trajectories"][:, -1], sample.arrays["images"])
+  trajectories = runs.load_samples(finished)["trajectories"]
+  assert trajectories.shape == (3, 21, 8, 8, 1)
+  np.testing.assert_array_equal(trajectories[:, -1], sample.arrays["images"])
   scores = runs.load_scores(finished)
   assert scores.values.shape == scores.std_errors.shape == (3, 24)
   assert np.isfinite(scores.group_values).all() and scores.group_values.shape[0] == 2

@@ -42,6 +42,9 @@ from jaxinf.unfinished import PartialOutputs, Resume
 
 _LOG = logging.getLogger("jaxinf")
 
+# Small dampings raise directions that hardly matter to scores; rounding them drowns those that do.
+_ADVICE = ": the order is not kept; take compression=None, or a larger damping"
+
 
 # fmt: off
 @overload
@@ -284,9 +287,10 @@ def _with_check(scores: Scores, check: dict[str, Any] | None) -> Scores:
   if check is not None and check["spearman"] is not None:
     _LOG.info(
       "attribute: at λ = %.1e, %s queries%s against float32 on %d training images and %d queries: "
-      "rank correlation of scores %.4f (least %.4f)", scores.settings["damping"],
+      "rank correlation of scores %.4f (least %.4f)%s", scores.settings["damping"],
       scores.settings["compression"],
       f" and {scores.settings['precision']} products" if scores.settings["precision"] else "",
       check["num_examples"], check["num_queries"], check["spearman"], check["least_spearman"],
+      _ADVICE if check["spearman"] < 0.95 else "",
     )  # fmt: skip
   return dataclasses.replace(scores, settings={**scores.settings, "check": check})

@@ -42,6 +42,7 @@ class Question:
     draws, draw_groups, query_draws, query_groups: of (t, ε), as of `influence`.
     design: of the draws for training images, with flips where training had them.
     compression: of preconditioned query gradients.
+    passes: parts of the queries, whose preconditioned gradients are in memory one after another.
     projection_dim, projection, journey_steps: of TRAK and its kin.
     embeddings: () → those of queries [Q, E] and of training images [N, E], for "clip".
     curvature: options of `fit_curvature` that differ from the usual ones → the curvature.
@@ -62,6 +63,7 @@ class Question:
   query_groups: int
   design: DrawDesign
   compression: str | None
+  passes: int
   projection_dim: int
   projection: str
   journey_steps: int
@@ -134,11 +136,34 @@ def method_named(name: str) -> Method:
 
 
 def _influence(question: Question, **options: Any) -> Sequence[Scores]:
-  return influence(
-    question.task, question.curvature(options), question.of(question.measurement),
-    question.train_images, measurement=question.measurement, compression=question.compression,
-    **question.common,
-  )  # fmt: skip
+  """In `passes` parts of the queries, each with a pass of its own over the training gradients."""
+  curvature, queries = question.curvature(options), question.of(question.measurement)
+  parts = []
+  for number, rows in enumerate(np.array_split(np.arange(len(queries)), question.passes)):
+    common = question.common | {"query_ids": question.query_ids[rows]}
+    if question.resume is not None and question.passes > 1:
+      folder = question.resume.folder / f"part-{number:03d}"
+      common["resume"] = dataclasses.replace(question.resume, folder=folder)
+    parts.append(
+      influence(
+        question.task, curvature, queries[rows], question.train_images,
+        measurement=question.measurement, compression=question.compression, **common,
+      )
+    )  # fmt: skip
+  return [_joined(alike) for alike in zip(*parts, strict=True)]
+
+
+def _joined(parts: Sequence[Scores]) -> Scores:
+  """The scores of several parts of the queries."""
+  if len(parts) == 1:
+    return parts[0]
+  of_queries = [part.query_group_values for part in parts]
+  return dataclasses.replace(
+    parts[0],
+    group_values=np.concatenate([part.group_values for part in parts], axis=1),
+    query_ids=np.concatenate([part.query_ids for part in parts]),
+    query_group_values=None if of_queries[0] is None else np.concatenate(of_queries, axis=1),  # type: ignore[arg-type]
+  )
 
 
 def _projected(question: Question, method: Callable[..., Any], **options: Any) -> Sequence[Scores]:

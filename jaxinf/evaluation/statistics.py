@@ -151,13 +151,13 @@ def two_way_interval(
 ) -> tuple[float, float]:
   """Interval over subsets and queries of a mean over queries: other queries, other subsets.
 
-  mean ± t · `two_way_error`, t of Student's distribution with min(M, Q) − 1 degrees of freedom; NaN
-  of one query. Arguments as of `subset_interval`.
+  mean ± t · `two_way_error`, t of Student's distribution with min(M, Q) − 1 degrees of freedom,
+  within [−1, 1]; NaN of one query. Arguments as of `subset_interval`.
   """
   mean = float(np.mean(per_query))
   error = two_way_error(per_query, resampled, samples.queries)
   width = float(stats.t.ppf((1 + level) / 2, _degrees(samples))) * error
-  return mean - width, mean + width
+  return max(mean - width, -1.0), min(mean + width, 1.0)
 
 
 def paired_test(

@@ -19,7 +19,7 @@ from jaxinf.evaluation.measuring import Measuring
 from jaxinf.progress import Progress
 from jaxinf.proof.models import Spec, common_key, folder, load_params, model_key, subset_name
 from jaxinf.random import example_numbers
-from jaxinf.runs import Run, content_of_stage, load_task
+from jaxinf.runs import Run, load_samples, load_task, samples_content
 from jaxinf.serving import draw_design
 
 _LOG = logging.getLogger("jaxinf")
@@ -82,7 +82,7 @@ def key_of_measurement(run: Run, name: str) -> dict:
   return common_key(run) | {
     "measure": own,
     "measurement": name,
-    "samples_content": content_of_stage(run, "sample"),
+    "samples_content": samples_content(run, measurement_named(name).of),
     "share": run.config.retrain.share,
     "outside_weight": run.config.retrain.outside_weight,
     "steps": {"all": run.config.train.steps, "subset": run.config.retrain.steps},
@@ -94,12 +94,12 @@ def _measure(
 ) -> None:
   """Adds the measurements by `models` to the artefacts."""
   config, task = run.config.measure, load_task(run)
-  samples = artifacts.read(run.folder("sample")).arrays
+  samples = load_samples(run)
   (of,) = {measurement.of for measurement in measurements.values()}
   if of not in samples:
     raise ValueError(
-      f"{', '.join(measurements)} needs the samples' trajectories: set sample.keep_trajectory "
-      "(in a new workdir, since the samples are kept) or leave it out of measure.measurements."
+      f"{', '.join(measurements)} needs the samples' trajectories, which are not there: sample "
+      "with sample.keep_trajectory=True in a new workdir, or leave it out of measure.measurements."
     )
   measuring = Measuring(
     task.apply_fn, task.schedule, samples[of], example_numbers(samples["ids"]), measurements,

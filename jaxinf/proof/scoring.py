@@ -15,9 +15,18 @@ from jaxinf.config import as_dict
 from jaxinf.costs import measured
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.data.files import read_embeddings
+from jaxinf.diffusion.measurements import measurement_named
 from jaxinf.diffusion.task import Task
 from jaxinf.progress import clock
-from jaxinf.runs import PACE, Run, content_of_stage, load_curvature, load_task
+from jaxinf.runs import (
+  PACE,
+  Run,
+  content_of_stage,
+  load_curvature,
+  load_samples,
+  load_task,
+  samples_content,
+)
 from jaxinf.serving import draw_design
 from jaxinf.types import Scores
 from jaxinf.unfinished import Resume
@@ -36,6 +45,13 @@ class Row:
   def name(self) -> str:
     """As in `influence, loss`."""
     return f"{self.method}, {self.measurement}" if self.measurement else self.method
+
+  @property
+  def of(self) -> str:
+    """What of the samples it needs: "images" or "trajectories"."""
+    if self.method == "journey-trak":
+      return "trajectories"
+    return measurement_named(self.measurement).of if self.measurement else "images"
 
   @property
   def kind(self) -> Method:
@@ -93,14 +109,14 @@ def _key(run: Run, row: Row) -> dict:
       "dampings": row.kind.dampings(run.config.score.dampings),
       "data": {"content": run.data_content, "random_flip": run.dataset.random_flip},
       "train_content": content_of_stage(run, "train"),
-      "sample_content": content_of_stage(run, "sample"),
+      "sample_content": samples_content(run, row.of),
     }
   )
 
 
 def _question(run: Run, row: Row, sums: pathlib.Path) -> Question:
   config, task = run.config.score, load_task(run)
-  samples, dataset = artifacts.read(run.folder("sample")).arrays, run.dataset
+  samples, dataset = load_samples(run), run.dataset
 
   def embeddings() -> tuple[np.ndarray, np.ndarray]:
     path = pathlib.Path(config.clip or "").expanduser()
@@ -119,7 +135,7 @@ def _question(run: Run, row: Row, sums: pathlib.Path) -> Question:
     dampings=row.kind.dampings(config.dampings),
     draws=config.draws, draw_groups=config.draw_groups, query_draws=config.query_draws,
     query_groups=config.query_groups, design=draw_design(config.design, dataset.random_flip),
-    compression=config.compression, projection_dim=config.projection_dim,
+    compression=config.compression, passes=config.passes, projection_dim=config.projection_dim,
     projection=config.projection, journey_steps=config.journey_steps, embeddings=embeddings,
     curvature=lambda options: _curvature(run, task, options), seed=run.config.seed,
     batch_size=config.batch_size, devices=run.devices, resume=Resume(sums),

@@ -5,8 +5,8 @@
 
 1. All pairs: forward and backward (plain); the gradients of all examples with respect to all
    parameters, brought to the host; and their features, by the library's own pass. With --work also
-   what traker took, where results.jsonl has it, from the folder of the peers:
-     ~/.cache/jaxinf-peers/bin/python -W ignore bench_trak.py --work FOLDER --out FOLDER/results.jsonl
+   what traker took, where results.jsonl has it; /work/shared/peers writes that line:
+   its bench_trak.py with --work FOLDER --out FOLDER/results.jsonl, in its environment.
 2. With --work, scores for several projections: rank correlations, means over queries, among ours,
    among traker's (of FOLDER/traker-scores.npz), between them, and to the scores without projection.
 """
@@ -51,6 +51,7 @@ _EXAMPLES = flags.DEFINE_integer("examples", 256, "Random examples, with 8 draws
 _DIM = flags.DEFINE_integer("dim", 2048, "Dimension of the projection.")
 _KINDS = flags.DEFINE_multi_enum("kind", ["rademacher"], sorted(ENTRIES), "Entries of P.")
 _BLOCK = flags.DEFINE_float("block_mib", 1024, "Gradients projected at once.")
+_TIMES = flags.DEFINE_boolean("times", True, "Whether to time anything.")
 _SEEDS = flags.DEFINE_integer("seeds", 5, "Projections that are compared.")
 _DAMPING = flags.DEFINE_float("damping", 0.03, "λ, where there are no scores of traker.")
 
@@ -61,7 +62,8 @@ def main(_) -> None:
   workload = folder_workload(folder) if folder else random_workload(MODEL.value, _EXAMPLES.value, 8)
   print(f"{workload}; {_DIM.value} dimensions")
   kernel = stored_kernel(workload)
-  times(workload, kernel, folder)
+  if _TIMES.value:
+    times(workload, kernel, folder)
   if folder:
     agreement(workload, kernel, folder)
 

@@ -6,7 +6,9 @@ Runs in the environment of /work/shared/peers (see its README), through public i
     --work=/tmp/peers_work --peers=/work/shared/peers --damping=0.03 --seeds=3
 
 Writes FOLDER/traker-scores.npz: scores [seeds, Q, N], positive where an image supports a query, and
-the damping in jaxinf's units. traker's is larger by N · D², for its sum over the D outputs.
+the damping in jaxinf's units. traker's is larger by N · D² · k / P: its H is a sum over the images,
+its loss a sum over the D outputs, its gradients are divided by √P, and its projection has
+entries of variance one in k rows.
 """
 
 import argparse
@@ -37,17 +39,19 @@ def main():
   splits = {split: per_example(data, split) for split in ("train", "query")}
   num, num_queries = len(data["train"]), len(data["query"])
   outputs = int(np.prod(data["train"].shape[1:]))
+  num_params = sum(p.numel() for p in model.parameters())
+  scale = num * outputs**2 * args.dim / num_params
   found = []
   for seed in range(args.seeds):
     with tempfile.TemporaryDirectory(prefix="trak-") as folder:
       projector = BasicProjector(
-        grad_dim=sum(p.numel() for p in model.parameters()), proj_dim=args.dim, seed=seed,
+        grad_dim=num_params, proj_dim=args.dim, seed=seed,
         proj_type=ProjectionType.normal, device="cpu", dtype=torch.float32,
       )  # fmt: skip
       traker = TRAKer(
         model=model, task=DrawAveragedLoss(), train_set_size=num, save_dir=folder,
         load_from_save_dir=True, device="cpu", projector=projector, proj_dim=None,
-        use_half_precision=False, lambda_reg=num * outputs**2 * args.damping,
+        use_half_precision=False, lambda_reg=scale * args.damping,
         logging_level=logging.ERROR,
       )  # fmt: skip
       state = model.state_dict()

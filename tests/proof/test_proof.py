@@ -162,6 +162,17 @@ def test_counterfactual_models_lack_the_top_images(finished):
   assert config["steps"] == finished.config.train.steps  # as many as the full model's
 
 
+def test_passes_over_parts_of_the_samples_change_nothing(finished, tmp_path):
+  run = copied(finished, tmp_path, score__passes=2)
+  shutil.rmtree(run.folder("score"))
+  row = scoring.Row("influence", "loss")
+  for ours, theirs in zip(scoring.scored(run, row), scoring.scored(finished, row), strict=True):
+    np.testing.assert_array_equal(ours.query_ids, theirs.query_ids)
+    # The same int8 rows, in other batches.
+    atol = 1e-5 * np.abs(theirs.values).max()
+    np.testing.assert_allclose(ours.values, theirs.values, rtol=1e-4, atol=atol)
+
+
 def test_bad_settings_are_refused(finished, tmp_path):
   with pytest.raises(ValueError, match="run the stage retrain first"):
     run = run_of(tmp_path / "work")

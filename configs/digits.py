@@ -34,6 +34,10 @@ def get_config() -> ConfigDict:
   config.retrain.steps = 500
   config.measure.draws = 400
   config.measure.batch_size = 400
+  config.score.methods = (
+    "influence", "ekfac", "kfac-empirical", "kfac-reduce", "kfac-reduce-empirical", "identity",
+    "trak", "dtrak", "pixel", "random",
+  )  # fmt: skip
   config.score.compression = None
   config.score.passes = 1
   config.score.draws = 48

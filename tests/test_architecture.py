@@ -7,9 +7,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "jaxinf"
 ORDER = (
-  "types", "random", "sections", "config", "progress", "hosts", "rows", "parallel", "costs", "artifacts",
-  "unfinished",
-  "data", "models", "diffusion", "training", "retraining", "curvature", "gradients", "attribution", "evaluation",
+  "types", "random", "sections", "config", "progress", "hosts", "rows", "parallel", "costs",
+  "artifacts", "unfinished",
+  "data", "models", "diffusion", "training", "retraining", "curvature", "gradients", "attribution",
+  "evaluation",
   "report", "runs", "studies", "serving", "planning", "stages", "proof",
   "commands", "__main__",
 )  # fmt: skip

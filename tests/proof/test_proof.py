@@ -139,7 +139,9 @@ def test_the_table_holds_the_rank_correlations(finished):
       means = []
       for scores in sweep:
         predicted = np.where(subsets.membership, 0, 1) @ scores.values.T
-        correlations = [stats.spearmanr(*pair).statistic for pair in zip(predicted.T, truth.T)]
+        correlations = [
+          stats.spearmanr(*pair).statistic for pair in zip(predicted.T, truth.T, strict=True)
+        ]
         means.append(np.mean(correlations))
       default = entry.get("dampings", [None]).index(entry["default"]["damping"])
       np.testing.assert_allclose(entry["default"]["mean"], means[default], atol=1e-6)

@@ -90,6 +90,8 @@ def main(argv: list[str]) -> None:
       stage = _stage_name(argv, list(COMMANDS))
       images = Path(_IMAGES.value) if _IMAGES.value else None
       workdir = Path((_WORKDIR.value or ".") if stage == "plan" else _required(_WORKDIR))
+      if _SHARD.value != "0/1" and stage not in ("retrain", "counterfactual"):
+        raise ValueError("--shard goes with the stages retrain and counterfactual.")
       run = Run(
         typed(_required(_CONFIG)), workdir, images=images, ids=tuple(_IDS.value), shard=_shard()
       )

@@ -103,6 +103,11 @@ def write(
   return Artifact(arrays, manifest)
 
 
+def has_manifest(folder: Path) -> bool:
+  """Whether the folder holds a finished result, of whatever."""
+  return (folder / "manifest.json").exists()
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
   """The manifest of a finished artefact, without its arrays; ValueError where there is none."""
   if not (folder / "manifest.json").exists():
@@ -140,6 +145,15 @@ def fingerprint(arrays: Mapping[str, np.ndarray]) -> str:
 def fingerprint_of(value: Any) -> str:
   """A hash of a value that JSON can hold."""
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def fingerprint_of_files(path: Path) -> str:
+  """A hash of a file's bytes, or of names and bytes of all files below a folder."""
+  files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+  digest = hashlib.sha256()
+  for file in files:
+    digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+  return digest.hexdigest()[:32]
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -146,12 +146,13 @@ class Retraining:
         )
         recent.append(metrics)
         done = step + 1
-        if done % config.log_every == 0 or done == config.steps:
+        saving = done % config.checkpoint_every == 0 and done < config.steps
+        if done % config.log_every == 0 or saving or done == config.steps:
           means = checked_means([jax.tree.map(np.asarray, metrics) for metrics in recent], done)
           recent.clear()
           hooks.log(done, means)
           progress.advance_to(done, f"loss {means['loss']:.4f}")
-        if done % config.checkpoint_every == 0 and done < config.steps:
+        if saving:
           hooks.save(done, jax.tree.map(np.asarray, state))
     steps = np.repeat(np.asarray(state.step)[:, None], num_each, axis=1)
     return jax.tree.map(

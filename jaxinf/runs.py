@@ -19,11 +19,12 @@ from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.exact import GGN, Solver
 from jaxinf.curvature.layers import Layer
 from jaxinf.data.dataset import Dataset
+from jaxinf.diffusion.draws import DrawDesign
 from jaxinf.diffusion.schedule import SCHEDULES, Schedule
 from jaxinf.diffusion.task import Task
 from jaxinf.random import example_numbers
 from jaxinf.rows import Rows
-from jaxinf.sections import Config
+from jaxinf.sections import Config, DrawConfig
 from jaxinf.types import ApplyFn, Eigenbasis, Params, Scores
 
 ORDER = ("train", "sample", "curvature", "attribute", "report")
@@ -136,6 +137,11 @@ _DEPENDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
+def draw_design(config: DrawConfig, random_flip: bool = False) -> DrawDesign:
+  """The design of draws that a config section asks for; with flips for training images."""
+  return DrawDesign(**dataclasses.asdict(config), random_flip=random_flip)
+
+
 def load_task(run: Run) -> Task:
   """The trained model of a run."""
   arrays = artifacts.read(run.folder("train")).arrays
@@ -152,11 +158,12 @@ def fresh_task(run: Run) -> Task:
   return Task(_apply_fn(run), params, run.schedule)
 
 
-def load_samples(run: Run) -> dict[str, np.ndarray]:
-  """The arrays `ids` and `images` of the samples, and `trajectories` where these were kept."""
+def load_samples(run: Run, trajectories: bool = True) -> dict[str, np.ndarray]:
+  """The arrays `ids` and `images` of the samples, and `trajectories` if asked for and kept."""
   arrays = dict(artifacts.read(run.folder("sample")).arrays)
   place = run.folder("sample") / "trajectories"
-  if artifacts.finished(place, key_of(run, "sample")):
+  there = (place / "arrays.npz").exists()  # they may be left out of a copy, being large
+  if trajectories and there and artifacts.finished(place, key_of(run, "sample")):
     arrays["trajectories"] = artifacts.read(place).arrays["trajectories"]
   return arrays
 
@@ -166,7 +173,7 @@ def samples_content(run: Run, of: str) -> str:
   content, place = content_of_stage(run, "sample"), run.folder("sample") / "trajectories"
   if of == "images":
     return content
-  return artifacts.read_manifest(place)["content"] if place.exists() else "none"
+  return artifacts.read_manifest(place)["content"] if artifacts.has_manifest(place) else "none"
 
 
 def load_curvature(run: Run, task: Task) -> Curvature:
@@ -185,7 +192,8 @@ def load_curvature(run: Run, task: Task) -> Curvature:
     rows = Rows(run.dataset.images, example_numbers(run.dataset.ids), settings["draws"])
     exact = GGN(
       task, layers, rows, seed=settings["seed"], batch_size=run.config.curvature.batch_size,
-      devices=run.devices, solver=Solver(**settings["solver"]), random_flip=settings["random_flip"],
+      devices=run.devices, solver=Solver(**settings["solver"]),
+      random_flip=settings.get("random_flip", False),
     )  # fmt: skip
   return Curvature(layers, bases, coverage, task, settings, diagnostics, exact)
 

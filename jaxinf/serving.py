@@ -19,18 +19,12 @@ from jaxinf.attribution.store import Store
 from jaxinf.config import as_dict
 from jaxinf.costs import measured
 from jaxinf.data.dataset import Dataset
-from jaxinf.diffusion.draws import DrawDesign
 from jaxinf.gradients.compression import compression_named
-from jaxinf.runs import Outcome, Run, load_curvature, load_task
-from jaxinf.sections import DataConfig, DrawConfig
+from jaxinf.runs import Outcome, Run, draw_design, load_curvature, load_task
+from jaxinf.sections import DataConfig
 
 _LOG = logging.getLogger("jaxinf")
 _MIB = 2**20
-
-
-def draw_design(config: DrawConfig, random_flip: bool = False) -> DrawDesign:
-  """The design of draws that a config section asks for; with flips for training images."""
-  return DrawDesign(**dataclasses.asdict(config), random_flip=random_flip)
 
 
 def index(run: Run) -> Outcome:

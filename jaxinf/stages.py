@@ -25,6 +25,7 @@ from jaxinf.costs import measured
 from jaxinf.curvature.exact import Solver
 from jaxinf.curvature.fit import fit_curvature
 from jaxinf.diffusion import sampler
+from jaxinf.diffusion.measurements import measurement_named
 from jaxinf.evaluation.damping import recommend_damping
 from jaxinf.gradients.compression import compression_named
 from jaxinf.parallel import Rows, map_batches
@@ -35,9 +36,11 @@ from jaxinf.runs import (
   ORDER,
   Outcome,
   Run,
+  draw_design,
   key_of,
   load_coverage,
   load_curvature,
+  load_samples,
   load_scores,
   load_task,
   scores_arrays,
@@ -183,7 +186,12 @@ def _curvature(run: Run) -> Outcome:
 
 def _attribute(run: Run) -> Outcome:
   config, task = run.config.attribute, load_task(run)
-  samples = artifacts.read(run.folder("sample")).arrays
+  samples, of = load_samples(run), measurement_named(config.measurement).of
+  if of not in samples:
+    raise ValueError(
+      f"attribute.measurement={config.measurement!r} is of {of}, and the samples have none: sample "
+      "with sample.keep_trajectory=True in a new workdir, or choose another measurement."
+    )
   draws: int | AutoDraws = config.draws
   if config.auto_draws:
     stop = config.stop
@@ -191,12 +199,12 @@ def _attribute(run: Run) -> Outcome:
       stop.top_k, stop.agreement, config.draw_groups, stop.group_size, max_draws=config.draws
     )
   first, *others = influence(
-    task, load_curvature(run, task), samples["images"], run.dataset.images,
+    task, load_curvature(run, task), samples[of], run.dataset.images,
     damping=(config.damping, *config.sweep), draws=draws, seed=run.config.seed,
     measurement=config.measurement, query_ids=samples["ids"], train_ids=run.dataset.ids,
     draw_groups=config.draw_groups, query_draws=config.query_draws,
     query_groups=config.query_groups,
-    design=serving.draw_design(config.design, run.dataset.random_flip),
+    design=draw_design(config.design, run.dataset.random_flip),
     compression=compression_named(config.compression, config.compression_size),
     query_blocks=config.query_blocks, precision=config.precision, batch_size=config.batch_size,
     devices=run.devices, resume=Resume(run.folder("attribute") / "sums", config.checkpoint_every),

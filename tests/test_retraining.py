@@ -3,10 +3,13 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxinf import training
+from jaxinf.diffusion.objective import flipped, float_images, noised
+from jaxinf.random import fold_in_each, stream
 from jaxinf.retraining import Member, Retraining
 from jaxinf.sections import TrainConfig
 
@@ -69,23 +72,46 @@ def test_an_interrupted_group_ends_alike(together, states):
     np.testing.assert_array_equal(x, y)
 
 
-def test_an_example_of_weight_nought_is_as_good_as_absent(together, dataset):
-  """One step from all ten examples, of which five weigh nothing, against sums by hand."""
-  weights = np.where(np.isin(np.arange(10), MEMBERS[0].examples), 1.0, 0.0)
-  everyone = np.arange(10)
-  none, half, full = (
-    together.fit([Member(everyone, w * np.ones(10))], seed=3, label=None)
-    for w in (weights, 0.5, 1.0)
+def test_weights_weigh_losses_and_gradients_but_not_their_number(mlp, schedule, dataset):
+  """Σ w ∇ℓ, Σ w ℓ and Σ mask against sums by hand, of one example at a time."""
+  mask = np.array([1, 1, 0, 1, 1], np.float32)  # one place pads the batch
+  weights = np.array([1, 0.5, 1, 0, 2], np.float32)
+  places = np.arange(5, dtype=np.uint32)
+  state = training.init_state(mlp, dataset.image_shape, CONFIG, seed=3)
+  keys = fold_in_each(jax.random.fold_in(stream(3, "train"), 0), places)
+
+  @jax.jit
+  def loss_of(params, image, key):
+    """The mean squared error of ε of one example, at its place's flip, t and ε."""
+    pair = noised(schedule, flipped(float_images(image[None]), key[None]), key[None])
+    return jnp.mean((mlp.apply({"params": params}, pair.x_t, pair.t) - pair.noise) ** 2)
+
+  alone = [
+    jax.value_and_grad(loss_of)(state.params, *pair)
+    for pair in zip(dataset.images[:5], keys, strict=True)
+  ]
+  by_hand = lambda *parts: sum(
+    float(w) * np.float64(part) for w, part in zip(mask * weights, parts, strict=True)
   )
-  plain = together.fit([Member(everyone)], seed=3, label=None)
-  assert_close(full.ema_params, plain.ema_params)
-  # Adam does not see the scale of a loss (but for its ε = 1e-8), nor does clipping at first.
-  difference = lambda a, b: max(
-    np.abs(x - y).max() for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
+  loss, gradients = jax.tree.map(by_hand, *alone)
+  sums, _ = training.train_step(mlp, schedule, CONFIG, random_flip=True, seed=3)
+  rows = training.TrainRows(dataset.images[:5], places, mask, weights)
+  found, total, count = sums(state, rows)
+  assert count == 4
+  # Float32 products, of one example or of five, and sums over the examples in float64 or not.
+  np.testing.assert_allclose(total, loss, rtol=1e-6)
+  for ours, expected in zip(*map(jax.tree.leaves, (found, gradients)), strict=True):
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+def test_weights_are_by_position_in_the_data_set(together):
+  """Weights 1 for a member's own examples, whatever they are for others, are as good as none."""
+  examples = MEMBERS[0].examples
+  weights = np.where(np.isin(np.arange(10), examples), 1.0, 0.0)
+  weighted, plain = (
+    together.fit([Member(examples, w)], seed=3, label=None) for w in (weights, None)
   )
-  assert difference(half.ema_params, plain.ema_params) < 0.3 * difference(
-    none.ema_params, plain.ema_params
-  )
+  assert_close(weighted.ema_params, plain.ema_params)
 
 
 def test_bad_input_is_refused(together):

@@ -18,24 +18,29 @@ import numpy as np
 from jaxinf import parallel
 from jaxinf.attribution.examples import check_alike, checked_dampings, examples_of
 from jaxinf.attribution.features import (
-  FeaturePass,
   check_pass,
+  features_of,
   finite,
   partial_of,
   register_everything,
   split_draws,
 )
 from jaxinf.attribution.fisher import fisher_of, group_scores
-from jaxinf.attribution.kernels import QUERY, TRAIN, DrawGroups, flat, gradient_operands
+from jaxinf.attribution.kernels import (
+  QUERY,
+  TRAIN,
+  DrawGroups,
+  flat,
+  gradient_operands,
+  row_keys,
+)
 from jaxinf.curvature.registration import Registration
 from jaxinf.diffusion.draws import DrawDesign
 from jaxinf.diffusion.measurements import LOSS
 from jaxinf.diffusion.objective import Noised, predict, squared_errors
 from jaxinf.diffusion.schedule import Schedule
 from jaxinf.diffusion.task import Task
-from jaxinf.gradients.per_example import group_keys
 from jaxinf.gradients.projection import Projection
-from jaxinf.random import fold_in_each, stream_of
 from jaxinf.types import ApplyFn, Array, Batch, PyTree, Scores
 from jaxinf.unfinished import Resume
 
@@ -130,13 +135,12 @@ def das(
     (TRAIN, train, draw_groups, trained),
     (QUERY, query, query_groups, asked),
   ):
-    feature_pass = FeaturePass(projected, max(1, batch_size // groups.size), block_mib, devices)
-    rows = feature_pass(
-      _output_kernel(model, task.schedule, groups), gradient_operands(task.params, name),
-      examples.rows(num_groups), label=f"{name.replace('_gradients', '')} features",
+    features[name] = features_of(
+      _output_kernel(model, task.schedule, groups), task.params, examples, groups,
+      num_groups=num_groups, stream_name=name, projection=projected, batch_size=batch_size,
+      block_mib=block_mib, devices=devices,
       partial=partial_of(resume, name, settings, task, query, train),
     )  # fmt: skip
-    features[name] = rows.reshape(len(examples.ids), num_groups, projection_dim)
   errors = parallel.map_batches(
     _error_kernel(task.apply_fn, task.schedule, trained), gradient_operands(task.params, TRAIN),
     train.rows(draw_groups), batch_size=max(1, batch_size // trained.size), label="residuals",
@@ -195,8 +199,5 @@ def _error_kernel(apply_fn: ApplyFn, schedule: Schedule, groups: DrawGroups) -> 
 
 def _pairs(schedule: Schedule, groups: DrawGroups, number: Array, batch: Batch) -> Noised:
   """The pairs of one group of draws of each example, those of `gradient_kernel`."""
-  keys = fold_in_each(stream_of(groups.seed, number), groups.design.numbers(batch.ids))
-  return LOSS.pairs(
-    schedule, batch.images, group_keys(keys, batch.draws, groups.size), batch.conditioning,
-    groups.design,
-  )  # fmt: skip
+  keys = row_keys(groups, number, batch)
+  return LOSS.pairs(schedule, batch.images, keys, batch.conditioning, groups.design)

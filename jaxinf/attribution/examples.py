@@ -22,7 +22,7 @@ from jaxinf.types import Array, PyTree
 class Examples:
   """Queries or training examples: images [n, H, W, C], ids [n], conditioning [n, …] or None.
 
-  Queries of a measurement of trajectories are [n, K, H, W, C].
+  Queries of a measurement of trajectories or predictions are [n, K, H, W, C].
   """
 
   images: np.ndarray
@@ -47,27 +47,34 @@ def examples_of(
   measurement: Measurement = LOSS,
 ) -> Examples:
   """Examples of a measurement whose arguments are called `name`_ids and so on in errors."""
-  images = checked_images(images) if measurement.of == "images" else checked_trajectories(images)
+  images = (
+    checked_images(images) if measurement.of == "images" else checked_states(images, measurement.of)
+  )
   ids = checked_ids(ids, len(images), f"{name}_ids")
   conditioning = checked_conditioning(conditioning, len(images), f"{name}_conditioning")
   return Examples(images, ids, conditioning)
 
 
-def checked_trajectories(trajectories: Array) -> np.ndarray:
+def checked_states(states: Array, of: str = "trajectories") -> np.ndarray:
   """Several states an example as an array [N, K, H, W, C], finite float32; ValueError otherwise.
 
-  They may leave [-1, 1], as noise does.
+  They may leave [-1, 1], as noise does. Errors call them by `of`, what a measurement is of.
   """
-  trajectories = np.asarray(trajectories)
-  if trajectories.ndim != 5 or not trajectories.size or trajectories.dtype != np.float32:
+  states = np.asarray(states)
+  if states.ndim != 5 or not states.size or states.dtype != np.float32:
     raise ValueError(
-      "The measurement is of trajectories: give a non-empty float32 array [N, K, H, W, C]; got "
-      f"{trajectories.dtype} of shape {trajectories.shape}. (A sampler's, [K, N, H, W, C], needs "
-      "np.moveaxis(trajectory, 0, 1).)"
+      f"The measurement is of {of}: give a non-empty float32 array [N, K, H, W, C]; got "
+      f"{states.dtype} of shape {states.shape}. {_MADE_BY[of]}"
     )
-  if not np.isfinite(trajectories).all():
-    raise ValueError("Trajectories must be finite.")
-  return trajectories
+  if not np.isfinite(states).all():
+    raise ValueError(f"{of.capitalize()} must be finite.")
+  return states
+
+
+_MADE_BY = {
+  "trajectories": "(A sampler's, [K, N, H, W, C], needs np.moveaxis(trajectory, 0, 1).)",
+  "predictions": "(journey.predicted_images makes them of trajectories.)",
+}
 
 
 def check_alike(query: Examples, train: Examples) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxinf import hosts, parallel
 from jaxinf.attribution.examples import Examples, content_of
-from jaxinf.attribution.kernels import flat
+from jaxinf.attribution.kernels import DrawGroups, flat, gradient_operands
 from jaxinf.curvature.coverage import Selection
 from jaxinf.curvature.registration import Registration, register
 from jaxinf.diffusion.draws import DrawDesign
@@ -69,6 +69,42 @@ def flat_kernel(kernel: parallel.Kernel) -> parallel.Kernel:
     return jnp.concatenate([flat(matrices) for matrices in grads.values()], axis=1)
 
   return joined
+
+
+def features_of(
+  kernel: parallel.Kernel,
+  params: Params,
+  examples: Examples,
+  groups: DrawGroups,
+  *,
+  num_groups: int,
+  stream_name: str,
+  projection: Projection,
+  batch_size: int,
+  block_mib: float = 1024,
+  devices: Sequence[jax.Device] | None = None,
+  partial: parallel.PartialRows | None = None,
+) -> np.ndarray:
+  """[n, G, k] float32 features of examples, one of each of their G groups of draws.
+
+  Args:
+    kernel: (operands of `gradient_operands`, rows) → long gradients [B, P], as of `flat_kernel`.
+    params: at which gradients are taken.
+    examples: n of them.
+    groups: the draws of one group.
+    num_groups: G.
+    stream_name: of the draws, QUERY or TRAIN.
+    projection: P.
+    batch_size: (image, draw) pairs at a time over all devices.
+    block_mib, devices: as of `FeaturePass`.
+    partial: where features are kept and, where it has some, gone on from.
+  """
+  feature_pass = FeaturePass(projection, max(1, batch_size // groups.size), block_mib, devices)
+  rows = feature_pass(
+    kernel, gradient_operands(params, stream_name), examples.rows(num_groups),
+    label=f"{stream_name.replace('_gradients', '')} features", partial=partial,
+  )  # fmt: skip
+  return rows.reshape(len(examples.ids), num_groups, projection.dim)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinf import parallel
-from jaxinf.attribution.examples import checked_trajectories
+from jaxinf.attribution.examples import checked_states
 from jaxinf.attribution.trak import trak
 from jaxinf.diffusion.measurements import journey_loss
 from jaxinf.diffusion.objective import Noised, predict
@@ -66,7 +66,7 @@ def predicted_images(
   Returns:
     [Q, K, H, W, C] float32.
   """
-  trajectories = checked_trajectories(trajectories)
+  trajectories = checked_states(trajectories)
   num, num_steps = len(trajectories), task.schedule.num_steps
   if trajectories.shape[1] != num_steps + 1:
     raise ValueError(

@@ -44,15 +44,18 @@ def gradient_kernel(
 
   def kernel(operands: PyTree, batch: Batch) -> Matrices:
     params, number = operands
-    numbers = groups.design.numbers(batch.ids)
-    keys = fold_in_each(stream_of(groups.seed, number), numbers)
     return example_gradients(
       model, measurement, schedule, params, images=batch.images,
-      keys=group_keys(keys, batch.draws, groups.size), conditioning=batch.conditioning,
-      design=groups.design,
+      keys=row_keys(groups, number, batch), conditioning=batch.conditioning, design=groups.design,
     )  # fmt: skip
 
   return kernel
+
+
+def row_keys(groups: DrawGroups, number: Array, batch: Batch) -> jax.Array:
+  """Keys [B, S] of the draws of (image, group) rows, from the stream of that number."""
+  keys = fold_in_each(stream_of(groups.seed, number), groups.design.numbers(batch.ids))
+  return group_keys(keys, batch.draws, groups.size)
 
 
 def gradient_operands(params: Params, stream_name: str) -> PyTree:

@@ -76,9 +76,13 @@ class Question:
 
   def of(self, measurement: str) -> Array:
     """The queries that a measurement is of: images, or trajectories."""
-    if measurement_named(measurement).of == "images":
-      return self.queries
-    return self.saved_trajectories
+    of = measurement_named(measurement).of
+    if of == "predictions":
+      raise ValueError(
+        f"{measurement} is of images predicted on the way to a query, which only the method "
+        "journey-trak makes: ask that, with journey_steps, or measure something else."
+      )
+    return self.queries if of == "images" else self.saved_trajectories
 
   @property
   def saved_trajectories(self) -> Array:
@@ -135,9 +139,26 @@ def method_named(name: str) -> Method:
   return METHODS[name]
 
 
-def _influence(question: Question, **options: Any) -> Sequence[Scores]:
-  """In `passes` parts of the queries, each with a pass of its own over the training gradients."""
-  curvature, queries = question.curvature(options), question.of(question.measurement)
+def influence_of(
+  question: Question, *, precision: str | None = None, **options: Any
+) -> Sequence[Scores]:
+  """In `passes` parts of the queries, each with a pass of its own over the training gradients.
+
+  Args:
+    question: what is asked.
+    precision: of the network's products in the passes over training images, as of `influence`.
+    options: of the curvature, where they differ from the usual ones.
+
+  Raises:
+    ValueError: passes are not in 1…Q.
+  """
+  queries = question.of(question.measurement)
+  if not 1 <= question.passes <= len(queries):
+    raise ValueError(
+      f"passes must lie in 1…{len(queries)}, the number of queries, of which each has a part; "
+      f"got {question.passes}."
+    )
+  curvature = question.curvature(options)
   parts = []
   for number, rows in enumerate(np.array_split(np.arange(len(queries)), question.passes)):
     common = question.common | {"query_ids": question.query_ids[rows]}
@@ -147,7 +168,8 @@ def _influence(question: Question, **options: Any) -> Sequence[Scores]:
     parts.append(
       influence(
         question.task, curvature, queries[rows], question.train_images,
-        measurement=question.measurement, compression=question.compression, **common,
+        measurement=question.measurement, compression=question.compression, precision=precision,
+        **common,
       )
     )  # fmt: skip
   return [_joined(alike) for alike in zip(*parts, strict=True)]
@@ -208,7 +230,7 @@ _PROJECTED = (*_DRAWS, "projection_dim", "projection")
 
 
 def _with_curvature(sweeps: bool = True, **options: Any) -> Method:
-  scores = functools.partial(_influence, **options)
+  scores = functools.partial(influence_of, **options)
   return Method(scores, 1e-8, True, True, (*_DRAWS, "compression"), sweeps)
 
 

@@ -23,9 +23,9 @@ import numpy as np
 
 from jaxinf.attribution.examples import check_alike, checked_dampings, examples_of
 from jaxinf.attribution.features import (
-  FeaturePass,
   check_pass,
   checked_checkpoints,
+  features_of,
   finite,
   flat_kernel,
   partial_of,
@@ -33,7 +33,7 @@ from jaxinf.attribution.features import (
   split_draws,
 )
 from jaxinf.attribution.fisher import fisher_of, group_scores
-from jaxinf.attribution.kernels import QUERY, TRAIN, DrawGroups, gradient_kernel, gradient_operands
+from jaxinf.attribution.kernels import QUERY, TRAIN, DrawGroups, gradient_kernel
 from jaxinf.diffusion.draws import DrawDesign
 from jaxinf.diffusion.measurements import Measurement, measurement_named
 from jaxinf.diffusion.task import Task
@@ -75,7 +75,7 @@ def trak(
   Args:
     task: the model.
     queries: [Q, H, W, C] images to explain, float32 in [-1, 1] or uint8; [Q, K, H, W, C] float32
-      where the measurement is of trajectories.
+      where the measurement is of trajectories or predictions.
     train_images: [N, H, W, C], likewise.
     damping: λ > 0, in squared gradients of the training measurement; or several of them, at the
       cost of one: features and eigendecomposition are shared.
@@ -152,15 +152,15 @@ def trak(
     projected = Projection(projection_dim, first_seed + number, projection)
     found = []
     for name, examples, num_groups, groups, kernel in parts:
-      feature_pass = FeaturePass(
-        projected, max(1, batch_size // groups.size), block_mib=block_mib, devices=devices
-      )
       model_task = dataclasses.replace(task, params=params)
       kept = partial_of(resume, f"model-{number:03d}/{name}", settings, model_task, query, train)
-      operands = gradient_operands(params, name)
-      label = f"{name.replace('_gradients', '')} features"
-      rows = feature_pass(kernel, operands, examples.rows(num_groups), label=label, partial=kept)
-      found.append(rows.reshape(len(examples.ids), num_groups, projection_dim))
+      found.append(
+        features_of(
+          kernel, params, examples, groups, num_groups=num_groups, stream_name=name,
+          projection=projected, batch_size=batch_size, block_mib=block_mib, devices=devices,
+          partial=kept,
+        )
+      )  # fmt: skip
     return found
 
   # 3. Scores of each model, and their means.

@@ -45,22 +45,14 @@ class Subsets:
     """Positions among the N examples, ascending, of those in subset j."""
     return np.flatnonzero(self.membership[j])
 
-  def take(self, first: int, stop: int) -> "Subsets":
-    """Subsets first … stop − 1."""
-    if not 0 <= first < stop <= len(self):
-      raise ValueError(f"There are subsets 0…{len(self) - 1}; got the range {first}…{stop - 1}.")
-    return dataclasses.replace(self, membership=self.membership[first:stop])
 
-
-def random_subsets(
-  train_ids: np.ndarray, num_subsets: int, *, share: float, seed: int, first: int = 0
-) -> Subsets:
-  """Subsets number first … first + num_subsets − 1 of round(share · N) examples each.
+def random_subsets(train_ids: np.ndarray, num_subsets: int, *, share: float, seed: int) -> Subsets:
+  """Subsets number 0 … num_subsets − 1 of round(share · N) examples each.
 
   Each is drawn without replacement and independently of the others: of the random order that
   (seed, j) gives to N positions, subset number j is the beginning. So more subsets extend fewer,
-  machines may make different ones, and a smaller share lies within a larger. The numbers come from
-  NumPy's raw Philox stream, which does not change between its versions.
+  and a smaller share lies within a larger. The numbers come from NumPy's raw Philox stream, which
+  does not change between its versions.
 
   Args:
     train_ids: [N] unique ids.
@@ -68,7 +60,6 @@ def random_subsets(
     share: of the examples in a subset; the paper's is ½. An N · share halfway between two integers
       goes to the even one.
     seed: non-negative.
-    first: number of the first subset.
 
   Raises:
     ValueError: a subset would be empty or the whole, or a number is out of range.
@@ -80,13 +71,12 @@ def random_subsets(
       f"A subset must hold between 1 and {num_train - 1} of the {num_train} examples; a share of "
       f"{share:g} gives {size}. Choose another, such as 0.5."
     )
-  if num_subsets < 1 or first < 0 or seed < 0:
+  if num_subsets < 1 or seed < 0:
     raise ValueError(
-      "num_subsets must be at least 1, first and seed at least 0; "
-      f"got {num_subsets}, {first} and {seed}."
+      f"num_subsets must be at least 1, seed at least 0; got {num_subsets} and {seed}."
     )
   membership = np.zeros((num_subsets, num_train), bool)
-  for row, number in zip(membership, range(first, first + num_subsets), strict=True):
+  for number, row in enumerate(membership):
     stream = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(number,)))
     row[np.argsort(stream.random_raw(num_train), kind="stable")[:size]] = True
   return Subsets(membership, np.asarray(train_ids))

@@ -39,7 +39,7 @@ from jaxinf.diffusion.schedule import Schedule
 from jaxinf.diffusion.weightings import WEIGHTINGS, elbo, elbo_large, simple_elbo
 from jaxinf.types import ApplyFn, Array, Params, PyTree
 
-OF = ("images", "trajectories")
+OF = ("images", "trajectories", "predictions")
 Value = Callable[[Schedule, jax.Array, Noised], jax.Array]
 
 
@@ -52,7 +52,8 @@ class Measurement:
       conditioning is added after.
     value: (schedule, network outputs [B, H, W, C], pairs) → [B].
     constant: (schedule, images) → [B], the part that does not depend on the model; None for none.
-    of: "images" or "trajectories": then images are [B, K, H, W, C] float32, several states each.
+    of: "images"; or "trajectories" (states of sampling) or "predictions" (clean images predicted on
+      the way): then images are [B, K, H, W, C] float32, several each.
     name: by which settings of scores know it; None: "custom".
   """
 
@@ -64,7 +65,7 @@ class Measurement:
 
   def __post_init__(self):
     if self.of not in OF:
-      raise ValueError(f"A measurement is of {' or of '.join(OF)}; got {self.of!r}.")
+      raise ValueError(f"A measurement is of one of {', '.join(OF)}; got {self.of!r}.")
 
   def pairs(
     self,
@@ -171,7 +172,7 @@ def journey_loss(timesteps: Sequence[int]) -> Measurement:
     return draw_noised(schedule, images[rows, k], jnp.array(timesteps)[k], keys, design)
 
   name = f"journey_loss({','.join(map(str, timesteps))})"
-  return Measurement(draw, _squared_errors, of="trajectories", name=name)
+  return Measurement(draw, _squared_errors, of="predictions", name=name)
 
 
 def _squared_errors(schedule: Schedule, outputs: jax.Array, pairs: Noised) -> jax.Array:

@@ -12,13 +12,12 @@ import numpy as np
 
 from jaxinf import artifacts
 from jaxinf.costs import measured
-from jaxinf.data.subsets import Subsets
 from jaxinf.evaluation.comparison import DampingLDS, damping_lds
 from jaxinf.evaluation.lds import LDS, Retrained, lds
 from jaxinf.evaluation.oracle import noise_ceiling, retraining_lds
-from jaxinf.proof.measures import key_of_measurement, of_models, retrained
-from jaxinf.proof.models import folder, subset_name, subsets_of
-from jaxinf.proof.scoring import Row, rows_of, scored
+from jaxinf.proof.measures import check_measurements, key_of_measurement, retrained
+from jaxinf.proof.models import folder, subsets_of
+from jaxinf.proof.scoring import Row, rows_of, score_key, scored
 from jaxinf.runs import Run
 from jaxinf.types import Scores
 
@@ -28,49 +27,66 @@ REFERENCE = "influence"  # p-values are of differences from this method, where i
 
 
 def evaluate(run: Run) -> None:
-  """Scores by every method, and their LDS against every true measurement; prints the tables."""
+  """Scores by every method, and their LDS against every true measurement; prints the tables.
+
+  Raises:
+    ValueError: a measurement was taken of no model yet, or what `scored` raises.
+  """
   config = run.config
+  check_measurements(run, (*config.measure.measurements, *config.score.measurements))
+  rows = {row.name: row for row in rows_of(run)}
+  truths = {target: retrained(run, target) for target in config.measure.measurements}
   with measured() as cost:
-    subsets = subsets_of(run)
-    rows = {row.name: row for row in rows_of(run)}
     sweeps = {name: scored(run, row) for name, row in rows.items()}
     arrays: dict[str, np.ndarray] = {}
     tables: dict[str, Any] = {}
-    for target in config.measure.measurements:
-      truth = retrained(run, target, len(subsets), config.retrain.num_seeds)
-      entries, found = _entries(run, rows, sweeps, subsets, truth)
-      oracle = _oracle(truth, run)
+    for target, truth in truths.items():
+      entries, found = _entries(run, rows, sweeps, truth)
       tables[target] = {
         "entries": entries,
         "num_models": int(truth.trained.sum()),
         "num_subsets": len(truth.kept),
         "num_queries": len(truth.query_ids),
-        **oracle,
+        **_oracle(truth, run),
       }
       arrays |= {f"{target}/{name}": values for name, values in found.items()}
-      names = [subset_name(None, seed) for seed in range(config.retrain.num_seeds)]
-      arrays[f"{target}/measured"] = truth.values
-      arrays[f"{target}/measured by models of all images"] = of_models(run, target, names)
-  key = {
-    "measurements": {name: key_of_measurement(run, name) for name in config.measure.measurements},
-    "rows": list(rows),
-    "num_resamples": config.evaluate.num_resamples,
-  }
   place = folder(run, "evaluate")
-  artifacts.write(place, key, arrays, notes={"tables": tables}, cost=cost)
+  artifacts.write(place, evaluate_key(run), arrays, notes={"tables": tables}, cost=cost)
+  show(tables)
+  _LOG.info("evaluate: wrote %s", place)
+
+
+def evaluate_key(run: Run) -> dict:
+  """What the tables depend on: settings of all scores, and the measurements that are there."""
+  measurements = run.config.measure.measurements
+  return {
+    "scores": {row.name: score_key(run, row) for row in rows_of(run)},
+    "measured": {
+      name: {"key": key_of_measurement(run, name), "content": _content(retrained(run, name))}
+      for name in measurements
+    },
+    "num_resamples": run.config.evaluate.num_resamples,
+  }
+
+
+def _content(truth: Retrained) -> str:
+  return artifacts.fingerprint({"values": truth.values, "query_ids": truth.query_ids})
+
+
+def show(tables: Mapping[str, Any]) -> None:
+  """Prints the tables."""
   for target, table in tables.items():
     print(table_text(target, table))
-  _LOG.info("evaluate: wrote %s", place)
 
 
 def _entries(
   run: Run,
   rows: Mapping[str, Row],
   sweeps: Mapping[str, Sequence[Scores]],
-  subsets: Subsets,
   truth: Retrained,
 ) -> tuple[list[dict], dict[str, np.ndarray]]:
   """A dict a row for the table, and per row its LDS by query and its predictions."""
+  subsets = subsets_of(run)
   options: dict[str, Any] = dict(
     seed=run.config.seed, num_resamples=run.config.evaluate.num_resamples
   )
@@ -99,7 +115,6 @@ def _entries(
       entry["sweep_errors"] = best.std_errors.tolist()
     entries.append(entry)
     arrays[f"{name}/per query"] = defaults[name].per_query.astype(np.float32)
-    arrays[f"{name}/predicted"] = defaults[name].predicted.astype(np.float32)
   return entries, arrays
 
 

@@ -7,6 +7,7 @@ measured again, and a model whose measurements are all there need not be kept.
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -15,50 +16,74 @@ from jaxinf.config import as_dict
 from jaxinf.costs import measured
 from jaxinf.diffusion.measurements import Measurement, measurement_named
 from jaxinf.evaluation.lds import Retrained
-from jaxinf.evaluation.measuring import Measuring
+from jaxinf.evaluation.measuring import Measured, Measuring
 from jaxinf.progress import Progress
 from jaxinf.proof.models import Spec, common_key, folder, load_params, model_key, subset_name
 from jaxinf.random import example_numbers
-from jaxinf.runs import Run, load_samples, load_task, samples_content
-from jaxinf.serving import draw_design
+from jaxinf.runs import Run, draw_design, load_samples, load_task, samples_content
 
 _LOG = logging.getLogger("jaxinf")
 
 
 def measure_models(
-  run: Run, specs: Sequence[Spec], names: Sequence[str], stage: str = "measure",
+  run: Run,
+  specs: Sequence[Spec],
+  names: Sequence[str],
+  stage: str = "measure",
   models: str = "retrain",
-) -> None:  # fmt: skip
+) -> None:
   """Measures the samples by the trained models among `specs`, where that is not done yet."""
   if hosts.count() > 1:
-    raise ValueError("Measuring takes one process: start it by itself.")
+    raise ValueError("Measuring takes one process: start it alone.")
+  check_measurements(run, names)
   todo: dict[tuple[str, ...], list[str]] = {}  # models still to be measured → measurements
   for name in names:
-    known = set(_read(run, name, stage)["models"])
-    absent = tuple(spec.name for spec in specs if spec.name not in known)
+    known = measured_models(run, name, stage)
     absent = tuple(
       spec.name
       for spec in specs
-      if spec.name in absent
+      if spec.name not in known
       and artifacts.finished(folder(run, models) / spec.name, model_key(run, spec))
     )
     if absent:
       todo.setdefault(absent, []).append(name)
+  kind = lambda name: measurement_named(name).of
   for absent, wanted in todo.items():
-    of = lambda name: measurement_named(name).of
-    for _, alike in itertools.groupby(sorted(wanted, key=of), key=of):
+    for _, alike in itertools.groupby(sorted(wanted, key=kind), key=kind):
       _measure(run, absent, {name: measurement_named(name) for name in alike}, stage, models)
 
 
-def retrained(run: Run, name: str, num_subsets: int, num_seeds: int) -> Retrained:
-  """The measurements [M, K, Q] of one name; NaN where a model was not measured."""
-  found = _read(run, name, "measure")
-  row_of = {model: row for row, model in enumerate(found["models"].tolist())}
-  values = np.full((num_subsets, num_seeds, found["values"].shape[1]), np.nan, np.float32)
-  for subset, seed in itertools.product(range(num_subsets), range(num_seeds)):
-    if (row := row_of.get(subset_name(subset, seed))) is not None:
-      values[subset, seed] = found["values"][row]
-  return Retrained(values, found["query_ids"], name)
+def check_measurements(run: Run, names: Sequence[str]) -> None:
+  """Raises ValueError unless the samples have what these measurements are of."""
+  if not names:
+    raise ValueError("There are no measurements: name some in measure.measurements.")
+  kinds = {measurement_named(name).of for name in names}
+  if kinds - {"images", "trajectories"}:
+    raise ValueError("Predicted images are no samples: journey_loss is for journey-trak alone.")
+  if "trajectories" in kinds and not run.config.sample.keep_trajectory:
+    raise ValueError(
+      "Measurements of trajectories need them: set sample.keep_trajectory=True, in a new workdir, "
+      "or leave them out of measure.measurements and score.measurements."
+    )
+
+
+def retrained(run: Run, name: str) -> Retrained:
+  """The measurements [M, K, Q] of one name; NaN where a model was not measured.
+
+  Raises:
+    ValueError: none was.
+  """
+  config, found = run.config.retrain, _read(run, name, "measure")
+  if not len(found["models"]):
+    raise ValueError(f"No retrained model was measured by {name} yet: run the stage measure first.")
+  names = [
+    subset_name(subset, seed)
+    for subset in range(config.num_subsets)
+    for seed in range(config.num_seeds)
+  ]
+  values = of_models(run, name, names)
+  shape = config.num_subsets, config.num_seeds, -1
+  return Retrained(values.reshape(shape), found["query_ids"], name)
 
 
 def of_models(run: Run, name: str, models: Sequence[str], stage: str = "measure") -> np.ndarray:
@@ -70,9 +95,16 @@ def of_models(run: Run, name: str, models: Sequence[str], stage: str = "measure"
   return np.array(rows, np.float32).reshape(len(models), -1)
 
 
+def measured_models(run: Run, name: str, stage: str = "measure") -> set[str]:
+  """The models that were measured by one name."""
+  return set(_read(run, name, stage)["models"].tolist())
+
+
 def measured_everywhere(run: Run, names: Sequence[str]) -> set[str]:
-  """The models that all of these measurements hold."""
-  return set.intersection(*(set(_read(run, name, "measure")["models"]) for name in names))
+  """The models that all of these measurements hold; none where there are no samples yet."""
+  if not artifacts.has_manifest(run.folder("sample")):
+    return set()
+  return set.intersection(*(measured_models(run, name) for name in names))
 
 
 def key_of_measurement(run: Run, name: str) -> dict:
@@ -98,8 +130,8 @@ def _measure(
   (of,) = {measurement.of for measurement in measurements.values()}
   if of not in samples:
     raise ValueError(
-      f"{', '.join(measurements)} needs the samples' trajectories, which are not there: sample "
-      "with sample.keep_trajectory=True in a new workdir, or leave it out of measure.measurements."
+      f"{run.folder('sample') / of} is not there, which {', '.join(measurements)} needs: delete "
+      "the samples and generate them anew, or leave it out of measure.measurements."
     )
   measuring = Measuring(
     task.apply_fn, task.schedule, samples[of], example_numbers(samples["ids"]), measurements,
@@ -115,19 +147,22 @@ def _measure(
         params += [params[-1]] * (at_once - len(group))  # so that nothing compiles anew
         found = measuring(params)
       for name, values in found.items():
-        _append(run, name, group, values.values, values.std_errors, samples["ids"], stage, cost)
+        _append(run, name, group, values, samples["ids"], stage, cost)
       progress.advance(len(group))
   _LOG.info("measure: %s by %d models", ", ".join(measurements), len(models))
 
 
-def _append(run, name, models, values, std_errors, query_ids, stage, cost) -> None:
-  """Adds rows of measurements to an artefact."""
+def _append(
+  run: Run, name: str, models: Sequence[str], found: Measured, query_ids: np.ndarray,
+  stage: str, cost: dict,
+) -> None:  # fmt: skip
+  """Adds the measurements of `models` (the first rows of `found`) to an artefact."""
   before = _read(run, name, stage)
   rows = lambda old, new: np.concatenate([old.reshape(-1, *new.shape[1:]), new[: len(models)]])
   arrays = {
     "models": np.concatenate([before["models"], np.array(models)]),
-    "values": rows(before["values"], values),
-    "std_errors": rows(before["std_errors"], std_errors),
+    "values": rows(before["values"], found.values),
+    "std_errors": rows(before["std_errors"], found.std_errors),
     "query_ids": query_ids,
   }
   key = key_of_measurement(run, name)
@@ -143,5 +178,5 @@ def _read(run: Run, name: str, stage: str) -> Mapping[str, np.ndarray]:
   return {"models": np.array([], "U1"), "values": empty, "std_errors": empty}
 
 
-def _place(run: Run, name: str, stage: str):
+def _place(run: Run, name: str, stage: str) -> Path:
   return folder(run, stage) / artifacts.file_name(name)

@@ -31,8 +31,6 @@ from jaxinf.types import Params
 
 _LOG = logging.getLogger("jaxinf")
 
-Shard = tuple[int, int]  # (i, n): the i-th of n parts
-
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -139,15 +137,18 @@ def train_models(
   specs: Sequence[Spec],
   *,
   stage: str = "retrain",
-  shard: Shard = (0, 1),
   done: Collection[str] = (),
 ) -> list[Spec]:
-  """Trains this shard's part of the models that are missing; returns those still missing.
+  """Trains those models of the run's shard that are missing; returns all that are still missing.
 
-  Models named in `done` are needed no more.
+  Every n-th model belongs to a shard, whatever is there already, so that shards on one folder never
+  train the same model.
 
-  Groups of models that train together follow from the whole list, not from what is there, so that
-  shards on one folder never train the same model.
+  Args:
+    run: with its shard.
+    specs: all models, the same in every shard.
+    stage: folder of the models.
+    done: names of models that are needed no more.
 
   Raises:
     ValueError: impossible settings, several processes, or a model whose loss diverges.
@@ -161,30 +162,36 @@ def train_models(
     raise ValueError(f"retrain.models_at_once must be at least 1; got {at_once}.")
   needed = [spec for spec in specs if spec.name not in done]
   absent = {spec.name for spec in missing(run, needed, stage)}
-  groups = list(_groups(specs, at_once * num_devices(run.devices)))
-  mine = [group for number, group in enumerate(groups) if number % shard[1] == shard[0]]
-  todo = [[spec for spec in group if spec.name in absent] for group in mine]
-  todo = [group for group in todo if group]
-  total = sum(map(len, todo))
+  index, num_shards = run.shard
+  groups = list(_groups(specs[index::num_shards], at_once * num_devices(run.devices)))
+  groups = [group for group in groups if any(spec.name in absent for spec in group)]
+  total = sum(spec.name in absent for group in groups for spec in group)
   if total:
-    _LOG.info("%s: %d models to train, in %d groups", stage, total, len(todo))
+    _LOG.info("%s: %d models to train, in %d groups", stage, total, len(groups))
   engines: dict[int, Retraining] = {}
   num_done = 0
-  for group in todo:
+  for group in groups:
+    todo = [spec for spec in group if spec.name in absent]
+    if _unfinished(run, group, stage).exists():  # it was stopped with all of them under way
+      todo = group
     steps = group[0].steps
     if steps not in engines:
       engines[steps] = Retraining(
         run.model, run.schedule, run.dataset, train_config(run, steps), run.devices
       )
     with measured() as cost:
-      state = _train_group(run, engines[steps], group, stage, f"{stage} {num_done}/{total}")
-    _save(run, group, state, stage, cost)
-    num_done += len(group)
+      state, loss = _train_group(run, engines[steps], todo, stage, f"{stage} {num_done}/{total}")
+    _save(run, todo, state, stage, cost, loss)
+    shutil.rmtree(_unfinished(run, todo, stage), ignore_errors=True)  # only now: they are safe
+    num_done += len(todo)
     _LOG.info(
-      "%s: %d of %d models, the last %d in %s", stage, num_done, total, len(group),
+      "%s: %d of %d models, the last %d in %s", stage, num_done, total, len(todo),
       clock(cost["seconds"]),
     )  # fmt: skip
-  return missing(run, needed, stage)
+  left = missing(run, needed, stage)
+  if not left:  # of groups that were put together otherwise
+    shutil.rmtree(folder(run, stage) / "unfinished", ignore_errors=True)
+  return left
 
 
 def _groups(specs: Sequence[Spec], at_once: int) -> Iterator[list[Spec]]:
@@ -199,34 +206,39 @@ def _groups(specs: Sequence[Spec], at_once: int) -> Iterator[list[Spec]]:
     yield from (together[i : i + size] for i in range(0, len(together), size))
 
 
+def _unfinished(run: Run, group: Sequence[Spec], stage: str) -> Path:
+  """Where the checkpoints of a group lie while it trains."""
+  keys = [model_key(run, spec) for spec in group] + [{"devices": num_devices(run.devices)}]
+  return folder(run, stage) / "unfinished" / artifacts.fingerprint_of(artifacts.plain(keys))
+
+
 def _train_group(
   run: Run, engine: Retraining, group: Sequence[Spec], stage: str, label: str
-) -> TrainState:
-  """The trained states of a group; an interrupted group goes on from its checkpoint."""
-  keys = [model_key(run, spec) for spec in group] + [{"devices": num_devices(run.devices)}]
-  place = folder(run, stage) / "unfinished" / artifacts.fingerprint_of(artifacts.plain(keys))
-  checkpoints = artifacts.Checkpoints(place)
+) -> tuple[TrainState, float]:
+  """The trained states of a group, going on from its checkpoint, and their last mean loss."""
+  checkpoints = artifacts.Checkpoints(_unfinished(run, group, stage))
   seed = run.config.seed + 1 + group[0].seed
   members = [spec.member for spec in group]
+  losses: list[float] = []
+  hooks = Hooks(save=checkpoints.save, log=lambda step, metrics: losses.append(metrics["loss"]))
   try:
     step, state = checkpoints.latest(), None
     if step is not None:
       state = checkpoints.restore(step, engine.start(len(members), seed))
       _LOG.info("%s: resuming a group of %d models at step %d", stage, len(group), step)
-    state = engine.fit(
-      members, seed=seed, state=state, hooks=Hooks(save=checkpoints.save), label=label
-    )
+    state = engine.fit(members, seed=seed, state=state, hooks=hooks, label=label)
   finally:
     checkpoints.close()
-  shutil.rmtree(place, ignore_errors=True)
-  return state
+  return state, losses[-1]
 
 
-def _save(run: Run, group: Sequence[Spec], state: TrainState, stage: str, cost: dict) -> None:
-  """Writes every model of a group."""
+def _save(
+  run: Run, group: Sequence[Spec], state: TrainState, stage: str, cost: dict, loss: float
+) -> None:
+  """Writes every model of a group; their notes hold the group's last mean training loss."""
   share = cost | {"seconds": round(cost["seconds"] / len(group), 2), "models_at_once": len(group)}
   for number, spec in enumerate(group):
     params = jax.tree.map(lambda x: x[number], state.ema_params)  # noqa: B023
     arrays = flax.traverse_util.flatten_dict(params, sep="/")
-    place = folder(run, stage) / spec.name
-    artifacts.write(place, model_key(run, spec), arrays, notes={}, cost=share)
+    place, notes = folder(run, stage) / spec.name, {"mean_last_loss": loss}
+    artifacts.write(place, model_key(run, spec), arrays, notes=notes, cost=share)

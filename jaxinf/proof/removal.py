@@ -6,19 +6,24 @@ random images. The change is from the model of all images with the same training
 """
 
 import hashlib
-import itertools
 import logging
 
 import numpy as np
 
 from jaxinf import artifacts
+from jaxinf.config import as_dict
 from jaxinf.costs import measured
-from jaxinf.proof.measures import key_of_measurement, measure_models, of_models
+from jaxinf.proof.measures import (
+  check_measurements,
+  key_of_measurement,
+  measure_models,
+  measured_models,
+  of_models,
+)
 from jaxinf.proof.models import Spec, subset_name, subset_specs, train_models
-from jaxinf.proof.scoring import Row, scored
+from jaxinf.proof.scoring import at_default, is_scored, row_of, score_key
 from jaxinf.retraining import Member
 from jaxinf.runs import Run
-from jaxinf.types import Scores
 
 _LOG = logging.getLogger("jaxinf")
 
@@ -27,54 +32,86 @@ _MODELS, _MEASURES = "counterfactual/models", "counterfactual/measure"
 
 
 def counterfactual(run: Run) -> None:
-  """Trains and measures the models without top images; writes how much their samples change."""
-  config, num_train = run.config.counterfactual, len(run.dataset)
-  samples = artifacts.read(run.folder("sample")).arrays["ids"]
-  if not 1 <= config.num_queries <= len(samples):
-    raise ValueError(
-      f"counterfactual.num_queries must lie in 1…{len(samples)}, the number of samples; "
-      f"got {config.num_queries}."
-    )
-  if not all(1 <= round(share * num_train) < num_train for share in config.shares):
-    raise ValueError(
-      f"counterfactual.shares must remove some images and leave some: {config.shares}."
-    )
-  methods = (*config.methods, RANDOM)
+  """Trains and measures the models without top images; writes how much their samples change.
+
+  Raises:
+    ValueError: impossible settings, or a shard finds no scores: shards remove the same images only
+      if they read the same scores, so that `evaluate`, or this stage on one machine, goes first.
+  """
+  config = run.config.counterfactual
+  _check(run)
+  methods = _methods(run)
+  if run.shard != (0, 1) and not all(
+    is_scored(run, row_of(method, config.measurement)) for method in config.methods
+  ):
+    raise ValueError("Shards need the scores first: run the stage evaluate, then counterfactual.")
+  names, seeds = (config.measurement,), range(config.num_seeds)
   with measured() as cost:
-    removed = {
-      (method, share, query): top[: round(share * num_train)]
-      for method in methods
-      for query, top in enumerate(_orders(run, method))
-      for share in config.shares
-    }
-    seeds = range(config.num_seeds)
+    orders = {method: _orders(run, method) for method in methods}
     specs = {
-      (*place, seed): _without(run, positions, seed)
-      for (place, positions), seed in itertools.product(removed.items(), seeds)
+      (m, s, q, seed): _without(run, orders[method][q][: round(share * len(run.dataset))], seed)
+      for m, method in enumerate(methods)
+      for s, share in enumerate(config.shares)
+      for q in range(config.num_queries)
+      for seed in seeds
     }
-    full = [spec for spec in subset_specs(run) if spec.name.startswith("full")][: config.num_seeds]
-    if len(full) < config.num_seeds:
-      raise ValueError("counterfactual.num_seeds must not exceed retrain.num_seeds.")
+    full = [s for s in subset_specs(run) if s.name in {subset_name(None, seed) for seed in seeds}]
     different = list({spec.name: spec for spec in specs.values()}.values())
-    left = train_models(run, full, shard=run.shard)
-    left += train_models(run, different, stage=_MODELS, shard=run.shard)
+    left = train_models(run, full, done=measured_models(run, config.measurement))
+    done = measured_models(run, config.measurement, _MEASURES)
+    left += train_models(run, different, stage=_MODELS, done=done)
     if left:
       _LOG.info("counterfactual: %d models are left to other shards", len(left))
       return
-    names = (config.measurement,)
     measure_models(run, full, names)
     measure_models(run, different, names, _MEASURES, _MODELS)
     before = of_models(run, config.measurement, [subset_name(None, seed) for seed in seeds])
     rows = of_models(run, config.measurement, [spec.name for spec in specs.values()], _MEASURES)
     change = np.zeros((len(methods), len(config.shares), config.num_queries, config.num_seeds))
-    for (method, share, query, seed), row in zip(specs, rows, strict=True):
-      place = methods.index(method), config.shares.index(share), query, seed
-      change[place] = row[query] - before[seed, query]
+    for (m, s, q, seed), row in zip(specs, rows, strict=True):
+      change[m, s, q, seed] = row[q] - before[seed, q]
+  samples = artifacts.read(run.folder("sample")).arrays["ids"]
   arrays = {"change": change.astype(np.float32), "query_ids": samples[: config.num_queries]}
   notes = {"methods": methods, "shares": config.shares, "measurement": config.measurement}
-  key = {"measurement": key_of_measurement(run, config.measurement), **notes}
+  key = counterfactual_key(run)
   artifacts.write(run.folder("counterfactual"), key, arrays, notes=notes, cost=cost)
   print(table_text(change, methods, config.shares, config.measurement))
+
+
+def counterfactual_key(run: Run) -> dict:
+  """What the changes depend on."""
+  config = run.config.counterfactual
+  rows = [row_of(method, config.measurement) for method in config.methods]
+  return {
+    "counterfactual": as_dict(config),
+    "measurement": key_of_measurement(run, config.measurement),
+    "scores": {row.name: score_key(run, row) for row in rows},
+  }
+
+
+def _methods(run: Run) -> tuple[str, ...]:
+  """Those of the config, and random removal last."""
+  return (*(m for m in run.config.counterfactual.methods if m != RANDOM), RANDOM)
+
+
+def _check(run: Run) -> None:
+  """Raises ValueError for impossible settings."""
+  config, num_train = run.config.counterfactual, len(run.dataset)
+  check_measurements(run, (config.measurement,))
+  num_samples = run.config.sample.num_samples
+  if not 1 <= config.num_queries <= num_samples:
+    raise ValueError(
+      f"counterfactual.num_queries must lie in 1…{num_samples}, the number of samples; "
+      f"got {config.num_queries}."
+    )
+  if not all(1 <= round(share * num_train) < num_train for share in config.shares):
+    raise ValueError(
+      f"counterfactual.shares must remove some images and leave some; got {config.shares}."
+    )
+  if not 1 <= config.num_seeds <= run.config.retrain.num_seeds:
+    raise ValueError(
+      f"counterfactual.num_seeds must lie in 1…{run.config.retrain.num_seeds}, retrain.num_seeds."
+    )
 
 
 def table_text(
@@ -99,18 +136,8 @@ def _orders(run: Run, method: str) -> list[np.ndarray]:
   if method == RANDOM:
     order = lambda query: np.random.default_rng((run.config.seed, query))
     return [order(query).permutation(len(run.dataset)) for query in range(config.num_queries)]
-  row = Row(method, config.measurement)
-  if not row.kind.measures:
-    row = Row(method, None)
-  scores = _at_default(scored(run, row), row)
+  scores = at_default(run, row_of(method, config.measurement))
   return list(np.argsort(-scores.values[: config.num_queries], axis=1, kind="stable"))
-
-
-def _at_default(sweep: list[Scores], row: Row) -> Scores:
-  default = row.kind.default_damping
-  if default is None:
-    return sweep[0]
-  return next(scores for scores in sweep if scores.settings["damping"] == default)
 
 
 def _without(run: Run, positions: np.ndarray, seed: int) -> Spec:

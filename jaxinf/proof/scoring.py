@@ -5,10 +5,11 @@ import logging
 import pathlib
 import shutil
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from jaxinf import artifacts, stages
+from jaxinf import artifacts, hosts, stages
 from jaxinf.attribution.methods import Method, Question, method_named
 from jaxinf.attribution.similarity import clip_embeddings
 from jaxinf.config import as_dict
@@ -22,12 +23,12 @@ from jaxinf.runs import (
   PACE,
   Run,
   content_of_stage,
+  draw_design,
   load_curvature,
   load_samples,
   load_task,
   samples_content,
 )
-from jaxinf.serving import draw_design
 from jaxinf.types import Scores
 from jaxinf.unfinished import Resume
 
@@ -67,9 +68,33 @@ def rows_of(run: Run) -> list[Row]:
   return [Row(name, m) for name in config.methods for m in measurements(name)]
 
 
+def row_of(method: str, measurement: str) -> Row:
+  """The row of a method, with the measurement where it takes one."""
+  return Row(method, measurement if method_named(method).measures else None)
+
+
+def at_default(run: Run, row: Row) -> Scores:
+  """The scores of a row at the damping recommended without a benchmark, or its only ones."""
+  sweep, default = scored(run, row), row.kind.default_damping
+  if default is None:
+    return sweep[0]
+  return next(scores for scores in sweep if scores.settings["damping"] == default)
+
+
+def is_scored(run: Run, row: Row) -> bool:
+  """Whether the scores of a row are there; StaleArtifact where they were made otherwise."""
+  return artifacts.finished(_folder(run, row), score_key(run, row))
+
+
 def scored(run: Run, row: Row) -> list[Scores]:
-  """Scores of one row at every damping (or one), computed where they are not there yet."""
-  folder, key = run.folder("score") / artifacts.file_name(row.name), _key(run, row)
+  """Scores of one row at every damping (or one), computed where they are not there yet.
+
+  Raises:
+    ValueError: there are several processes, or the method lacks something.
+  """
+  if hosts.count() > 1:
+    raise ValueError("Scores for a proof take one process: start it alone.")
+  folder, key = _folder(run, row), score_key(run, row)
   if not artifacts.finished(folder, key):
     artifacts.begin(folder, key)
     _LOG.info("score: %s begins", row.name)
@@ -77,7 +102,6 @@ def scored(run: Run, row: Row) -> list[Scores]:
       found = list(row.kind.scores(_question(run, row, folder / "sums")))
     arrays = {
       "values": np.stack([scores.values for scores in found]),
-      "std_errors": np.stack([scores.std_errors for scores in found]),
       "query_ids": found[0].query_ids,
       "train_ids": found[0].train_ids,
     }
@@ -93,9 +117,16 @@ def scored(run: Run, row: Row) -> list[Scores]:
   ]
 
 
-def _key(run: Run, row: Row) -> dict:
+def _folder(run: Run, row: Row) -> pathlib.Path:
+  return run.folder("score") / artifacts.file_name(row.name)
+
+
+def score_key(run: Run, row: Row) -> dict:
   """What the scores of a row depend on."""
-  config, key = as_dict(run.config.score), {}
+  config = as_dict(run.config.score)
+  key: dict[str, Any] = {}
+  if "clip" in row.kind.reads and config["clip"] is not None:
+    key["clip_content"] = artifacts.fingerprint_of_files(pathlib.Path(config["clip"]).expanduser())
   if row.kind.curved:
     section = as_dict(run.config.curvature)
     key["curvature"] = {k: v for k, v in section.items() if k not in PACE["curvature"]}
@@ -116,7 +147,7 @@ def _key(run: Run, row: Row) -> dict:
 
 def _question(run: Run, row: Row, sums: pathlib.Path) -> Question:
   config, task = run.config.score, load_task(run)
-  samples, dataset = load_samples(run), run.dataset
+  samples, dataset = load_samples(run, trajectories=row.of == "trajectories"), run.dataset
 
   def embeddings() -> tuple[np.ndarray, np.ndarray]:
     path = pathlib.Path(config.clip or "").expanduser()

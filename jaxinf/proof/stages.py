@@ -1,4 +1,4 @@
-"""The stages of a proof: retrain → measure → score → evaluate, and counterfactual.
+"""The stages of a proof: retrain → measure → evaluate, which scores, and counterfactual.
 
 Each extends what is there: more subsets, seeds, methods or measurements cost only themselves.
 """
@@ -7,7 +7,7 @@ import logging
 
 from jaxinf import stages
 from jaxinf.proof.evaluating import evaluate
-from jaxinf.proof.measures import measure_models, measured_everywhere
+from jaxinf.proof.measures import check_measurements, measure_models, measured_everywhere
 from jaxinf.proof.models import subset_specs, train_models
 from jaxinf.runs import Run
 
@@ -16,9 +16,10 @@ _LOG = logging.getLogger("jaxinf")
 
 def retrain(run: Run) -> None:
   """Trains this shard's part of the subset models that are neither trained nor measured."""
+  check_measurements(run, run.config.measure.measurements)
   measured = measured_everywhere(run, run.config.measure.measurements)
   specs = subset_specs(run)
-  left = train_models(run, specs, shard=run.shard, done=measured)
+  left = train_models(run, specs, done=measured)
   there = len(specs) - len(left)
   hint = f"{len(left)} are left to other shards" if left else "next: measure"
   _LOG.info("retrain: %d of %d models are there; %s", there, len(specs), hint)

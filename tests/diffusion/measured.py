@@ -12,8 +12,7 @@ NAMES = (*MEASUREMENTS, "loss_at_timestep(5)", "weighted_loss(min_snr)", "journe
 def random_examples(
   measurement: Measurement, num: int, num_steps: int, shape=(4, 4, 1), seed: int = 0
 ) -> np.ndarray:
-  """Images [num, H, W, C], or the states [num, K, H, W, C] of trajectories, in [-1, 1]."""
-  if measurement.of == "trajectories":
-    states = 3 if str(measurement.name).startswith("journey") else num_steps + 1
-    shape = (states, *shape)
+  """Images [num, H, W, C], or trajectories or predictions [num, K, H, W, C], in [-1, 1]."""
+  several = {"images": (), "trajectories": (num_steps + 1,), "predictions": (3,)}
+  shape = (*several[measurement.of], *shape)
   return nets.random_images(num, shape, seed)

@@ -421,8 +421,8 @@ def test_weights_that_are_no_weights_are_refused(weights):
     weighted_loss(weights)
 
 
-def test_a_measurement_is_of_images_or_trajectories():
-  with pytest.raises(ValueError, match="of images or of trajectories; got 'videos'"):
+def test_a_measurement_is_of_images_trajectories_or_predictions():
+  with pytest.raises(ValueError, match="images, trajectories, predictions; got 'videos'"):
     Measurement(LOSS.draw, LOSS.value, of="videos")
 
 

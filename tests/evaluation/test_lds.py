@@ -30,6 +30,10 @@ def world(*, seed_noise=0.0, num_seeds=2, num_subsets=NUM_SUBSETS, seed=0):
   return scores, subsets, Retrained(measured, query_ids, "loss")
 
 
+def first_of(subsets, num):
+  return dataclasses.replace(subsets, membership=subsets.membership[:num])
+
+
 def test_predictions_are_sums_over_removed_examples():
   scores, subsets, _ = world()
   for m, row in enumerate(predictions(scores, subsets)):
@@ -92,7 +96,7 @@ def test_subsets_without_a_model_are_left_out():
   values[10:] = np.nan
   found = lds(scores, subsets, dataclasses.replace(retrained, values=values), **FAST)
   fewer = dataclasses.replace(retrained, values=retrained.values[:10])
-  expected = lds(scores, subsets.take(0, 10), fewer, **FAST)
+  expected = lds(scores, first_of(subsets, 10), fewer, **FAST)
   np.testing.assert_array_equal(found.subset_numbers, np.arange(10))
   np.testing.assert_array_equal(found.per_query, expected.per_query)
   np.testing.assert_array_equal(found.resampled, expected.resampled)
@@ -223,13 +227,13 @@ def test_what_does_not_belong_together_is_refused():
   with refuse("training examples are not the subsets': 40 of 40 are missing (7, 8, 9, …)"):
     lds(other, subsets, retrained)
   with refuse("There are 3 subsets but measurements of 24"):
-    lds(scores, subsets.take(0, 3), retrained)
+    lds(scores, first_of(subsets, 3), retrained)
   broken = dataclasses.replace(scores, group_values=scores.group_values * np.nan)
   with refuse("not finite"):
     lds(broken, subsets, retrained)
   fewer = dataclasses.replace(retrained, values=retrained.values[:5])
   with refuse("LDS of other subsets, resamples"):
-    lds(scores, subsets, retrained, **FAST).against(lds(scores, subsets.take(0, 5), fewer))
+    lds(scores, subsets, retrained, **FAST).against(lds(scores, first_of(subsets, 5), fewer))
   with refuse("needs two seeds"):
     retraining_lds(dataclasses.replace(retrained, values=retrained.values[:, :1]))
   with refuse("needs two seeds"):

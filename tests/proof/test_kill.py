@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 STEPS = 100  # of all models, so that those of one seed train at once: first seed 0, then seed 1
 EVERY = 10  # steps between checkpoints: 9 of them, each some 40 ms, are time enough to kill
 GROUPS = [[f"{of}-seed-{k}" for of in ("full", "subset-0000", "subset-0001")] for k in (0, 1)]
+DEADLINE = 300  # seconds for a process that takes ten
 FIELDS = {"train.steps": STEPS, "retrain.steps": STEPS, "retrain.num_subsets": 2}
 
 
@@ -32,13 +33,26 @@ def start(workdir: Path) -> subprocess.Popen:
   return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
+def outcome(process: subprocess.Popen) -> str:
+  """What it logged; a process that does not end within DEADLINE is killed, and the test fails."""
+  try:
+    return process.communicate(timeout=DEADLINE)[1]
+  except subprocess.TimeoutExpired:
+    process.kill()
+    pytest.fail(f"it did not end in time: {process.communicate()[1]}")
+
+
 def kill_in_the_second_group(workdir: Path, finished: Path) -> None:
   """Starts retraining, and kills it once `finished` is there and the next group's checkpoint."""
   process = start(workdir)
   is_saved = lambda: any(
     path.name.isdigit() for path in (workdir / "retrain" / "unfinished").glob("*/*")
   )
+  deadline = time.monotonic() + DEADLINE
   while not (finished.exists() and is_saved()):
+    if time.monotonic() > deadline:
+      process.kill()
+      pytest.fail(f"no second group in time: {process.communicate()[1]}")
     assert process.poll() is None, f"it ended before it could be killed: {process.stderr.read()}"
     time.sleep(0.001)
   os.kill(process.pid, signal.SIGKILL)
@@ -61,7 +75,7 @@ def test_a_killed_group_goes_on_and_gives_the_same_models(tmp_path):
   assert not any(path.exists() for path in manifests[1])
   before = [path.stat().st_mtime_ns for path in manifests[0]]
   process = start(killed)
-  _, log = process.communicate()
+  log = outcome(process)
   assert process.returncode == 0, log
   resumed = re.search(r"^retrain: resuming a group of 3 models at step (\d+)$", log, re.M)
   assert resumed and EVERY <= int(resumed[1]) < STEPS, log

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jaxinf import artifacts, proof, runs, stages, training
+from jaxinf import artifacts, proof, runs, training
 from jaxinf.config import typed
 from jaxinf.diffusion.draws import DrawDesign
 from jaxinf.diffusion.measurements import MEASUREMENTS
@@ -82,7 +82,7 @@ def test_measurements_are_those_of_the_models(finished):
       ],
       axis=0,
     )  # fmt: skip
-    found = measures.retrained(finished, name, 4, 2)
+    found = measures.retrained(finished, name)
     # Float32 sums of eight draws.
     np.testing.assert_allclose(found.values[1, 0], expected, rtol=1e-5)
 
@@ -96,9 +96,9 @@ def test_more_subsets_extend_what_is_there(finished, tmp_path):
     "subset-0004-seed-0", "subset-0004-seed-1"
   }  # fmt: skip
   proof.measure(run)
-  old, new = (measures.retrained(r, "loss", 5, 2).values for r in (finished, run))
-  np.testing.assert_array_equal(new[:4], old[:4])
-  assert np.isnan(old[4]).all() and np.isfinite(new[4]).all()
+  old, new = (measures.retrained(r, "loss").values for r in (finished, run))
+  np.testing.assert_array_equal(new[:4], old)
+  assert np.isfinite(new[4]).all()
 
 
 def test_shards_share_the_models_between_them(finished, tmp_path):
@@ -115,7 +115,35 @@ def test_shards_share_the_models_between_them(finished, tmp_path):
   for name in model_folders(run):
     ours, theirs = (models.load_params(r, name) for r in (run, finished))
     for x, y in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
-      np.testing.assert_array_equal(x, y)  # the same groups, hence bitwise
+      np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-5)  # vmapped with others: see above
+
+
+def test_a_group_that_dies_while_it_is_saved_loses_nothing(finished, tmp_path, monkeypatch, caplog):
+  """The second of its models cannot be written; the next start goes on from the checkpoint."""
+  run = run_of(tmp_path / "work", train__checkpoint_every=4, retrain__num_seeds=1)
+  for stage in ("train", "sample"):
+    shutil.copytree(finished.folder(stage), run.folder(stage))
+  write, written = artifacts.write, []
+
+  def write_once(folder, *args, **kwargs):
+    if folder.name.startswith("subset"):
+      if written:
+        raise OSError("the disk is full")
+      written.append(folder.name)
+    return write(folder, *args, **kwargs)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(artifacts, "write", write_once)
+    with pytest.raises(OSError, match="full"):
+      proof.retrain(run)
+  assert list((run.folder("retrain") / "unfinished").iterdir())
+  with caplog.at_level("INFO", "jaxinf"):
+    proof.retrain(run)
+  assert "resuming a group of 4 models at step 8" in caplog.text
+  assert not (run.folder("retrain") / "unfinished").exists()
+  ours, theirs = (models.load_params(r, "subset-0003-seed-0") for r in (run, finished))
+  for x, y in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+    np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-5)
 
 
 def test_other_settings_are_refused_with_the_difference(finished, tmp_path):
@@ -130,7 +158,7 @@ def test_the_table_holds_the_rank_correlations(finished):
   rows = scoring.rows_of(finished)
   assert [row.name for row in rows] == ["influence, loss", "influence, elbo", "pixel", "random"]
   for target in ("loss", "elbo"):
-    truth = measures.retrained(finished, target, 4, 2).values.mean(axis=1)
+    truth = measures.retrained(finished, target).values.mean(axis=1)
     table = artifact.notes["tables"][target]
     assert table["num_models"] == 8 and table["oracle"]["mean"] <= 1
     for row, entry in zip(rows, table["entries"], strict=True):
@@ -181,13 +209,14 @@ def test_bad_settings_are_refused(finished, tmp_path):
     for stage in ("train", "sample"):
       shutil.copytree(finished.folder(stage), run.folder(stage))
     proof.measure(run)
+  with pytest.raises(ValueError, match="measured by loss yet: run the stage measure"):
+    proof.evaluate(run)
+  with pytest.raises(ValueError, match="Shards need the scores first"):
+    proof.counterfactual(dataclasses.replace(run, shard=(0, 2)))
   with pytest.raises(ValueError, match="Unknown method 'shapley'"):
     proof.evaluate(copied(finished, tmp_path / "a", score__methods=("shapley",)))
   with pytest.raises(ValueError, match="outside_weight"):
     proof.retrain(copied(finished, tmp_path / "b", retrain__outside_weight=1.0))
-  with pytest.raises(ValueError, match="trajectories"):
-    run = copied(finished, tmp_path / "c", measure__measurements=("trajectory",),
-                 sample__keep_trajectory=False)  # fmt: skip
-    shutil.rmtree(run.folder("sample"))
-    stages.sample(run)
-    proof.measure(run)
+  with pytest.raises(ValueError, match=r"set sample\.keep_trajectory=True"):
+    changes = dict(measure__measurements=("trajectory",), sample__keep_trajectory=False)
+    proof.retrain(run_of(tmp_path / "c", **changes))

@@ -1,13 +1,16 @@
 """LDS bars (paper, Fig. 2 and 20) and counterfactual bars (Fig. 3), from what other stages left."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxinf import artifacts
 from jaxinf.attribution.methods import method_named
+from jaxinf.proof.evaluating import evaluate_key
 from jaxinf.proof.models import folder
+from jaxinf.proof.removal import counterfactual_key
 from jaxinf.proof.studies.common import Drawn, plain_name
 from jaxinf.report.canvas import mean_and_error, percent
 from jaxinf.report.proof_figures import GROUPS, Bar, BarPanel, bars_figure, counterfactual_figure
@@ -25,14 +28,14 @@ READING = (
 
 def lds(run: Run) -> Drawn:
   """LDS of every method on every true measurement of images."""
-  artifact = artifacts.read(folder(run, "evaluate"))
+  artifact = _evaluated(run)
   tables = {name: t for name, t in artifact.notes["tables"].items() if name != "trajectory"}
   return _of_tables(artifact, tables, "How well each method predicts retraining")
 
 
 def trajectory(run: Run) -> Drawn:
   """LDS of every method on the probability of the sampling trajectories."""
-  artifact = artifacts.read(folder(run, "evaluate"))
+  artifact = _evaluated(run)
   if "trajectory" not in artifact.notes["tables"]:
     raise ValueError(
       "The stage evaluate has no table for trajectory: add it to measure.measurements (samples "
@@ -45,7 +48,7 @@ def trajectory(run: Run) -> Drawn:
 
 def counterfactual(run: Run) -> Drawn:
   """Changes of samples' measurements by models without each method's most supporting images."""
-  artifact = artifacts.read(run.folder("counterfactual"))
+  artifact = _finished(run.folder("counterfactual"), counterfactual_key(run), "counterfactual")
   methods, shares, measurement = (
     artifact.notes[name] for name in ("methods", "shares", "measurement")
   )
@@ -78,6 +81,17 @@ def counterfactual(run: Run) -> Drawn:
     made=f"{change.shape[2]} samples, {seeds} training seed{'s' * (seeds > 1)} each.",
     inputs={"counterfactual_content": artifact.content}, notes=dict(methods=methods, shares=shares),
   )  # fmt: skip
+
+
+def _evaluated(run: Run) -> artifacts.Artifact:
+  return _finished(folder(run, "evaluate"), evaluate_key(run), "evaluate")
+
+
+def _finished(place: Path, key: Mapping[str, Any], stage: str) -> artifacts.Artifact:
+  """What a stage left; StaleArtifact where it is of other settings, ValueError where it is none."""
+  if not artifacts.finished(place, key):
+    raise ValueError(f"{place} holds no finished result: run the stage {stage} first.")
+  return artifacts.read(place)
 
 
 def _of_tables(artifact: artifacts.Artifact, tables: Mapping[str, Any], title: str) -> Drawn:

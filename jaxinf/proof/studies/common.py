@@ -8,14 +8,12 @@ from typing import Any
 import numpy as np
 
 from jaxinf import artifacts
-from jaxinf.attribution.methods import method_named
 from jaxinf.data.subsets import Subsets
 from jaxinf.diffusion.measurements import measurement_named
 from jaxinf.evaluation.lds import Retrained, predictions
 from jaxinf.evaluation.statistics import spearman
 from jaxinf.proof.measures import measure_models, measured_everywhere, retrained
 from jaxinf.proof.models import subset_specs, subsets_of
-from jaxinf.proof.scoring import Row, scored
 from jaxinf.report.canvas import mean_and_error
 from jaxinf.runs import Run
 from jaxinf.types import Scores
@@ -57,6 +55,7 @@ class Truth:
     query_ids: [Q].
     retrained: name → measurements of all subsets.
     means: name → [M, Q] means over seeds.
+    outside_weight: w of the images outside a subset in its models' loss; 0: they are left out.
   """
 
   subsets: Subsets
@@ -64,12 +63,13 @@ class Truth:
   query_ids: np.ndarray
   retrained: Mapping[str, Retrained]
   means: Mapping[str, np.ndarray]
+  outside_weight: float = 0.0
 
   def predicted(self, scores: Scores) -> np.ndarray:
-    """[M, Q] changes that scores of the same samples predict."""
+    """[M, Q] changes that scores of the same samples predict: (1 − w) Σ_{n∉subset m} scores / N."""
     if not np.array_equal(scores.query_ids, self.query_ids):
       raise ValueError("The scores are of other samples than those measured, or in another order.")
-    return predictions(scores, self.subsets)[self.kept]
+    return (1 - self.outside_weight) * predictions(scores, self.subsets)[self.kept]
 
   def lds(self, scores: Scores, name: str) -> np.ndarray:
     """[Q] rank correlations of predicted and true changes; NaN where scores are not finite."""
@@ -86,13 +86,14 @@ class Truth:
     return {"measured_content": artifacts.fingerprint(self.means)}
 
   def made(self) -> str:
-    """Models, subsets and samples in words."""
-    trained = next(iter(self.retrained.values())).trained
-    return (
-      f"{trained.sum()} models retrained on {len(self.kept)} random subsets of "
-      f"{self.subsets.membership[0].sum():,} of {len(self.subsets.train_ids):,} training images; "
-      f"{len(self.query_ids)} samples."
-    )
+    """Models, what they were trained on, and samples in words."""
+    trained = next(iter(self.retrained.values())).trained.sum()
+    num, size = len(self.subsets.train_ids), self.subsets.membership[0].sum()
+    which = f"{len(self.kept)} random subsets of {size:,}"
+    seen = f"{which} of {num:,} training images"
+    if self.outside_weight:
+      seen = f"all {num:,} training images, with weight {self.outside_weight:g} outside {which}"
+    return f"{trained} models retrained on {seen}; {len(self.query_ids)} samples."
 
 
 def truth_of(run: Run, names: Sequence[str]) -> Truth:
@@ -110,36 +111,18 @@ def truth_of(run: Run, names: Sequence[str]) -> Truth:
       f"measured: run the stage retrain{option} first. (Models may be deleted once they are "
       "measured, but then nothing more can be measured of them.)"
     )
-  num_seeds, subsets = run.config.retrain.num_seeds, subsets_of(run)
-  found = {name: retrained(run, name, len(subsets), num_seeds) for name in names}
+  found = {name: retrained(run, name) for name in names}
   kept = np.flatnonzero(np.all([truth.trained.any(axis=1) for truth in found.values()], axis=0))
   if len(kept) < 2:
     raise ValueError("Rank correlations need models of at least two subsets. Retrain more.")
   means = {name: truth.means()[kept] for name, truth in found.items()}
   query_ids = next(iter(found.values())).query_ids
-  return Truth(subsets, kept, query_ids, found, means)
+  return Truth(subsets_of(run), kept, query_ids, found, means, run.config.retrain.outside_weight)
 
 
 def image_measurements(run: Run) -> list[str]:
   """The config's true measurements that are of images, not of trajectories."""
   return [m for m in run.config.measure.measurements if measurement_named(m).of == "images"]
-
-
-def row_of(method: str, measurement: str) -> Row:
-  """The row of a method, with the measurement where it takes one."""
-  return Row(method, measurement if method_named(method).measures else None)
-
-
-def at_default(run: Run, row: Row) -> Scores:
-  """The scores of a row at the damping that is recommended without a benchmark, or its only ones.
-
-  Raises:
-    ValueError: scores are not finite there.
-  """
-  sweep, default = scored(run, row), row.kind.default_damping
-  if default is None:
-    return sweep[0]
-  return next(scores for scores in sweep if scores.settings["damping"] == default)
 
 
 def dampings_of(sweep: Sequence[Scores]) -> np.ndarray:

@@ -8,13 +8,12 @@ from jaxinf.diffusion.weightings import WEIGHTINGS
 from jaxinf.evaluation.statistics import spearman, spearman_matrix
 from jaxinf.proof.measures import of_models
 from jaxinf.proof.models import subset_name
+from jaxinf.proof.scoring import at_default, row_of
 from jaxinf.proof.studies.common import (
   Drawn,
-  at_default,
   image_measurements,
   math_name,
   plain_name,
-  row_of,
   truth_of,
 )
 from jaxinf.report.canvas import mean_and_error, percent
@@ -118,17 +117,18 @@ def changes(run: Run) -> Drawn:
     intercept = float(actual.mean() - slope * predicted.mean())
     panels.append(ChangePanel(title, predicted, actual, (slope, intercept)))
     arrays |= {f"{target}/predicted": predicted, f"{target}/actual": actual}
-  steps = run.config.train.steps, run.config.retrain.steps
+  steps, weight = (run.config.train.steps, run.config.retrain.steps), truth.outside_weight
+  outside = f"with weight {weight:g} for" if weight else "without"
   caption = (
     "Each dot is one sample (its colour) and one subset: the predicted change of its measurement "
-    "without the images outside the subset, and the actual one against the model of all images "
+    f"{outside} the images outside the subset, and the actual one against the model of all images "
     "with the same training seed, mean over seeds. The line has the slope of least squares within "
     "samples, which were 1 if predictions had the right size; rank correlations are means over "
     "samples. "
     + "; ".join(f"{row[0]}: slope {row[1]}, actual changes positive in {row[3]} %, predicted ones "
                 f"in {row[4]} %" for row in rows) + ". "
   )  # fmt: skip
-  if steps[0] != steps[1]:
+  if steps[0] != steps[1] and not weight:
     caption += (
       f"Models of subsets train for {steps[1]:,} steps, those of all images for {steps[0]:,}: part "
       "of the actual change is that of fewer steps."
@@ -153,6 +153,8 @@ def correlation(run: Run) -> Drawn:
   arrays: dict[str, np.ndarray] = {}
   for target in targets:
     full = of_models(run, target, [subset_name(None, 0)])
+    if np.isnan(full).any():
+      raise _nothing_to_compare_with(target)
     values = np.concatenate([full, truth.retrained[target].values[subsets, 0]]).astype(float)
     pearson = np.corrcoef(values)
     ranks = spearman_matrix(values[:, :, None], values[:, :, None])[..., 0]
@@ -233,11 +235,15 @@ def _actual_changes(run: Run, target: str, values: np.ndarray) -> np.ndarray:
   full = of_models(run, target, [subset_name(None, seed) for seed in seeds])
   difference = values - full
   if np.isnan(difference).all(axis=(1, 2)).any():
-    raise ValueError(
-      f"The models of all images ({subset_name(None, 0)}, …) are not measured by {target}, so that "
-      "there is nothing to compare with: run retrain and measure to the end."
-    )
+    raise _nothing_to_compare_with(target)
   return np.asarray(np.nanmean(difference, axis=1, dtype=np.float64))
+
+
+def _nothing_to_compare_with(target: str) -> ValueError:
+  return ValueError(
+    f"The models of all images ({subset_name(None, 0)}, …) are not measured by {target}, so that "
+    "there is nothing to compare with: run retrain and measure to the end."
+  )
 
 
 def _slope_within_samples(predicted: np.ndarray, actual: np.ndarray) -> float:

@@ -18,10 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinf.attribution.examples import examples_of
-from jaxinf.attribution.features import FeaturePass, flat_kernel, register_everything
-from jaxinf.attribution.influence import influence
-from jaxinf.attribution.kernels import QUERY, TRAIN, DrawGroups, gradient_kernel, gradient_operands
-from jaxinf.attribution.methods import Method, Question
+from jaxinf.attribution.features import features_of, flat_kernel, register_everything
+from jaxinf.attribution.kernels import QUERY, TRAIN, DrawGroups, gradient_kernel
+from jaxinf.attribution.methods import Method, Question, influence_of
 from jaxinf.diffusion.measurements import measurement_named
 from jaxinf.gradients.projection import Projection
 from jaxinf.proof.scoring import Row
@@ -88,11 +87,7 @@ def _inverse(matrix: np.ndarray) -> tuple[np.ndarray, np.float32]:
 
 
 def _influence(question: Question, precision: str) -> Sequence[Scores]:
-  return influence(
-    question.task, question.curvature({}), question.of(question.measurement),
-    question.train_images, measurement=question.measurement, compression=precision,
-    precision=precision, **question.common,
-  )  # fmt: skip
+  return influence_of(dataclasses.replace(question, compression=precision), precision=precision)
 
 
 def _trak(question: Question, precision: str) -> Sequence[Scores]:
@@ -124,23 +119,20 @@ def _features(question: Question, stream: str, name: str) -> np.ndarray:
   measurement = measurement_named(name)
   if stream == TRAIN:
     examples = examples_of(question.train_images, question.train_ids, None, "train", measurement)
-    draws, groups, design = question.draws, question.draw_groups, question.design
+    draws, num_groups, design = question.draws, question.draw_groups, question.design
   else:
     examples = examples_of(question.of(name), question.query_ids, None, "query", measurement)
-    draws, groups = question.query_draws, question.query_groups
+    draws, num_groups = question.query_draws, question.query_groups
     design = question.design.without_flips()
   model = register_everything(question.task, examples.image_shape)
-  group = DrawGroups(question.seed, draws // groups, design)
-  projection = Projection(question.projection_dim, question.seed, question.projection)
-  feature_pass = FeaturePass(
-    projection, max(1, question.batch_size // group.size), devices=question.devices
-  )
-  rows = feature_pass(
-    flat_kernel(gradient_kernel(model, measurement, question.task.schedule, group)),
-    gradient_operands(question.task.params, stream), examples.rows(groups),
-    label=f"{stream.replace('_gradients', '')} features",
+  groups = DrawGroups(question.seed, draws // num_groups, design)
+  features = features_of(
+    flat_kernel(gradient_kernel(model, measurement, question.task.schedule, groups)),
+    question.task.params, examples, groups, num_groups=num_groups, stream_name=stream,
+    projection=Projection(question.projection_dim, question.seed, question.projection),
+    batch_size=question.batch_size, devices=question.devices,
   )  # fmt: skip
-  return rows.reshape(len(examples.ids), groups, -1).mean(axis=1, dtype=np.float32)
+  return features.mean(axis=1, dtype=np.float32)
 
 
 # Method → the half precisions it can be computed in.

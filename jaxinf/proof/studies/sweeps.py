@@ -6,16 +6,9 @@ from typing import Any
 import numpy as np
 
 from jaxinf.attribution.methods import method_named
-from jaxinf.proof.scoring import Row, scored
+from jaxinf.proof.scoring import Row, row_of, scored
 from jaxinf.proof.studies.bars import HEADER, OWN, READING
-from jaxinf.proof.studies.common import (
-  Drawn,
-  Truth,
-  dampings_of,
-  image_measurements,
-  row_of,
-  truth_of,
-)
+from jaxinf.proof.studies.common import Drawn, Truth, dampings_of, image_measurements, truth_of
 from jaxinf.proof.studies.rounded import HALVES, RoundedRow
 from jaxinf.report.canvas import percent
 from jaxinf.report.proof_figures import Bar, BarPanel, SweepPanel, bars_figure, sweeps_figure

@@ -58,10 +58,6 @@ bench-plan: .venv/installed
 # committed results, of which it repeats the scores alone. LDS=digits_unet for the U-Net, or any config.
 LDS ?= digits_mlp
 LDS_RUN = --config=configs/$(LDS).py --workdir=runs/$(LDS) $(ARGS)
-ifeq ($(LDS),digits_unet)
-LDS_RUN = --config=configs/digits.py --workdir=runs/$(LDS) --config.sample.num_samples=50 \
-	--config.sample.batch_size=50 $(ARGS)
-endif
 
 bench-lds: .venv/installed
 	@mkdir -p runs

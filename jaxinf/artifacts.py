@@ -103,6 +103,11 @@ def write(
   return Artifact(arrays, manifest)
 
 
+def holds(folder: Path, key: Mapping[str, Any]) -> bool:
+  """Whether the folder holds the finished result of exactly `key`; no error where of another."""
+  return has_manifest(folder) and read_manifest(folder)["key"] == plain(key)
+
+
 def has_manifest(folder: Path) -> bool:
   """Whether the folder holds a finished result, of whatever."""
   return (folder / "manifest.json").exists()

@@ -168,14 +168,6 @@ def load_samples(run: Run, trajectories: bool = True) -> dict[str, np.ndarray]:
   return arrays
 
 
-def samples_content(run: Run, of: str) -> str:
-  """Hash of the samples' images, or of their trajectories; "none" where these were not kept."""
-  content, place = content_of_stage(run, "sample"), run.folder("sample") / "trajectories"
-  if of == "images":
-    return content
-  return artifacts.read_manifest(place)["content"] if artifacts.has_manifest(place) else "none"
-
-
 def load_curvature(run: Run, task: Task) -> Curvature:
   """The fitted curvature of a run, for its task."""
   artifact = artifacts.read(run.folder("curvature"))

@@ -59,8 +59,22 @@ def train(run: Run) -> Artifact:
 
 
 def sample(run: Run) -> Artifact:
-  """Generates the samples that will be explained."""
-  return finish_stage(run, "sample", _sample)
+  """Generates the samples that will be explained.
+
+  Trajectories lie apart, as they are large, and are generated anew where a copy left them out.
+  """
+  artifact = finish_stage(run, "sample", _sample)
+  there = (run.folder("sample") / "trajectories" / "arrays.npz").exists()
+  if run.config.sample.keep_trajectory and not hosts.agreed(there):
+    ids, arrays = _generated(run)
+    if np.abs(arrays["images"] - artifact.arrays["images"]).max() > 0.01:
+      raise ValueError(
+        f"The samples of {run.folder('sample')} cannot be generated again here, and their "
+        "trajectories are not there: delete them, and what was made of them, to begin anew."
+      )
+    _keep_trajectories(run, ids, arrays["trajectories"])
+    shutil.rmtree(run.folder("sample") / "sums", ignore_errors=True)
+  return artifact
 
 
 def curvature(run: Run) -> Artifact:
@@ -126,6 +140,14 @@ def _train(run: Run) -> Outcome:
 
 
 def _sample(run: Run) -> Outcome:
+  ids, arrays = _generated(run)
+  if "trajectories" in arrays:
+    _keep_trajectories(run, ids, arrays["trajectories"])
+  return {"ids": ids, "images": arrays["images"]}, {}, f"{len(ids)} samples"
+
+
+def _generated(run: Run) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+  """Ids [Q], and images [Q, H, W, C] and, if asked for, trajectories [Q, steps + 1, H, W, C]."""
   config, task = run.config.sample, load_task(run)
   if config.num_samples < 1:
     raise ValueError(f"sample.num_samples must be at least 1; got {config.num_samples}.")
@@ -149,13 +171,14 @@ def _sample(run: Run) -> Outcome:
       run.folder("sample") / "sums", key_of(run, "sample"), 1, dict.fromkeys(names, 0)
     ),
   )  # fmt: skip
-  trajectories = arrays.pop("trajectories", None)
-  if trajectories is not None and hosts.is_primary():  # apart, as they are large
-    kept = {"ids": ids, "trajectories": trajectories}
-    artifacts.write(
-      run.folder("sample") / "trajectories", key_of(run, "sample"), kept, notes={}, cost={}
-    )
-  return {"ids": ids, **arrays}, {}, f"{len(ids)} samples"
+  return ids, arrays
+
+
+def _keep_trajectories(run: Run, ids: np.ndarray, trajectories: np.ndarray) -> None:
+  place, arrays = run.folder("sample") / "trajectories", {"ids": ids, "trajectories": trajectories}
+  if hosts.is_primary():
+    artifacts.write(place, key_of(run, "sample"), arrays, notes={}, cost={})
+  hosts.wait_for_all("trajectories written")
 
 
 def _curvature(run: Run) -> Outcome:

@@ -1,6 +1,6 @@
 """The stage `evaluate`: how well the scores of every method predict every true measurement.
 
-It is derived in seconds or minutes from what the other stages keep, and is made anew each time.
+It is derived in minutes from what the other stages keep, and made anew where these have changed.
 """
 
 import dataclasses
@@ -29,6 +29,8 @@ REFERENCE = "influence"  # p-values are of differences from this method, where i
 def evaluate(run: Run) -> None:
   """Scores by every method, and their LDS against every true measurement; prints the tables.
 
+  Tables that are there already, of the same scores and measurements, are printed again.
+
   Raises:
     ValueError: a measurement was taken of no model yet, or what `scored` raises.
   """
@@ -36,6 +38,11 @@ def evaluate(run: Run) -> None:
   check_measurements(run, (*config.measure.measurements, *config.score.measurements))
   rows = {row.name: row for row in rows_of(run)}
   truths = {target: retrained(run, target) for target in config.measure.measurements}
+  place, key = folder(run, "evaluate"), evaluate_key(run)
+  if artifacts.holds(place, key):
+    show(artifacts.read_manifest(place)["notes"]["tables"])
+    _LOG.info("evaluate: reused %s", place)
+    return
   with measured() as cost:
     sweeps = {name: scored(run, row) for name, row in rows.items()}
     arrays: dict[str, np.ndarray] = {}
@@ -50,8 +57,7 @@ def evaluate(run: Run) -> None:
         **_oracle(truth, run),
       }
       arrays |= {f"{target}/{name}": values for name, values in found.items()}
-  place = folder(run, "evaluate")
-  artifacts.write(place, evaluate_key(run), arrays, notes={"tables": tables}, cost=cost)
+  artifacts.write(place, key, arrays, notes={"tables": tables}, cost=cost)
   show(tables)
   _LOG.info("evaluate: wrote %s", place)
 

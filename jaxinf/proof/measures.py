@@ -20,7 +20,7 @@ from jaxinf.evaluation.measuring import Measured, Measuring
 from jaxinf.progress import Progress
 from jaxinf.proof.models import Spec, common_key, folder, load_params, model_key, subset_name
 from jaxinf.random import example_numbers
-from jaxinf.runs import Run, draw_design, load_samples, load_task, samples_content
+from jaxinf.runs import Run, content_of_stage, draw_design, load_samples, load_task
 
 _LOG = logging.getLogger("jaxinf")
 
@@ -114,7 +114,7 @@ def key_of_measurement(run: Run, name: str) -> dict:
   return common_key(run) | {
     "measure": own,
     "measurement": name,
-    "samples_content": samples_content(run, measurement_named(name).of),
+    "samples_content": content_of_stage(run, "sample"),
     "share": run.config.retrain.share,
     "outside_weight": run.config.retrain.outside_weight,
     "steps": {"all": run.config.train.steps, "subset": run.config.retrain.steps},

@@ -27,7 +27,6 @@ from jaxinf.runs import (
   load_curvature,
   load_samples,
   load_task,
-  samples_content,
 )
 from jaxinf.types import Scores
 from jaxinf.unfinished import Resume
@@ -140,7 +139,7 @@ def score_key(run: Run, row: Row) -> dict:
       "dampings": row.kind.dampings(run.config.score.dampings),
       "data": {"content": run.data_content, "random_flip": run.dataset.random_flip},
       "train_content": content_of_stage(run, "train"),
-      "sample_content": samples_content(run, row.of),
+      "sample_content": content_of_stage(run, "sample"),
     }
   )
 

@@ -12,7 +12,7 @@ from scipy import stats
 from jaxinf import artifacts, proof, runs, stages
 from jaxinf.attribution.methods import method_named
 from jaxinf.config import typed
-from jaxinf.proof import measures, models, scoring
+from jaxinf.proof import measures, models, removal, scoring
 from jaxinf.proof.studies import EVERY, STUDIES, observations, rounded, study, sweeps
 from jaxinf.proof.studies.common import plain_name, truth_of
 from jaxinf.report.proof_figures import GROUPS
@@ -39,7 +39,7 @@ def finished(tmp_path_factory):
   rng = np.random.default_rng(0)
   change, notes = rng.normal(size=(2, 2, 3, 2)), {"measurement": "loss"}
   artifacts.write(
-    run.folder("counterfactual"), {}, {"change": change},
+    run.folder("counterfactual"), removal.counterfactual_key(run), {"change": change},
     notes=notes | {"methods": ["influence", "random"], "shares": [0.02, 0.1]}, cost={},
   )  # fmt: skip
   half = down_weighted(run)
@@ -72,7 +72,7 @@ def predicted(run, row, damping):
 
 def means_of(run, name):
   """[M, Q] true measurements, means over seeds."""
-  return measures.retrained(run, name, 4, 2).values.mean(axis=1)
+  return measures.retrained(run, name).values.mean(axis=1)
 
 
 def lds_of(x, y):
@@ -174,6 +174,15 @@ def test_a_seed_that_lacks_a_model_is_left_out_of_changes(finished):
     observations._actual_changes(finished, "loss", values)
 
 
+def test_down_weighting_is_predicted_to_do_a_share_of_what_removal_does(finished):
+  row, truth = scoring.Row("influence", "loss"), truth_of(finished, ["loss"])
+  truth = dataclasses.replace(truth, outside_weight=0.2)
+  found = truth.predicted(scoring.at_default(finished, row))
+  np.testing.assert_allclose(found, 0.8 * predicted(finished, row, 1e-8), rtol=1e-5)
+  assert "all 24 training images, with weight 0.2 outside 4 random subsets of 12;" in truth.made()
+  assert truth_of(down_weighted(finished), ["loss"]).outside_weight == 0.5
+
+
 def test_correlations_are_over_samples_between_models_of_one_seed(finished):
   pearson = arrays_of(finished, "correlation")["elbo/pearson"]
   names = ["full-seed-0", *(f"subset-{j:04d}-seed-0" for j in range(4))]
@@ -181,6 +190,26 @@ def test_correlations_are_over_samples_between_models_of_one_seed(finished):
   for i, j in ((0, 1), (2, 4)):
     expected = stats.pearsonr(values[i].astype(float), values[j].astype(float)).statistic
     np.testing.assert_allclose(pearson[i, j], expected, rtol=1e-9)
+
+
+def test_correlations_need_the_model_of_all_images(finished, monkeypatch):
+  unmeasured = lambda run, name, models: np.full((len(models), 3), np.nan, np.float32)
+  monkeypatch.setattr(observations, "of_models", unmeasured)
+  with pytest.raises(ValueError, match="models of all images .* run retrain and measure"):
+    study(finished, "correlation")
+
+
+def test_what_stages_left_under_other_settings_is_refused_with_the_difference(finished):
+  config = finished.config
+  for names, section, change in (
+    (("lds", "trajectory"), "evaluate", {"num_resamples": 51}),
+    (("counterfactual",), "counterfactual", {"num_queries": 1}),
+  ):
+    settings = dataclasses.replace(getattr(config, section), **change)
+    run = dataclasses.replace(finished, config=dataclasses.replace(config, **{section: settings}))
+    for name in names:
+      with pytest.raises(artifacts.StaleArtifact, match=next(iter(change))):
+        study(run, name)
 
 
 def test_what_a_study_lacks_is_said_with_the_stage_to_run(finished, tmp_path):
@@ -192,6 +221,13 @@ def test_what_a_study_lacks_is_said_with_the_stage_to_run(finished, tmp_path):
     study(bare, "timesteps-half")
   with pytest.raises(ValueError, match="run the stage retrain first"):
     study(bare, "correlation")
+  stages_before = ("train", "sample", "retrain", "measure")
+  unfinished = dataclasses.replace(
+    bare, folders={name: finished.folder(name) for name in stages_before}
+  )
+  for name, stage in (("lds", "evaluate"), ("counterfactual", "counterfactual")):
+    with pytest.raises(ValueError, match=f"run the stage {stage} first"):
+      study(unfinished, name)
   with pytest.raises(ValueError, match="holds no study yet"):
     study(bare, EVERY)
   with pytest.raises(ValueError, match="Unknown study 'lsd'; there are: lds, .*weights, all"):
@@ -254,6 +290,17 @@ def test_features_have_the_draws_and_the_projection_of_the_method(finished, monk
   # An inverse in float32 against an eigendecomposition in float64, well damped.
   scale = np.abs(expected[-1].values).max()
   np.testing.assert_allclose(found[-1].values, expected[-1].values, atol=1e-3 * scale)
+
+
+def test_influence_in_half_precision_takes_the_passes_of_the_run(finished, tmp_path):
+  """As `influence` does: of three samples there are no four parts."""
+  section = dataclasses.replace(finished.config.score, passes=4)
+  run = dataclasses.replace(
+    finished, config=dataclasses.replace(finished.config, score=section),
+    folders={"score": tmp_path},
+  )  # fmt: skip
+  with pytest.raises(ValueError, match="passes must lie in 1…3"):
+    scoring.scored(run, rounded.RoundedRow("influence", "loss", "bfloat16"))
 
 
 def test_a_precision_that_a_method_lacks_is_refused():

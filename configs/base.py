@@ -139,7 +139,7 @@ def get_config() -> ConfigDict:
   config.measure = ConfigDict()
   config.measure.measurements = ("loss", "elbo")
   config.measure.draws = 5_000
-  config.measure.draw_groups = 5
+  config.measure.draw_groups = 20
   config.measure.design = draw_design()
   config.measure.batch_size = 500
 
@@ -149,7 +149,7 @@ def get_config() -> ConfigDict:
   config.score.dampings = tuple(10.0**power for power in range(-9, 2))
   config.score.draws = 250
   config.score.draw_groups = 1  # no standard errors, which the LDS does not need: half the work
-  config.score.query_draws = 1_000
+  config.score.query_draws = 250
   config.score.query_groups = 1
   config.score.design = draw_design()
   config.score.compression = "int8"

@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
   config.retrain.num_seeds = 2
   config.retrain.steps = 500
   config.measure.draws = 400
+  config.measure.draw_groups = 5
   config.measure.batch_size = 400
   config.score.methods = (
     "influence", "ekfac", "kfac-empirical", "kfac-reduce", "kfac-reduce-empirical", "identity",

@@ -116,6 +116,7 @@ class Method:
     curved: whether they depend on a fitted curvature.
     reads: fields of the question they depend on, of those that are settings.
     sweeps: whether damping changes more than the scale of scores.
+    of: what of the queries it needs where it takes no measurement: "images" or "trajectories".
   """
 
   scores: Callable[[Question], Sequence[Scores]]
@@ -124,6 +125,7 @@ class Method:
   curved: bool = False
   reads: tuple[str, ...] = ()
   sweeps: bool = True
+  of: str = "images"
 
   def dampings(self, sweep: Sequence[float]) -> tuple[float, ...]:
     """Those of a sweep and the default, ascending; none where the method has none."""
@@ -235,17 +237,20 @@ def _with_curvature(sweeps: bool = True, **options: Any) -> Method:
 
 
 METHODS: dict[str, Method] = {
-  "influence": _with_curvature(),
-  "ekfac": _with_curvature(method="ekfac"),
-  "kfac-empirical": _with_curvature(method="kfac", estimator="empirical"),
-  "kfac-reduce": _with_curvature(method="kfac", sharing="reduce"),
+  "influence": _with_curvature(),  # the run's own
+  "kfac": _with_curvature(method="kfac", sharing="expand", estimator="mc"),
+  "ekfac": _with_curvature(method="ekfac", sharing="expand", estimator="mc"),
+  "kfac-empirical": _with_curvature(method="kfac", sharing="expand", estimator="empirical"),
+  "kfac-reduce": _with_curvature(method="kfac", sharing="reduce", estimator="mc"),
   "kfac-reduce-empirical": _with_curvature(method="kfac", sharing="reduce", estimator="empirical"),
-  "diagonal": _with_curvature(method="diagonal"),
+  "diagonal": _with_curvature(method="diagonal", estimator="mc"),
   "identity": _with_curvature(method="identity", sweeps=False),
   "cg": _with_curvature(method="cg"),
   "trak": Method(_trak, 1e-9, measures=True, reads=_PROJECTED),
   "dtrak": Method(functools.partial(_projected, method=dtrak), 1e-9, reads=_PROJECTED),
-  "journey-trak": Method(_journey_trak, 1e-9, reads=(*_PROJECTED, "journey_steps")),
+  "journey-trak": Method(
+    _journey_trak, 1e-9, reads=(*_PROJECTED, "journey_steps"), of="trajectories"
+  ),
   "das": Method(functools.partial(_projected, method=das), 1e-9, reads=_PROJECTED),
   "pixel": Method(functools.partial(_pixel, metric="cosine")),
   "pixel-l2": Method(functools.partial(_pixel, metric="l2")),

@@ -49,9 +49,7 @@ class Row:
   @property
   def of(self) -> str:
     """What of the samples it needs: "images" or "trajectories"."""
-    if self.method == "journey-trak":
-      return "trajectories"
-    return measurement_named(self.measurement).of if self.measurement else "images"
+    return measurement_named(self.measurement).of if self.measurement else self.kind.of
 
   @property
   def kind(self) -> Method:

@@ -83,9 +83,10 @@ def test_damping_changes_more_than_the_scale_where_a_method_says_so(answer):
 
 
 def test_each_curvature_gives_scores_of_its_own(answer):
-  """Those of "influence" are of the question's usual one."""
+  """Those of "influence" are of the question's usual one, K-FAC here."""
   found = {name: answer(name)[0].values for name in CURVED}
-  for one, other in itertools.combinations(CURVED, 2):
+  np.testing.assert_array_equal(found.pop("influence"), found["kfac"])
+  for one, other in itertools.combinations(found, 2):
     assert not np.allclose(found[one], found[other], rtol=1e-3), (one, other)
 
 

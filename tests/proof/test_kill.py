@@ -45,11 +45,14 @@ def outcome(process: subprocess.Popen) -> str:
 def kill_in_the_second_group(workdir: Path, finished: Path) -> None:
   """Starts retraining, and kills it once `finished` is there and the next group's checkpoint."""
   process = start(workdir)
-  is_saved = lambda: any(
-    path.name.isdigit() for path in (workdir / "retrain" / "unfinished").glob("*/*")
-  )
+  first: set[Path] = set()  # folders of checkpoints of the first group, which go after its models
   deadline = time.monotonic() + DEADLINE
-  while not (finished.exists() and is_saved()):
+  while True:
+    groups = set((workdir / "retrain" / "unfinished").glob("*"))
+    if not finished.exists():
+      first |= groups
+    elif any(path.name.isdigit() for group in groups - first for path in group.glob("*")):
+      break
     if time.monotonic() > deadline:
       process.kill()
       pytest.fail(f"no second group in time: {process.communicate()[1]}")

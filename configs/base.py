@@ -165,6 +165,7 @@ def get_config() -> ConfigDict:
 
   config.counterfactual = ConfigDict()
   config.counterfactual.methods = ("influence", "trak", "dtrak")
+  config.counterfactual.dampings = ()
   config.counterfactual.measurement = "loss"
   config.counterfactual.shares = (0.02, 0.1)
   config.counterfactual.num_queries = 5

@@ -32,16 +32,4 @@ def get_config() -> ConfigDict:
   config.retrain.num_subsets = 32
   config.retrain.num_seeds = 2
   config.retrain.steps = 500
-  config.measure.draws = 400
-  config.measure.draw_groups = 5
-  config.measure.batch_size = 400
-  config.score.methods = (
-    "influence", "ekfac", "kfac-empirical", "kfac-reduce", "kfac-reduce-empirical", "identity",
-    "trak", "dtrak", "pixel", "random",
-  )  # fmt: skip
-  config.score.compression = None
-  config.score.passes = 1
-  config.score.draws = 48
-  config.score.query_draws = 192
-  config.score.projection_dim = 4_096
   return config

@@ -12,4 +12,16 @@ def get_config() -> ConfigDict:
   config = digits.get_config()
   config.sample.num_samples = 50
   config.sample.batch_size = 50
+  config.measure.draws = 400
+  config.measure.draw_groups = 5
+  config.measure.batch_size = 400
+  config.score.methods = (
+    "influence", "ekfac", "kfac-empirical", "kfac-reduce", "kfac-reduce-empirical", "identity",
+    "trak", "dtrak", "pixel", "random",
+  )  # fmt: skip
+  config.score.compression = None
+  config.score.passes = 1
+  config.score.draws = 48
+  config.score.query_draws = 192
+  config.score.projection_dim = 4_096
   return config

@@ -203,6 +203,7 @@ class EvaluateConfig:
 @dataclasses.dataclass(frozen=True)
 class CounterfactualConfig:
   methods: tuple[str, ...]  # whose most supporting images are removed, beside random ones
+  dampings: tuple[float, ...]  # λ of each of them; (): their defaults
   measurement: str  # whose gradients rank, and which is measured
   shares: tuple[float, ...]  # of the training images that are removed
   num_queries: int  # samples, each with models of its own

@@ -42,7 +42,8 @@ class Question:
     draws, draw_groups, query_draws, query_groups: of (t, ε), as of `influence`.
     design: of the draws for training images, with flips where training had them.
     compression: of preconditioned query gradients.
-    passes: parts of the queries, whose preconditioned gradients are in memory one after another.
+    passes: parts of the queries (at most one a query), whose preconditioned gradients are in memory
+      one after another.
     projection_dim, projection, journey_steps: of TRAK and its kin.
     embeddings: () → those of queries [Q, E] and of training images [N, E], for "clip".
     curvature: options of `fit_curvature` that differ from the usual ones → the curvature.
@@ -152,19 +153,17 @@ def influence_of(
     options: of the curvature, where they differ from the usual ones.
 
   Raises:
-    ValueError: passes are not in 1…Q.
+    ValueError: there is no pass.
   """
   queries = question.of(question.measurement)
-  if not 1 <= question.passes <= len(queries):
-    raise ValueError(
-      f"passes must lie in 1…{len(queries)}, the number of queries, of which each has a part; "
-      f"got {question.passes}."
-    )
+  if question.passes < 1:
+    raise ValueError(f"passes must be at least 1; got {question.passes}.")
+  passes = min(question.passes, len(queries))
   curvature = question.curvature(options)
   parts = []
-  for number, rows in enumerate(np.array_split(np.arange(len(queries)), question.passes)):
+  for number, rows in enumerate(np.array_split(np.arange(len(queries)), passes)):
     common = question.common | {"query_ids": question.query_ids[rows]}
-    if question.resume is not None and question.passes > 1:
+    if question.resume is not None and passes > 1:
       folder = question.resume.folder / f"part-{number:03d}"
       common["resume"] = dataclasses.replace(question.resume, folder=folder)
     parts.append(

@@ -21,7 +21,7 @@ from jaxinf.proof.measures import (
   of_models,
 )
 from jaxinf.proof.models import Spec, subset_name, subset_specs, train_models
-from jaxinf.proof.scoring import at_default, is_scored, row_of, score_key
+from jaxinf.proof.scoring import at_damping, at_default, is_scored, row_of, score_key
 from jaxinf.retraining import Member
 from jaxinf.runs import Run
 
@@ -72,10 +72,12 @@ def counterfactual(run: Run) -> None:
       change[m, s, q, seed] = row[q] - before[seed, q]
   samples = artifacts.read(run.folder("sample")).arrays["ids"]
   arrays = {"change": change.astype(np.float32), "query_ids": samples[: config.num_queries]}
-  notes = {"methods": methods, "shares": config.shares, "measurement": config.measurement}
+  chosen = dict(zip(config.methods, config.dampings, strict=False))
+  shown = tuple(f"{m}, λ = {chosen[m]:g}" if m in chosen else m for m in methods)
+  notes = {"methods": shown, "shares": config.shares, "measurement": config.measurement}
   key = counterfactual_key(run)
   artifacts.write(run.folder("counterfactual"), key, arrays, notes=notes, cost=cost)
-  print(table_text(change, methods, config.shares, config.measurement))
+  print(table_text(change, shown, config.shares, config.measurement))
 
 
 def counterfactual_key(run: Run) -> dict:
@@ -108,6 +110,11 @@ def _check(run: Run) -> None:
     raise ValueError(
       f"counterfactual.shares must remove some images and leave some; got {config.shares}."
     )
+  if len(config.dampings) not in (0, len(config.methods)):
+    raise ValueError(
+      f"counterfactual.dampings must be one for each of {len(config.methods)} methods, or none; "
+      f"got {len(config.dampings)}."
+    )
   if not 1 <= config.num_seeds <= run.config.retrain.num_seeds:
     raise ValueError(
       f"counterfactual.num_seeds must lie in 1…{run.config.retrain.num_seeds}, retrain.num_seeds."
@@ -136,7 +143,9 @@ def _orders(run: Run, method: str) -> list[np.ndarray]:
   if method == RANDOM:
     order = lambda query: np.random.default_rng((run.config.seed, query))
     return [order(query).permutation(len(run.dataset)) for query in range(config.num_queries)]
-  scores = at_default(run, row_of(method, config.measurement))
+  row = row_of(method, config.measurement)
+  damping = dict(zip(config.methods, config.dampings, strict=False)).get(method)
+  scores = at_default(run, row) if damping is None else at_damping(run, row, damping)
   return list(np.argsort(-scores.values[: config.num_queries], axis=1, kind="stable"))
 
 

@@ -72,10 +72,23 @@ def row_of(method: str, measurement: str) -> Row:
 
 def at_default(run: Run, row: Row) -> Scores:
   """The scores of a row at the damping recommended without a benchmark, or its only ones."""
-  sweep, default = scored(run, row), row.kind.default_damping
-  if default is None:
+  return at_damping(run, row, row.kind.default_damping)
+
+
+def at_damping(run: Run, row: Row, damping: float | None) -> Scores:
+  """The scores of a row at one of its dampings; its only ones where the method has none.
+
+  Raises:
+    ValueError: it was not scored at that damping.
+  """
+  sweep = scored(run, row)
+  if row.kind.default_damping is None:
     return sweep[0]
-  return next(scores for scores in sweep if scores.settings["damping"] == default)
+  found = [scores for scores in sweep if scores.settings["damping"] == damping]
+  if not found:
+    dampings = ", ".join(f"{scores.settings['damping']:g}" for scores in sweep)
+    raise ValueError(f"{row.name} is scored at the dampings {dampings}; got {damping}.")
+  return found[0]
 
 
 def is_scored(run: Run, row: Row) -> bool:

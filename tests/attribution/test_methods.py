@@ -91,17 +91,17 @@ def test_each_curvature_gives_scores_of_its_own(answer):
 
 
 def test_passes_over_parts_of_the_queries_change_nothing(answer):
-  for ours, theirs in zip(answer("influence", passes=2), answer("influence"), strict=True):
+  # More passes than queries are one a query.
+  for ours, theirs in zip(answer("influence", passes=9), answer("influence"), strict=True):
     np.testing.assert_array_equal(ours.query_ids, theirs.query_ids)
     # Products of one row or two, and float32 sums in another order.
     atol = 1e-6 * np.abs(theirs.values).max()
     np.testing.assert_allclose(ours.values, theirs.values, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("passes", [0, NUM_QUERIES + 1])
-def test_passes_without_a_query_are_refused(answer, passes):
-  with pytest.raises(ValueError, match=f"passes must lie in 1…2, .*; got {passes}"):
-    answer("influence", passes=passes)
+def test_no_pass_is_refused(answer):
+  with pytest.raises(ValueError, match="passes must be at least 1; got 0"):
+    answer("influence", passes=0)
 
 
 def test_what_a_question_lacks_is_refused(answer):

@@ -85,7 +85,16 @@ class Retraining:
         rows = TrainRows(images[examples], places, jnp.ones(config.batch_size), own)
         return update(state, sums(state, rows))
 
-      return jax.vmap(one, in_axes=(_MODELS, 0, 0), out_axes=(_MODELS, 0))(state, examples, weights)
+      if len(examples) > 1:
+        together = jax.vmap(one, in_axes=(_MODELS, 0, 0), out_axes=(_MODELS, 0))
+        return together(state, examples, weights)
+      # One alone goes without the axis, which costs a fifth of the speed even if it has one place.
+      first = lambda tree: jax.tree.map(lambda x: x[0], tree)
+      with_axis = lambda tree: jax.tree.map(lambda x: x[None], tree)
+      trees = (state.params, state.ema_params, state.opt_state)
+      after, metrics = one(TrainState(state.step, *first(trees)), examples[0], first(weights))
+      trees = with_axis((after.params, after.ema_params, after.opt_state))
+      return TrainState(after.step, *trees), with_axis(metrics)
 
     self._step = parallel.on_all(step, self._devices, donate=True)
     self._images = parallel.replicate(dataset.images, self._devices)

@@ -61,6 +61,11 @@ def test_members_do_not_depend_on_devices_or_company(mlp, schedule, dataset, sta
     assert_close(member(found, i).ema_params, member(states, j).ema_params)
 
 
+def test_a_member_alone_is_the_same(together, states):
+  alone = together.fit(MEMBERS[1:2], seed=3, label=None)
+  assert_close(member(alone, 0).ema_params, member(states, 1).ema_params)
+
+
 def test_an_interrupted_group_ends_alike(together, states):
   saved = {}
   hooks = training.Hooks(save=lambda step, state: saved.update({step: state}))

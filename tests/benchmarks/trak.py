@@ -5,8 +5,7 @@
 
 1. All pairs: forward and backward (plain); the gradients of all examples with respect to all
    parameters, brought to the host; and their features, by the library's own pass. With --work also
-   what traker took, where results.jsonl has it; /work/shared/peers writes that line:
-   its bench_trak.py with --work FOLDER --out FOLDER/results.jsonl, in its environment.
+   what traker took, where FOLDER/results.jsonl has a line of the benchmark "trak".
 2. With --work, scores for several projections: rank correlations, means over queries, among ours,
    among traker's (of FOLDER/traker-scores.npz), between them, and to the scores without projection.
 """

@@ -1,9 +1,9 @@
 """Scores of the `traker` package on the common workload, for several projections, as one .npz.
 
-Runs in the environment of /work/shared/peers (see its README), through public interfaces alone:
+Runs where PyTorch and traker are installed, through traker's public interface alone; PEERS holds
+the modules that load the workload:
 
-  ~/.cache/jaxinf-peers/bin/python -W ignore tests/benchmarks/trak_peer.py \
-    --work=/tmp/peers_work --peers=/work/shared/peers --damping=0.03 --seeds=3
+  python tests/benchmarks/trak_peer.py --work=FOLDER --peers=PEERS --damping=0.03 --seeds=3
 
 Writes FOLDER/traker-scores.npz: scores [seeds, Q, N], positive where an image supports a query, and
 the damping in jaxinf's units. traker's is larger by N · D² · k / P: its H is a sum over the images,

@@ -1,6 +1,9 @@
 """The U-Net of digits.py with 50 samples, for the proof by retraining: 32 subsets, 2 seeds each.
 
 python -m jaxinf benchmark --config=configs/digits_unet.py --workdir=runs/digits_unet
+
+Measured on 2 CPU cores with other work beside it: the 66 models took 43 min. LDS for the loss:
+K-FAC influence 48.7 ± 2.5 %, TRAK 11.4 ± 2.3 % (31.4 tuned), retraining 39.3 ± 2.0 %.
 """
 
 from ml_collections import ConfigDict

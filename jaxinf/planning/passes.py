@@ -184,7 +184,7 @@ def _kernels(subject: Subject, rows: parallel.Rows, names: list[str]) -> list:
   )
   settings = dict(
     method=config.method, sharing=config.sharing, estimator=config.estimator, targets=targets,
-    seed=subject.run.config.seed, solver=None,
+    seed=subject.run.config.seed, solver=None, random_flip=subject.run.dataset.random_flip,
   )  # fmt: skip
   fit = _Rehearsal(task, model, rows, settings, config.batch_size)
   fit.first_pass(model)

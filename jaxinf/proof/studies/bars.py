@@ -89,7 +89,13 @@ def _evaluated(run: Run) -> artifacts.Artifact:
 
 def _finished(place: Path, key: Mapping[str, Any], stage: str) -> artifacts.Artifact:
   """What a stage left; StaleArtifact where it is of other settings, ValueError where it is none."""
-  if not artifacts.finished(place, key):
+  try:
+    there = artifacts.finished(place, key)
+  except artifacts.StaleArtifact as error:
+    raise artifacts.StaleArtifact(
+      f"{error}\nOr run the stage {stage}: it makes them anew."
+    ) from error
+  if not there:
     raise ValueError(f"{place} holds no finished result: run the stage {stage} first.")
   return artifacts.read(place)
 

@@ -12,13 +12,13 @@ import numpy as np
 from jaxinf import parallel
 from jaxinf.attribution.kernels import TRAIN, DrawGroups, gradient_kernel, gradient_operands
 from jaxinf.curvature.registration import register
-from jaxinf.diffusion.draws import DrawDesign
 from jaxinf.diffusion.measurements import LOSS
 from jaxinf.diffusion.precision import in_precision
 from jaxinf.gradients.per_example import checked_draws
 from jaxinf.parallel.devices import mapped
 from jaxinf.planning.subject import Subject, mapped_program, one_device
 from jaxinf.planning.trials import Program, Trial, num_operations, random_like, times
+from jaxinf.runs import draw_design
 from jaxinf.sections import AttributeConfig
 from jaxinf.types import PyTree
 
@@ -84,7 +84,7 @@ def try_gradients(subject: Subject) -> Gradients:
   if config.precision is not None:
     network = in_precision(task.apply_fn, config.precision)
     model = register(network, task.params, run.dataset.image_shape, subject.selection)
-  groups = DrawGroups(run.config.seed, size, DrawDesign(**vars(config.design)))
+  groups = DrawGroups(run.config.seed, size, draw_design(config.design, run.dataset.random_flip))
   kernel = gradient_kernel(model, LOSS, task.schedule, groups)
   operands = jax.tree.map(np.asarray, gradient_operands(task.params, TRAIN))
   rows = parallel.Rows(run.dataset.images, subject.ids, config.draw_groups)

@@ -113,6 +113,8 @@ def compare(ldses: Mapping[str, LDS], *, against: str | None = None) -> str:
       numbers it is tested with, so that p-values are too small. None is corrected for the number
       of rows.
   """
+  if not all(isinstance(found, LDS) for found in ldses.values()):
+    raise ValueError("compare takes LDS by name: compare({name: jaxinf.lds(scores, …), …}).")
   if not ldses or (against is not None and against not in ldses):
     raise ValueError(f"Expected one of the methods {', '.join(ldses) or '(none)'}; got {against}.")
   reference = max(ldses, key=lambda name: ldses[name].mean) if against is None else against

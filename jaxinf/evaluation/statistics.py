@@ -115,7 +115,7 @@ def subset_interval(
   means = resampled.mean(axis=1, dtype=np.float64)
   mean = float(np.mean(per_query))
   low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2]) - means.mean() + mean
-  return float(low), float(high)
+  return max(float(low), -1.0), min(float(high), 1.0)
 
 
 def two_way_error(per_query: np.ndarray, resampled: np.ndarray, query_counts: np.ndarray) -> float:

@@ -17,11 +17,16 @@ from jaxinf.evaluation.lds import LDS, Retrained, lds
 from jaxinf.evaluation.oracle import noise_ceiling, retraining_lds
 from jaxinf.proof.measures import check_measurements, key_of_measurement, retrained
 from jaxinf.proof.models import folder, subsets_of
-from jaxinf.proof.scoring import Row, rows_of, score_key, scored
+from jaxinf.proof.scoring import Row, check_rows, rows_of, score_key, scored
 from jaxinf.runs import Run
 from jaxinf.types import Scores
 
 _LOG = logging.getLogger("jaxinf")
+
+_NO_SIGNAL = (
+  "Models of one subset may differ as much as those of different ones: no method can be judged. "
+  "Retrain with more seeds, for more steps, or on more subsets."
+)
 
 REFERENCE = "influence"  # p-values are of differences from this method, where it is there
 
@@ -36,6 +41,7 @@ def evaluate(run: Run) -> None:
   """
   config = run.config
   check_measurements(run, (*config.measure.measurements, *config.score.measurements))
+  check_rows(run)
   rows = {row.name: row for row in rows_of(run)}
   truths = {target: retrained(run, target) for target in config.measure.measurements}
   place, key = folder(run, "evaluate"), evaluate_key(run)
@@ -167,7 +173,11 @@ def table_text(target: str, table: Mapping[str, Any]) -> str:
   if table["oracle"]:
     lines.append(f"{'exact retraining (oracle)':<{width}}{_cells(table['oracle'])}")
     ceiling = table["ceiling"]
-    lines.append(f"{'ceiling (perfect scores)':<{width}}{100 * ceiling['ceiling']:>14.1f}")
+    interval = "{:.1f} … {:.1f}".format(*(100 * x for x in ceiling["interval"]))
+    cell = f"{100 * ceiling['ceiling']:.1f}"
+    lines.append(f"{'ceiling (perfect scores)':<{width}}{cell:>14}{interval:>16}")
+    if ceiling["interval"][0] <= 0:
+      lines.append(_NO_SIGNAL)
   return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ random images. The change is from the model of all images with the same training
 
 import hashlib
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -45,6 +46,13 @@ def counterfactual(run: Run) -> None:
     is_scored(run, row_of(method, config.measurement)) for method in config.methods
   ):
     raise ValueError("Shards need the scores first: run the stage evaluate, then counterfactual.")
+  place, key = run.folder("counterfactual"), counterfactual_key(run)
+  if artifacts.holds(place, key):
+    artifact = artifacts.read(place)
+    shown = artifact.notes["methods"]
+    print(table_text(artifact.arrays["change"], shown, config.shares, config.measurement))
+    _LOG.info("counterfactual: reused %s", place)
+    return
   names, seeds = (config.measurement,), range(config.num_seeds)
   with measured() as cost:
     orders = {method: _orders(run, method) for method in methods}
@@ -75,8 +83,7 @@ def counterfactual(run: Run) -> None:
   chosen = dict(zip(config.methods, config.dampings, strict=False))
   shown = tuple(f"{m}, λ = {chosen[m]:g}" if m in chosen else m for m in methods)
   notes = {"methods": shown, "shares": config.shares, "measurement": config.measurement}
-  key = counterfactual_key(run)
-  artifacts.write(run.folder("counterfactual"), key, arrays, notes=notes, cost=cost)
+  artifacts.write(place, key, arrays, notes=notes, cost=cost)
   print(table_text(change, shown, config.shares, config.measurement))
 
 
@@ -112,8 +119,8 @@ def _check(run: Run) -> None:
     )
   if len(config.dampings) not in (0, len(config.methods)):
     raise ValueError(
-      f"counterfactual.dampings must be one for each of {len(config.methods)} methods, or none; "
-      f"got {len(config.dampings)}."
+      f"counterfactual.dampings must be one for each of {len(config.methods)} methods, or () for "
+      f"their defaults; got {len(config.dampings)}. Set --config.counterfactual.dampings too."
     )
   if not 1 <= config.num_seeds <= run.config.retrain.num_seeds:
     raise ValueError(
@@ -122,7 +129,7 @@ def _check(run: Run) -> None:
 
 
 def table_text(
-  change: np.ndarray, methods: tuple[str, ...], shares: tuple[float, ...], measurement: str
+  change: np.ndarray, methods: Sequence[str], shares: Sequence[float], measurement: str
 ) -> str:
   """Mean change ± standard error over samples of change [methods, shares, samples, seeds]."""
   over_seeds = change.mean(axis=3)
@@ -130,7 +137,10 @@ def table_text(
   num = over_seeds.shape[2]
   errors = over_seeds.std(axis=2, ddof=1) / num**0.5 if num > 1 else np.full(means.shape, np.nan)
   heads = "".join(f"{f'without {100 * share:g} %':>26}" for share in shares)
-  lines = [f"\nchange of {measurement} of a sample ({num} samples)\n{'method':<24}{heads}"]
+  lines = [
+    f"\nchange of {measurement} of a sample, from the model of all images ({num} samples)",
+    f"{'removed by':<24}{heads}",
+  ]
   for method, row, error in zip(methods, means, errors, strict=True):
     cells = (f"{f'{m:.3g} ± {e:.1g}':>26}" for m, e in zip(row, error, strict=True))
     lines.append(f"{method:<24}{''.join(cells)}")

@@ -32,6 +32,7 @@ from jaxinf.types import Scores
 from jaxinf.unfinished import Resume
 
 _LOG = logging.getLogger("jaxinf")
+_NO_CLIP = "The method clip needs score.clip: a folder with a CLIP, or embeddings.npz."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,18 @@ def rows_of(run: Run) -> list[Row]:
     raise ValueError("score.methods and score.measurements must name at least one each.")
   measurements = lambda name: config.measurements if method_named(name).measures else (None,)
   return [Row(name, m) for name in config.methods for m in measurements(name)]
+
+
+def check_rows(run: Run) -> None:
+  """Raises ValueError where a method is unknown, or will lack what it needs."""
+  for row in rows_of(run):
+    if row.of == "trajectories" and not run.config.sample.keep_trajectory:
+      raise ValueError(
+        f"{row.name} needs sampling trajectories: set sample.keep_trajectory=True, in a new "
+        "workdir, or leave it out of score.methods and score.measurements."
+      )
+    if "clip" in row.kind.reads and run.config.score.clip is None:
+      raise ValueError(_NO_CLIP)
 
 
 def row_of(method: str, measurement: str) -> Row:
@@ -162,7 +175,7 @@ def _question(run: Run, row: Row, sums: pathlib.Path) -> Question:
   def embeddings() -> tuple[np.ndarray, np.ndarray]:
     path = pathlib.Path(config.clip or "").expanduser()
     if config.clip is None:
-      raise ValueError("The method clip needs score.clip: a folder with a CLIP, or embeddings.npz.")
+      raise ValueError(_NO_CLIP)
     if path.suffix == ".npz":
       queries, train = (read_embeddings(path, ids) for ids in (samples["ids"], dataset.ids))
     else:

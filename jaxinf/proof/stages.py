@@ -9,6 +9,7 @@ from jaxinf import stages
 from jaxinf.proof.evaluating import evaluate
 from jaxinf.proof.measures import check_measurements, measure_models, measured_everywhere
 from jaxinf.proof.models import subset_specs, train_models
+from jaxinf.proof.scoring import check_rows
 from jaxinf.runs import Run
 
 _LOG = logging.getLogger("jaxinf")
@@ -40,6 +41,14 @@ def measure(run: Run) -> None:
 
 
 def benchmark(run: Run) -> None:
-  """All of a proof: train, sample, retrain, measure, score and evaluate."""
+  """All of a proof: train, sample, retrain, measure, score and evaluate.
+
+  Raises:
+    ValueError: before anything begins, where methods or measurements are unknown or lack something.
+  """
+  check_measurements(run, (*run.config.measure.measurements, *run.config.score.measurements))
+  check_rows(run)
+  if run.config.retrain.num_subsets < 2:
+    raise ValueError("Rank correlations need retrain.num_subsets of at least 2; 100 is usual.")
   for stage in (stages.train, stages.sample, retrain, measure, evaluate):
     stage(run)

@@ -241,7 +241,9 @@ def _bar_legend(panels: Sequence[BarPanel]) -> list[Line2D]:
     if any(bar.group == group for bar in bars)
   ]
   if any(panel.ceiling for panel in panels):
-    found.append(Line2D([], [], color=INK, ls="--", lw=1, label="ceiling: perfect scores (95 %)"))
+    found.append(
+      Line2D([], [], color=INK, ls="--", lw=1, label="ceiling: perfect scores (95 % interval)")
+    )
   return found
 
 

@@ -148,10 +148,10 @@ def _finding(bars: list[Bar]) -> str:
   methods = [bar for bar in bars if bar.group != ORACLE]
   best = max(methods, key=lambda bar: bar.default[0])
   text = f"best at default dampings is {best.label} with {percent(*best.default)} %"
-  tuned = [bar for bar in methods if bar.best is not None]
-  if tuned:
-    top = max(tuned, key=lambda bar: bar.best[0])  # type: ignore[index]
-    text += f", tuned on the benchmark {top.label} with {percent(*top.best)} %"  # type: ignore[misc]
+  at_best = lambda bar: bar.best or bar.default
+  top = max(methods, key=lambda bar: at_best(bar)[0])
+  if top.best is not None:
+    text += f", tuned on the benchmark {top.label} with {percent(*top.best)} %"
   for oracle in (bar for bar in bars if bar.group == ORACLE):
     text += f"; one retrained model more reaches {percent(*oracle.default)} %"
   return text + "."

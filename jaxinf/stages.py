@@ -209,7 +209,8 @@ def _curvature(run: Run) -> Outcome:
 
 def _attribute(run: Run) -> Outcome:
   config, task = run.config.attribute, load_task(run)
-  samples, of = load_samples(run), measurement_named(config.measurement).of
+  of = measurement_named(config.measurement).of
+  samples = load_samples(run, trajectories=of == "trajectories")
   if of not in samples:
     raise ValueError(
       f"attribute.measurement={config.measurement!r} is of {of}, and the samples have none: sample "

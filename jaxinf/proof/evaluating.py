@@ -13,7 +13,7 @@ import numpy as np
 from jaxinf import artifacts
 from jaxinf.costs import measured
 from jaxinf.evaluation.comparison import DampingLDS, damping_lds
-from jaxinf.evaluation.lds import LDS, Retrained, lds
+from jaxinf.evaluation.lds import LDS, Retrained, lds, percent_range
 from jaxinf.evaluation.oracle import noise_ceiling, retraining_lds
 from jaxinf.proof.measures import check_measurements, key_of_measurement, retrained
 from jaxinf.proof.models import folder, subsets_of
@@ -173,9 +173,10 @@ def table_text(target: str, table: Mapping[str, Any]) -> str:
   if table["oracle"]:
     lines.append(f"{'exact retraining (oracle)':<{width}}{_cells(table['oracle'])}")
     ceiling = table["ceiling"]
-    interval = "{:.1f} … {:.1f}".format(*(100 * x for x in ceiling["interval"]))
     cell = f"{100 * ceiling['ceiling']:.1f}"
-    lines.append(f"{'ceiling (perfect scores)':<{width}}{cell:>14}{interval:>16}")
+    lines.append(
+      f"{'ceiling (perfect scores)':<{width}}{cell:>14}{percent_range(ceiling['interval']):>16}"
+    )
     if ceiling["interval"][0] <= 0:
       lines.append(_NO_SIGNAL)
   return "\n".join(lines)
@@ -184,8 +185,7 @@ def table_text(target: str, table: Mapping[str, Any]) -> str:
 def _cells(summary: Mapping[str, Any]) -> str:
   p_value = summary["p_value"]
   cell = "–" if p_value is None else "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
-  interval = "{:.1f} … {:.1f}".format(*(100 * x for x in summary["interval"]))
-  return f"{_score(summary):>14}{interval:>16}{cell:>9}"
+  return f"{_score(summary):>14}{percent_range(summary['interval']):>16}{cell:>9}"
 
 
 def _score(summary: Mapping[str, Any]) -> str:

@@ -126,8 +126,8 @@ def _measure(
 ) -> None:
   """Adds the measurements by `models` to the artefacts."""
   config, task = run.config.measure, load_task(run)
-  samples = load_samples(run)
   (of,) = {measurement.of for measurement in measurements.values()}
+  samples = load_samples(run, trajectories=of == "trajectories")
   if of not in samples:
     raise ValueError(
       f"{run.folder('sample') / of} is not there, which {', '.join(measurements)} needs: delete "

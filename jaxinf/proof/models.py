@@ -24,7 +24,7 @@ from jaxinf.data.subsets import Subsets, random_subsets
 from jaxinf.parallel import num_devices
 from jaxinf.progress import clock
 from jaxinf.retraining import Member, Retraining
-from jaxinf.runs import Run, key_of
+from jaxinf.runs import PACE, Run, key_of
 from jaxinf.sections import TrainConfig
 from jaxinf.training import Hooks, TrainState
 from jaxinf.types import Params
@@ -102,11 +102,9 @@ def train_config(run: Run, steps: int) -> TrainConfig:
 def common_key(run: Run) -> dict:
   """What every retrained model depends on, besides its examples, seed and steps."""
   key = {name: value for name, value in key_of(run, "train").items() if name != "train"}
-  train = as_dict(run.config.train)
-  for name in ("steps", "warmup_steps", "log_every", "checkpoint_every"):
-    del train[name]
+  own = PACE["train"] | {"steps", "warmup_steps"}
   return key | {
-    "train": train,
+    "train": {k: v for k, v in as_dict(run.config.train).items() if k not in own},
     "warmup_share": run.config.train.warmup_steps / run.config.train.steps,
   }
 

@@ -23,6 +23,7 @@ from jaxinf.proof.measures import (
 )
 from jaxinf.proof.models import Spec, subset_name, subset_specs, train_models
 from jaxinf.proof.scoring import at_damping, at_default, is_scored, row_of, score_key
+from jaxinf.report.canvas import mean_and_error
 from jaxinf.retraining import Member
 from jaxinf.runs import Run
 
@@ -132,10 +133,8 @@ def table_text(
   change: np.ndarray, methods: Sequence[str], shares: Sequence[float], measurement: str
 ) -> str:
   """Mean change ± standard error over samples of change [methods, shares, samples, seeds]."""
-  over_seeds = change.mean(axis=3)
-  means = over_seeds.mean(axis=2)
-  num = over_seeds.shape[2]
-  errors = over_seeds.std(axis=2, ddof=1) / num**0.5 if num > 1 else np.full(means.shape, np.nan)
+  means, errors = mean_and_error(change.mean(axis=3))
+  num = change.shape[2]
   heads = "".join(f"{f'without {100 * share:g} %':>26}" for share in shares)
   lines = [
     f"\nchange of {measurement} of a sample, from the model of all images ({num} samples)",

@@ -2,7 +2,6 @@
 
 from jaxinf.attribution.auto import AutoDraws
 from jaxinf.attribution.das import das
-from jaxinf.attribution.index import build_index, open_index
 from jaxinf.attribution.influence import influence
 from jaxinf.attribution.journey import journey_trak
 from jaxinf.attribution.similarity import (
@@ -11,23 +10,24 @@ from jaxinf.attribution.similarity import (
   pixel_similarity,
   random_scores,
 )
-from jaxinf.attribution.stability import RankStability, rank_stability
-from jaxinf.attribution.store import Store
 from jaxinf.attribution.trak import dtrak, trak
 from jaxinf.curvature.curvature import Curvature
-from jaxinf.curvature.exact import Solver
 from jaxinf.curvature.fit import SKIP_NORMALISATION, fit_curvature
+from jaxinf.curvature.ggn import Solver
 from jaxinf.data.subsets import Subsets, random_subsets
-from jaxinf.diffusion.draws import DrawDesign
 from jaxinf.diffusion.measurements import Measurement, loss_at_timestep, weighted_loss
+from jaxinf.diffusion.model import Task
+from jaxinf.diffusion.noise import DrawDesign
 from jaxinf.diffusion.schedule import Schedule
-from jaxinf.diffusion.task import Task
+from jaxinf.engine.checkpoints import Resume
 from jaxinf.evaluation.comparison import compare, damping_lds
-from jaxinf.evaluation.damping import DampingSweep, recommend_damping
 from jaxinf.evaluation.lds import Retrained, lds
 from jaxinf.evaluation.oracle import noise_ceiling, retraining_lds
-from jaxinf.types import Ranking, Scores
-from jaxinf.unfinished import Resume
+from jaxinf.scores.damping import DampingSweep, recommend_damping
+from jaxinf.scores.scores import Ranking, Scores
+from jaxinf.scores.stability import RankStability, rank_stability
+from jaxinf.store.index import build_index, open_index
+from jaxinf.store.store import Store
 
 __version__ = "0.1.0"
 __all__ = [

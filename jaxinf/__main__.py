@@ -49,10 +49,11 @@ import absl.logging
 from absl import app, flags
 from ml_collections import config_flags
 
-from jaxinf import hosts, studies
-from jaxinf.commands import COMMANDS
-from jaxinf.config import check_path, typed
-from jaxinf.runs import Run
+from jaxinf.engine import processes
+from jaxinf.runs import studies
+from jaxinf.runs.commands import COMMANDS
+from jaxinf.runs.config import check_path, typed
+from jaxinf.runs.run import Run
 
 # Unlocked for new attributes, which `typed` refuses in words that name the valid ones.
 _CONFIG = config_flags.DEFINE_config_file(
@@ -85,7 +86,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
 
 def main(argv: list[str]) -> None:
   absl.logging.set_verbosity(absl.logging.WARNING)  # the libraries'; ours follow
-  with hosts.ending_together():
+  with processes.ending_together():
     try:
       stage = _stage_name(argv, list(COMMANDS))
       images = Path(_IMAGES.value) if _IMAGES.value else None
@@ -116,7 +117,7 @@ def _connect() -> None:
       "variables: give it alone, or the three without it."
     )
   if _DISTRIBUTED.value or given != (None, None, None):
-    hosts.connect(*given)
+    processes.connect(*given)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -142,7 +143,7 @@ def _speak() -> None:
   handler = logging.StreamHandler()
   handler.setFormatter(logging.Formatter("%(message)s"))
   log.addHandler(handler)
-  log.setLevel(logging.INFO if hosts.is_primary() else logging.WARNING)
+  log.setLevel(logging.INFO if processes.is_primary() else logging.WARNING)
   log.propagate = False
 
 

@@ -16,7 +16,7 @@ jax.config.update("jax_num_cpu_devices", 2)
 
 from jaxinf import Schedule
 from jaxinf.data import Dataset
-from jaxinf.models import MLP
+from jaxinf.networks import MLP
 
 
 @pytest.fixture(params=[1, 2], ids=["one_device", "two_devices"])

@@ -6,8 +6,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxinf.models import diffusers
-from jaxinf.models.unet import UNet
+from jaxinf.networks import diffusers
+from jaxinf.networks.unet import UNet
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from jaxinf.attribution.stability import top_overlap
-from jaxinf.types import Scores
+from jaxinf.scores.scores import Scores
+from jaxinf.scores.stability import top_overlap
 
 _LOG = logging.getLogger("jaxinf")
 

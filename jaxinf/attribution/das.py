@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf import parallel
+from jaxinf import engine
 from jaxinf.attribution.examples import check_alike, checked_dampings, examples_of
 from jaxinf.attribution.features import (
   check_pass,
@@ -34,15 +34,16 @@ from jaxinf.attribution.kernels import (
   gradient_operands,
   row_keys,
 )
-from jaxinf.curvature.registration import Registration
-from jaxinf.diffusion.draws import DrawDesign
+from jaxinf.compression.projection import Projection
+from jaxinf.core.types import ApplyFn, Array, Batch, PyTree
 from jaxinf.diffusion.measurements import LOSS
+from jaxinf.diffusion.model import Task
+from jaxinf.diffusion.noise import DrawDesign
 from jaxinf.diffusion.objective import Noised, predict, squared_errors
 from jaxinf.diffusion.schedule import Schedule
-from jaxinf.diffusion.task import Task
-from jaxinf.gradients.projection import Projection
-from jaxinf.types import ApplyFn, Array, Batch, PyTree, Scores
-from jaxinf.unfinished import Resume
+from jaxinf.engine.checkpoints import Resume
+from jaxinf.layers.register import Registration
+from jaxinf.scores.scores import Scores
 
 _TINY = 1e-20  # the norm of a gradient that is zero
 
@@ -141,7 +142,7 @@ def das(
       block_mib=block_mib, devices=devices,
       partial=partial_of(resume, name, settings, task, query, train),
     )  # fmt: skip
-  errors = parallel.map_batches(
+  errors = engine.map_batches(
     _error_kernel(task.apply_fn, task.schedule, trained), gradient_operands(task.params, TRAIN),
     train.rows(draw_groups), batch_size=max(1, batch_size // trained.size), label="residuals",
     devices=devices,
@@ -168,7 +169,7 @@ def das(
   return scores[0] if np.ndim(damping) == 0 else tuple(scores)
 
 
-def _output_kernel(model: Registration, schedule: Schedule, groups: DrawGroups) -> parallel.Kernel:
+def _output_kernel(model: Registration, schedule: Schedule, groups: DrawGroups) -> engine.Kernel:
   """(operands, rows) → [B, P], means over draws of unit gradients of the mean output."""
 
   def kernel(operands: PyTree, batch: Batch) -> jax.Array:
@@ -185,7 +186,7 @@ def _output_kernel(model: Registration, schedule: Schedule, groups: DrawGroups) 
   return kernel
 
 
-def _error_kernel(apply_fn: ApplyFn, schedule: Schedule, groups: DrawGroups) -> parallel.Kernel:
+def _error_kernel(apply_fn: ApplyFn, schedule: Schedule, groups: DrawGroups) -> engine.Kernel:
   """(operands, rows) → [B, 2], means over draws of root mean squared errors and their squares."""
 
   def kernel(operands: PyTree, batch: Batch) -> jax.Array:

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from jaxinf import parallel
-from jaxinf.artifacts import fingerprint
+from jaxinf import engine
+from jaxinf.core.random import example_numbers
+from jaxinf.core.types import Array, PyTree
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.eigenbasis import checked_damping
-from jaxinf.curvature.registration import Registration, register
 from jaxinf.diffusion.measurements import LOSS, Measurement
-from jaxinf.diffusion.task import Task, checked_conditioning, checked_ids, checked_images
-from jaxinf.random import example_numbers
-from jaxinf.types import Array, PyTree
+from jaxinf.diffusion.model import Task, checked_conditioning, checked_ids, checked_images
+from jaxinf.engine.artifacts import fingerprint
+from jaxinf.layers.register import Registration, register
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Examples:
     """(H, W, C)."""
     return self.images.shape[-3:]
 
-  def rows(self, draws: int | None = None) -> parallel.Rows:
+  def rows(self, draws: int | None = None) -> engine.Rows:
     """Rows of them, `draws` for each."""
-    return parallel.Rows(self.images, example_numbers(self.ids), draws, self.conditioning)
+    return engine.Rows(self.images, example_numbers(self.ids), draws, self.conditioning)
 
 
 def examples_of(

@@ -15,19 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf import hosts, parallel
+from jaxinf import engine
 from jaxinf.attribution.examples import Examples, content_of
 from jaxinf.attribution.kernels import DrawGroups, flat, gradient_operands
-from jaxinf.curvature.coverage import Selection
-from jaxinf.curvature.registration import Registration, register
-from jaxinf.diffusion.draws import DrawDesign
+from jaxinf.compression.projection import Projection
+from jaxinf.core.types import Array, Batch, Matrices, Params, PyTree
 from jaxinf.diffusion.measurements import Measurement
-from jaxinf.diffusion.task import Task
-from jaxinf.gradients.per_example import checked_draws, default_groups
-from jaxinf.gradients.projection import Projection
-from jaxinf.parallel.devices import mapped
-from jaxinf.types import Array, Batch, Matrices, Params, PyTree
-from jaxinf.unfinished import PartialOutputs, Resume
+from jaxinf.diffusion.model import Task
+from jaxinf.diffusion.noise import DrawDesign
+from jaxinf.engine import processes
+from jaxinf.engine.checkpoints import PartialOutputs, Resume
+from jaxinf.engine.devices import mapped
+from jaxinf.layers.coverage import Selection
+from jaxinf.layers.per_example import checked_draws, default_groups
+from jaxinf.layers.register import Registration, register
 
 # Every layer, scales and shifts among them; which curvature a layer would have does not matter.
 _EVERYTHING = Selection(skip=(), diagonal=(".",))
@@ -61,7 +62,7 @@ def register_everything(
   return model
 
 
-def flat_kernel(kernel: parallel.Kernel) -> parallel.Kernel:
+def flat_kernel(kernel: engine.Kernel) -> engine.Kernel:
   """The kernel of gradients as long vectors [B, P], layer after layer."""
 
   def joined(operands: PyTree, batch: Batch) -> jax.Array:
@@ -72,7 +73,7 @@ def flat_kernel(kernel: parallel.Kernel) -> parallel.Kernel:
 
 
 def features_of(
-  kernel: parallel.Kernel,
+  kernel: engine.Kernel,
   params: Params,
   examples: Examples,
   groups: DrawGroups,
@@ -83,7 +84,7 @@ def features_of(
   batch_size: int,
   block_mib: float = 1024,
   devices: Sequence[jax.Device] | None = None,
-  partial: parallel.PartialRows | None = None,
+  partial: engine.PartialRows | None = None,
 ) -> np.ndarray:
   """[n, G, k] float32 features of examples, one of each of their G groups of draws.
 
@@ -125,12 +126,12 @@ class FeaturePass:
 
   def __call__(
     self,
-    kernel: parallel.Kernel,
+    kernel: engine.Kernel,
     operands: PyTree,
-    rows: parallel.Rows,
+    rows: engine.Rows,
     *,
     label: str,
-    partial: parallel.PartialRows | None = None,
+    partial: engine.PartialRows | None = None,
   ) -> np.ndarray:
     """[len(rows), k] float32 features; with several processes each makes its share of them.
 
@@ -144,11 +145,11 @@ class FeaturePass:
     Raises:
       ValueError: features are not finite.
     """
-    begin, end = hosts.share(len(rows))
+    begin, end = processes.share(len(rows))
     outputs = [] if partial is None else partial.load()
     saved = len(outputs)
     done = begin + sum(map(len, outputs))
-    stream = parallel.stream_batches(
+    stream = engine.stream_batches(
       kernel, operands, rows, batch_size=self.batch_size, label=label, unit="rows",
       devices=self.devices, span=(done, end),
     )  # fmt: skip
@@ -161,7 +162,7 @@ class FeaturePass:
         saved, batches = len(outputs), 0
     if partial is not None and len(outputs) > saved:
       partial.save(outputs[saved:])
-    features = hosts.gathered(np.concatenate(outputs), len(rows))
+    features = processes.gathered(np.concatenate(outputs), len(rows))
     if not np.isfinite(features).all():
       raise ValueError(
         f"Some {label} are not finite: gradients overflow. Check that the model's outputs are "
@@ -190,26 +191,26 @@ class FeaturePass:
 
   def _block_rows(self, size: int, total: int) -> int:
     """Rows of a block: as many as fit, in blocks of about equal size, on each device alike."""
-    num_devices = parallel.num_devices(self.devices)
+    num_devices = engine.num_devices(self.devices)
     most = max(1, int(self.block_mib * 2**20) // (4 * size))
     blocks = -(-total // most) or 1
     return max(1, -(-total // (blocks * num_devices))) * num_devices
 
   def _projected(self, block: np.ndarray, filled: int) -> np.ndarray:
-    devices = parallel.local_devices(self.devices)
-    key = parallel.replicate(jax.random.key_data(self.projection.key), devices)
+    devices = engine.local_devices(self.devices)
+    key = engine.replicate(jax.random.key_data(self.projection.key), devices)
     project = mapped(_projection_kernel(self.projection), tuple(devices))
-    projected = np.asarray(project(key, parallel.shard(block, devices)))
+    projected = np.asarray(project(key, engine.shard(block, devices)))
     return projected.reshape(-1, self.projection.dim)[:filled]
 
 
-def _projection_kernel(projection: Projection) -> parallel.Kernel:
+def _projection_kernel(projection: Projection) -> engine.Kernel:
   """(key data, rows [B, P]) → [B, k]: projections that differ in their seeds share a program."""
   return _kernel_of(dataclasses.replace(projection, seed=0))
 
 
 @functools.lru_cache(maxsize=8)  # so that it compiles once
-def _kernel_of(projection: Projection) -> parallel.Kernel:
+def _kernel_of(projection: Projection) -> engine.Kernel:
   def kernel(key: Array, rows: jax.Array) -> jax.Array:
     return projection(rows, jax.random.wrap_key_data(key))
 

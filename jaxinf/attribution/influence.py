@@ -25,20 +25,21 @@ from jaxinf.attribution.examples import (
 from jaxinf.attribution.kernels import QUERY, DrawGroups, gradient_kernel, gradient_operands
 from jaxinf.attribution.queries import gradient_batches, query_rows
 from jaxinf.attribution.scoring import ScorePass
-from jaxinf.curvature.curvature import Curvature
-from jaxinf.diffusion.draws import DrawDesign
-from jaxinf.diffusion.measurements import LOSS, Measurement, measurement_named
-from jaxinf.diffusion.precision import in_precision
-from jaxinf.diffusion.task import Task
-from jaxinf.gradients.compression import (
+from jaxinf.compression.compression import (
   Compression,
   Uncompressed,
   compression_named,
   settings_of,
 )
-from jaxinf.gradients.per_example import checked_draws, default_groups
-from jaxinf.types import Array, PyTree, Scores
-from jaxinf.unfinished import PartialOutputs, Resume
+from jaxinf.core.types import Array, PyTree
+from jaxinf.curvature.curvature import Curvature
+from jaxinf.diffusion.measurements import LOSS, Measurement, measurement_named
+from jaxinf.diffusion.model import Task
+from jaxinf.diffusion.noise import DrawDesign
+from jaxinf.engine.checkpoints import PartialOutputs, Resume
+from jaxinf.layers.per_example import checked_draws, default_groups
+from jaxinf.layers.precision import in_precision
+from jaxinf.scores.scores import Scores
 
 _LOG = logging.getLogger("jaxinf")
 

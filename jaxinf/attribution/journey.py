@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf import parallel
+from jaxinf import engine
 from jaxinf.attribution.examples import checked_states
 from jaxinf.attribution.trak import trak
+from jaxinf.core.types import ApplyFn, Array, Batch, Params, PyTree
 from jaxinf.diffusion.measurements import journey_loss
+from jaxinf.diffusion.model import Task, checked_conditioning
 from jaxinf.diffusion.objective import Noised, predict
 from jaxinf.diffusion.schedule import Schedule
-from jaxinf.diffusion.task import Task, checked_conditioning
-from jaxinf.types import ApplyFn, Array, Batch, Params, PyTree, Scores
+from jaxinf.scores.scores import Scores
 
 
 def journey_trak(
@@ -81,19 +82,19 @@ def predicted_images(
   # State i is the network's input at timestep T − 1 − i.
   states = trajectories[:, num_steps - 1 - np.asarray(timesteps)]
   each = lambda x: np.repeat(x, len(timesteps), axis=0)
-  rows = parallel.Rows(
+  rows = engine.Rows(
     states.reshape(-1, *states.shape[2:]),
     np.tile(timesteps, num).astype(np.uint32),
     conditioning=jax.tree.map(each, conditioning),
   )
-  images = parallel.map_batches(
+  images = engine.map_batches(
     _image_kernel(task.apply_fn, task.schedule), task.params, rows, batch_size=batch_size,
     label="predicted images", unit="states", devices=devices,
   )  # fmt: skip
   return images.reshape(states.shape)
 
 
-def _image_kernel(apply_fn: ApplyFn, schedule: Schedule) -> parallel.Kernel:
+def _image_kernel(apply_fn: ApplyFn, schedule: Schedule) -> engine.Kernel:
   """(params, states whose ids are timesteps) → x̂_0 [B, H, W, C]."""
 
   def kernel(params: Params, batch: Batch) -> jax.Array:

@@ -11,15 +11,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxinf import parallel
-from jaxinf.curvature.registration import Registration
-from jaxinf.diffusion.draws import DrawDesign
+from jaxinf import engine
+from jaxinf.compression.compression import Compression
+from jaxinf.core.random import fold_in_each, stream_number, stream_of
+from jaxinf.core.types import Array, Batch, Matrices, Params, PyTree
 from jaxinf.diffusion.measurements import Measurement
+from jaxinf.diffusion.noise import DrawDesign
 from jaxinf.diffusion.schedule import Schedule
-from jaxinf.gradients.compression import Compression
-from jaxinf.gradients.per_example import example_gradients, group_keys
-from jaxinf.random import fold_in_each, stream_number, stream_of
-from jaxinf.types import Array, Batch, Matrices, Params, PyTree
+from jaxinf.layers.per_example import example_gradients, group_keys
+from jaxinf.layers.register import Registration
 
 # Names of the streams of draws: those of queries and of training examples are independent.
 QUERY, TRAIN = "query_gradients", "train_gradients"
@@ -36,7 +36,7 @@ class DrawGroups:
 
 def gradient_kernel(
   model: Registration, measurement: Measurement, schedule: Schedule, groups: DrawGroups
-) -> parallel.Kernel:
+) -> engine.Kernel:
   """Kernel from (image, group) rows to gradients, layer name → [B, …, d_out, d_in].
 
   Its operands are those of `gradient_operands`.
@@ -64,7 +64,7 @@ def gradient_operands(params: Params, stream_name: str) -> PyTree:
 
 
 @functools.lru_cache(maxsize=8)  # so that it compiles once, however many rounds there are
-def score_kernel(compression: Compression) -> parallel.Kernel:
+def score_kernel(compression: Compression) -> engine.Kernel:
   """Kernel from gradients to their inner products [B, R] with R compressed rows of each layer.
 
   Its operands are, for each layer, (compressed rows, Λ).

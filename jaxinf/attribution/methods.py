@@ -18,12 +18,13 @@ from jaxinf.attribution.das import das
 from jaxinf.attribution.influence import influence
 from jaxinf.attribution.journey import journey_trak
 from jaxinf.attribution.trak import dtrak, trak
+from jaxinf.core.types import Array
 from jaxinf.curvature.curvature import Curvature
-from jaxinf.diffusion.draws import DrawDesign
 from jaxinf.diffusion.measurements import measurement_named
-from jaxinf.diffusion.task import Task
-from jaxinf.types import Array, Scores
-from jaxinf.unfinished import Resume
+from jaxinf.diffusion.model import Task
+from jaxinf.diffusion.noise import DrawDesign
+from jaxinf.engine.checkpoints import Resume
+from jaxinf.scores.scores import Scores
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf import hosts, parallel
+from jaxinf import engine
+from jaxinf.compression.compression import Compression
+from jaxinf.core.types import Array, Eigenbasis, Matrices, PyTree
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.eigenbasis import precondition
-from jaxinf.gradients.compression import Compression
-from jaxinf.types import Array, Eigenbasis, Matrices, PyTree
+from jaxinf.engine import processes
 
 _CHECKED_QUERIES = 4  # kept uncompressed too, for each damping
 
@@ -65,7 +66,7 @@ def query_rows(
     gradient_batches = iter([_everyones_rows(gradient_batches, num_rows)])
   parts: list[dict[str, list[PyTree]]] = [collections.defaultdict(list) for _ in dampings]
   exact: list[dict[str, list[np.ndarray]]] = [collections.defaultdict(list) for _ in dampings]
-  _, own_rows = hosts.share(num_rows)
+  _, own_rows = processes.share(num_rows)
   num_checked = min(_CHECKED_QUERIES * groups, own_rows // groups * groups)
   done = 0
   for grads in gradient_batches:
@@ -76,7 +77,7 @@ def query_rows(
         if done < num_checked:
           some[name].append(np.asarray(rows[: num_checked - done]))
     done += len(next(iter(grads.values())))
-  gather = lambda x: x if solves else hosts.gathered(x, num_rows)
+  gather = lambda x: x if solves else processes.gathered(x, num_rows)
   joined = lambda *arrays: gather(np.concatenate(arrays))
   over_dampings = lambda *arrays: np.concatenate(arrays)
   return QueryRows(
@@ -96,15 +97,15 @@ def query_rows(
 
 
 def gradient_batches(
-  kernel: parallel.Kernel,
+  kernel: engine.Kernel,
   operands: PyTree,
-  rows: parallel.Rows,
+  rows: engine.Rows,
   *,
   batch_size: int,
   devices: Sequence[jax.Device] | None,
 ) -> Iterator[Matrices]:
   """The gradients of this process's share of (query, group) rows, as they come."""
-  return parallel.stream_batches(
+  return engine.stream_batches(
     kernel, operands, rows, batch_size=batch_size, label="query gradients",
     unit="(query, group) rows", devices=devices,
   )  # fmt: skip
@@ -131,7 +132,7 @@ def _preconditioned(
 def _everyones_rows(batches: Iterator[Matrices], num_rows: int) -> Matrices:
   """All processes' rows at once: a solve is a computation of all of them."""
   whole = jax.tree.map(lambda *x: np.concatenate(x), *batches)
-  return jax.tree.map(lambda x: hosts.gathered(x, num_rows), whole)
+  return jax.tree.map(lambda x: processes.gathered(x, num_rows), whole)
 
 
 @jax.jit

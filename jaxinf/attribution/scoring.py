@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from jaxinf import hosts, parallel
+from jaxinf import engine
 from jaxinf.attribution.kernels import TRAIN, gradient_operands, inner_products, score_kernel
 from jaxinf.attribution.queries import QueryRows, eigenvalues_of
+from jaxinf.compression.compression import Compression
+from jaxinf.core.types import Array, Matrices, Params, PyTree
 from jaxinf.curvature.curvature import Curvature
-from jaxinf.gradients.compression import Compression
-from jaxinf.types import Array, Matrices, Params, PyTree
+from jaxinf.engine import processes
 
 _SAMPLE = 32  # training examples whose scores are computed both ways, or a batch of rows
 
@@ -38,10 +39,10 @@ class ScorePass:
     query_blocks: parts of the query rows, of which one is on the devices at a time.
   """
 
-  gradients: parallel.Kernel
-  exactly: parallel.Kernel
+  gradients: engine.Kernel
+  exactly: engine.Kernel
   params: Params
-  rows: parallel.Rows
+  rows: engine.Rows
   batch_size: int
   devices: Sequence[jax.Device] | None
   query_blocks: int = 1
@@ -53,7 +54,7 @@ class ScorePass:
     compression: Compression,
     *,
     first_group: int = 0,
-    partial: parallel.PartialRows | None = None,
+    partial: engine.PartialRows | None = None,
   ) -> np.ndarray:
     """[N · G, R] scores of all rows, whose groups of draws are numbered from `first_group`."""
     operands = [
@@ -63,11 +64,11 @@ class ScorePass:
       }
       for block in split_rows(queries.compressed, self.query_blocks)
     ]
-    return parallel.map_batches(
+    return engine.map_batches(
       self.gradients, gradient_operands(self.params, TRAIN),
       dataclasses.replace(self.rows, first_draw=first_group), batch_size=self.batch_size,
       label="training gradients", unit="(image, group) rows", devices=self.devices,
-      then=parallel.Blocks(score_kernel(compression), operands), partial=partial,
+      then=engine.Blocks(score_kernel(compression), operands), partial=partial,
     )  # fmt: skip
 
   def check(
@@ -86,7 +87,7 @@ class ScorePass:
     and Spearman's correlations over the sampled training examples; None for each damping where
     there is nothing to compare: in processes that are not the primary, or with too few queries.
     """
-    if not hosts.is_primary() or not len(queries.checked):
+    if not processes.is_primary() or not len(queries.checked):
       return [None] * num_dampings
     rows = self._sample(seed)
     restored = {
@@ -98,12 +99,12 @@ class ScorePass:
     }
     both = jax.tree.map(lambda *x: np.concatenate(x), queries.exact, jax.device_get(restored))
 
-    def scores(gradients: parallel.Kernel) -> list[np.ndarray]:
+    def scores(gradients: engine.Kernel) -> list[np.ndarray]:
       """[L · C, n] for the exact rows, and for the compressed ones; means over groups of draws."""
-      found = parallel.stream_batches(
+      found = engine.stream_batches(
         gradients, gradient_operands(self.params, TRAIN), rows, batch_size=self.batch_size,
         label=None, devices=self.devices, span=(0, len(rows)),
-        then=parallel.Blocks(_plain_products, [both]),
+        then=engine.Blocks(_plain_products, [both]),
       )  # fmt: skip
       products = np.concatenate(list(found))
       split = products.reshape(
@@ -120,7 +121,7 @@ class ScorePass:
       correlations(*pair) | {"num_examples": len(rows.ids)} for pair in zip(*split, strict=True)
     ]
 
-  def _sample(self, seed: int) -> parallel.Rows:
+  def _sample(self, seed: int) -> engine.Rows:
     """Random training examples, at least a batch of rows, so that nothing compiles anew."""
     num = min(len(self.rows.ids), max(_SAMPLE, -(-self.batch_size // (self.rows.draws or 1))))
     chosen = np.sort(np.random.default_rng(seed).permutation(len(self.rows.ids))[:num])

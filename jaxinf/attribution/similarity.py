@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinf.attribution.examples import check_alike, examples_of
-from jaxinf.diffusion.task import checked_ids, checked_images
-from jaxinf.random import example_numbers, fold_in_each, stream
-from jaxinf.types import Array, Scores
+from jaxinf.core.random import example_numbers, fold_in_each, stream
+from jaxinf.core.types import Array
+from jaxinf.diffusion.model import checked_ids, checked_images
+from jaxinf.scores.scores import Scores
 
 _ROWS = 1024  # training examples at a time: a float64 copy of all CIFAR-10 pixels is 1.2 GB
 

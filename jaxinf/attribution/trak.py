@@ -34,12 +34,13 @@ from jaxinf.attribution.features import (
 )
 from jaxinf.attribution.fisher import fisher_of, group_scores
 from jaxinf.attribution.kernels import QUERY, TRAIN, DrawGroups, gradient_kernel
-from jaxinf.diffusion.draws import DrawDesign
+from jaxinf.compression.projection import Projection
+from jaxinf.core.types import Array, Params, PyTree
 from jaxinf.diffusion.measurements import Measurement, measurement_named
-from jaxinf.diffusion.task import Task
-from jaxinf.gradients.projection import Projection
-from jaxinf.types import Array, Params, PyTree, Scores
-from jaxinf.unfinished import Resume
+from jaxinf.diffusion.model import Task
+from jaxinf.diffusion.noise import DrawDesign
+from jaxinf.engine.checkpoints import Resume
+from jaxinf.scores.scores import Scores
 
 
 def trak(

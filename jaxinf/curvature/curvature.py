@@ -5,12 +5,12 @@ import dataclasses
 import jax
 import numpy as np
 
-from jaxinf.curvature.coverage import Coverage, Selection
+from jaxinf.core.types import Eigenbasis, Params
 from jaxinf.curvature.eigenbasis import checked_damping, multiply, precondition
-from jaxinf.curvature.exact import GGN
-from jaxinf.curvature.layers import Layer, from_matrices, to_matrices
-from jaxinf.diffusion.task import Task
-from jaxinf.types import Eigenbasis, Params
+from jaxinf.curvature.ggn import GGN
+from jaxinf.diffusion.model import Task
+from jaxinf.layers.coverage import Coverage, Selection
+from jaxinf.layers.specs import Layer, from_matrices, to_matrices
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
-from jaxinf import hosts
+from jaxinf.core.types import Array, Eigenbasis, KroneckerFactors
 from jaxinf.curvature.eigenbasis import (
   Decomposition,
   checked_factors,
@@ -14,8 +14,7 @@ from jaxinf.curvature.eigenbasis import (
   eigh_on_device,
   eigh_on_host,
 )
-from jaxinf.parallel import spread
-from jaxinf.types import Array, Eigenbasis, KroneckerFactors
+from jaxinf.engine import processes, spread
 
 _LOG = logging.getLogger("jaxinf")
 
@@ -45,7 +44,7 @@ def decomposed(
     _LOG.info("curvature: decomposing %d factors, up to %d rows", len(matrices), largest)
   found = DECOMPOSERS[where](matrices, devices)
   # Of one process: on unlike processors, vectors of nearly equal eigenvalues would differ.
-  bases = hosts.of_primary(
+  bases = processes.of_primary(
     {name: eigenbasis(found[name, "a"], found[name, "g"]) for name in factors}
   )
   clipped = {}

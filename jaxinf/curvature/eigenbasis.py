@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf.types import Array, Eigenbasis, KroneckerFactors
+from jaxinf.core.types import Array, Eigenbasis, KroneckerFactors
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,20 +14,20 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-from jaxinf import parallel
-from jaxinf.artifacts import fingerprint
-from jaxinf.curvature.coverage import Selection
+from jaxinf import engine
+from jaxinf.core.random import example_numbers
+from jaxinf.core.types import Array, Batch, Eigenbasis, PyTree
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.decompose import DECOMPOSERS, decomposed
-from jaxinf.curvature.exact import GGN, Solver
-from jaxinf.curvature.factors import SHARINGS
-from jaxinf.curvature.layers import Layer
-from jaxinf.curvature.registration import Registration, register
+from jaxinf.curvature.ggn import GGN, Solver
 from jaxinf.curvature.targets import ESTIMATORS, checked_targets, curvature_pairs
-from jaxinf.diffusion.task import Task, checked_conditioning, checked_ids, checked_images
-from jaxinf.random import example_numbers
-from jaxinf.types import Array, Batch, Eigenbasis, PyTree
-from jaxinf.unfinished import PartialSums, Resume
+from jaxinf.diffusion.model import Task, checked_conditioning, checked_ids, checked_images
+from jaxinf.engine.artifacts import fingerprint
+from jaxinf.engine.checkpoints import PartialSums, Resume
+from jaxinf.layers.coverage import Selection
+from jaxinf.layers.factors import SHARINGS
+from jaxinf.layers.register import Registration, register
+from jaxinf.layers.specs import Layer
 
 _LOG = logging.getLogger("jaxinf")
 
@@ -104,7 +104,7 @@ def fit_curvature(
   selection = Selection(skip, (".",) if method == "diagonal" else diagonal, only)
   images = checked_images(images)
   conditioning = checked_conditioning(conditioning, len(images), "conditioning")
-  rows = parallel.Rows(
+  rows = engine.Rows(
     images, example_numbers(checked_ids(ids, len(images), "ids")), draws, conditioning
   )
   task.check_images(images.shape[1:], conditioning)
@@ -140,7 +140,7 @@ class Fit:
 
   task: Task
   model: Registration
-  rows: parallel.Rows
+  rows: engine.Rows
   settings: Mapping
   batch_size: int = 128
   decompose: str = "host"
@@ -224,7 +224,7 @@ class Fit:
     cotangents = ESTIMATORS[self.settings["estimator"]](keys, pairs, self.settings["targets"])
     return pairs, cotangents
 
-  def _reduce(self, kernel: parallel.Kernel, operands: PyTree, label: str, part: str) -> PyTree:
+  def _reduce(self, kernel: engine.Kernel, operands: PyTree, label: str, part: str) -> PyTree:
     partial = None
     if self.resume is not None:
       name = f"{label} {part}".strip().replace(" ", "-")
@@ -232,7 +232,7 @@ class Fit:
         "pass": label, "part": part, "decompose": self.decompose, "inputs": self._content,
       }  # fmt: skip
       partial = PartialSums(self.resume.folder / f"{name}.npz", key, self.resume.every)
-    return parallel.reduce_batches(
+    return engine.reduce_batches(
       kernel, operands, self.rows, batch_size=self.batch_size, unit="pairs", devices=self.devices,
       label=f"{label} ({part})" if part else label, partial=partial,
     )  # fmt: skip

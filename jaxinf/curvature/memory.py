@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf.curvature.layers import Layer
-from jaxinf.curvature.registration import Registration
+from jaxinf.core.types import Params, PyTree
 from jaxinf.diffusion.objective import Noised
-from jaxinf.types import Params, PyTree
+from jaxinf.layers.register import Registration
+from jaxinf.layers.specs import Layer
 
 _MIB = 2**20
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxinf.core.types import Array, Batch
 from jaxinf.curvature.targets import curvature_pairs
+from jaxinf.diffusion.model import Task
 from jaxinf.diffusion.objective import predict
-from jaxinf.diffusion.task import Task
-from jaxinf.parallel import Kernel
-from jaxinf.types import Array, Batch
+from jaxinf.engine import Kernel
 
 
 def product_kernel(

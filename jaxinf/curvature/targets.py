@@ -19,6 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinf.core.random import fold_in_each, stream, substreams
+from jaxinf.core.types import Batch, PyTree
+from jaxinf.diffusion.model import Task
 from jaxinf.diffusion.objective import (
   Noised,
   flipped,
@@ -28,9 +31,6 @@ from jaxinf.diffusion.objective import (
   squared_errors,
 )
 from jaxinf.diffusion.schedule import Schedule
-from jaxinf.diffusion.task import Task
-from jaxinf.random import fold_in_each, stream, substreams
-from jaxinf.types import Batch, PyTree
 
 MOST_EXACT_FLOPS = 1e14  # about ten minutes on a few CPU cores
 

@@ -9,7 +9,7 @@ from jaxinf.data.cifar import cifar2, cifar10
 from jaxinf.data.dataset import Dataset
 from jaxinf.data.digits import digits
 from jaxinf.data.files import arrays, folder
-from jaxinf.sections import DataConfig
+from jaxinf.runs.sections import DataConfig
 
 
 def load(config: DataConfig) -> Dataset:

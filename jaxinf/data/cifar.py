@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from jaxinf.data.dataset import Dataset, check_options, stratified_positions
-from jaxinf.sections import DataConfig
+from jaxinf.runs.sections import DataConfig
 
 # Kept here since a data set that was prepared without the publisher's files lacks the names.
 _LABEL_NAMES = (

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from jaxinf.sections import DataConfig
+from jaxinf.runs.sections import DataConfig
 
 # Fields of DataConfig that only some loaders read.
 _OPTIONS = ("data_dir", "path", "image_size")

@@ -3,7 +3,7 @@
 import numpy as np
 
 from jaxinf.data.dataset import Dataset, check_options
-from jaxinf.sections import DataConfig
+from jaxinf.runs.sections import DataConfig
 
 
 def digits(config: DataConfig) -> Dataset:

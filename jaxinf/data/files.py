@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from jaxinf.data.dataset import Dataset, check_options
-from jaxinf.sections import DataConfig
+from jaxinf.runs.sections import DataConfig
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _GREY_MODES = ("1", "L", "LA", "La")

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf.diffusion.draws import DrawDesign, draw_flips, draw_timesteps
+from jaxinf.diffusion.noise import DrawDesign, draw_flips, draw_timesteps
 from jaxinf.diffusion.objective import Noised
 from jaxinf.diffusion.schedule import Schedule
 

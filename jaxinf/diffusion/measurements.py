@@ -27,17 +27,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf.diffusion.draws import UNIFORM, DrawDesign, draw_noised, draw_pairs, draw_timesteps
+from jaxinf.core.types import ApplyFn, Array, Params, PyTree
 from jaxinf.diffusion.likelihood import (
   draw_transitions,
   elbo_constant,
   large_variances,
   trajectory_constant,
 )
+from jaxinf.diffusion.noise import UNIFORM, DrawDesign, draw_noised, draw_pairs, draw_timesteps
 from jaxinf.diffusion.objective import Noised, float_images, predict, squared_errors
 from jaxinf.diffusion.schedule import Schedule
 from jaxinf.diffusion.weightings import WEIGHTINGS, elbo, elbo_large, simple_elbo
-from jaxinf.types import ApplyFn, Array, Params, PyTree
 
 OF = ("images", "trajectories", "predictions")
 Value = Callable[[Schedule, jax.Array, Noised], jax.Array]

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxinf.core.random import substreams
+from jaxinf.core.types import ApplyFn, Params, PyTree
 from jaxinf.diffusion.schedule import Schedule, add_noise
-from jaxinf.random import substreams
-from jaxinf.types import ApplyFn, Params, PyTree
 
 
 class Noised(NamedTuple):

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinf.core.random import fold_in_each
+from jaxinf.core.types import ApplyFn, Params
 from jaxinf.diffusion.schedule import Schedule
-from jaxinf.random import fold_in_each
-from jaxinf.types import ApplyFn, Params
 
 
 def ddpm_step(schedule: Schedule, *, x_t, t, predicted_noise, noise, clip: bool = True):

@@ -14,8 +14,8 @@ from jaxinf.evaluation.lds import (
   percent_range,
   predicted_and_measured,
 )
-from jaxinf.evaluation.statistics import spearman
-from jaxinf.types import Scores
+from jaxinf.scores.scores import Scores
+from jaxinf.scores.statistics import spearman
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

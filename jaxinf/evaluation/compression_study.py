@@ -26,16 +26,16 @@ from jaxinf.attribution.kernels import (
   inner_products,
 )
 from jaxinf.attribution.queries import eigenvalues_of, gradient_batches, query_rows
+from jaxinf.compression.compression import Compression, Uncompressed
+from jaxinf.core.random import example_numbers
+from jaxinf.core.types import Array, Eigenbasis, Matrices
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.eigenbasis import checked_damping, from_eigenbasis, to_eigenbasis
-from jaxinf.curvature.registration import register
-from jaxinf.diffusion.draws import DrawDesign
 from jaxinf.diffusion.measurements import LOSS
-from jaxinf.diffusion.task import Task, checked_ids, checked_images
-from jaxinf.gradients.compression import Compression, Uncompressed
-from jaxinf.parallel import Blocks, Rows, map_batches
-from jaxinf.random import example_numbers
-from jaxinf.types import Array, Eigenbasis, Matrices
+from jaxinf.diffusion.model import Task, checked_ids, checked_images
+from jaxinf.diffusion.noise import DrawDesign
+from jaxinf.engine import Blocks, Rows, map_batches
+from jaxinf.layers.register import register
 
 _LOG = logging.getLogger("jaxinf")
 

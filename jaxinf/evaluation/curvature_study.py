@@ -25,18 +25,18 @@ from jaxinf.attribution.kernels import (
   gradient_operands,
   inner_products,
 )
+from jaxinf.core.random import example_numbers
+from jaxinf.core.types import Array, Matrices
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.eigenbasis import checked_damping, precondition
-from jaxinf.curvature.exact import Residuals, Solver
 from jaxinf.curvature.fit import SKIP_NORMALISATION, fit_curvature
-from jaxinf.curvature.registration import register
-from jaxinf.diffusion.draws import DrawDesign
+from jaxinf.curvature.ggn import Residuals, Solver
 from jaxinf.diffusion.measurements import LOSS
-from jaxinf.diffusion.task import Task, checked_ids, checked_images
-from jaxinf.parallel import Blocks, map_batches
-from jaxinf.random import example_numbers
-from jaxinf.rows import Rows
-from jaxinf.types import Array, Matrices
+from jaxinf.diffusion.model import Task, checked_ids, checked_images
+from jaxinf.diffusion.noise import DrawDesign
+from jaxinf.engine import Blocks, map_batches
+from jaxinf.engine.worklist import Rows
+from jaxinf.layers.register import register
 
 _LOG = logging.getLogger("jaxinf")
 

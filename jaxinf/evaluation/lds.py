@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from jaxinf.data.subsets import Subsets
-from jaxinf.evaluation import statistics
-from jaxinf.evaluation.statistics import PairedTest
-from jaxinf.types import Scores
+from jaxinf.scores import statistics
+from jaxinf.scores.scores import Scores
+from jaxinf.scores.statistics import PairedTest
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

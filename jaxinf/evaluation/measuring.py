@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf.diffusion.draws import DrawDesign
+from jaxinf.core.random import fold_in_each, stream
+from jaxinf.core.types import ApplyFn, Array, Batch, Params
 from jaxinf.diffusion.measurements import Measurement
+from jaxinf.diffusion.noise import DrawDesign
 from jaxinf.diffusion.objective import float_images, predict
 from jaxinf.diffusion.schedule import Schedule
-from jaxinf.gradients.per_example import checked_draws, group_keys
-from jaxinf.parallel import Rows, map_batches
-from jaxinf.random import fold_in_each, stream
-from jaxinf.types import ApplyFn, Array, Batch, Params
+from jaxinf.engine import Rows, map_batches
+from jaxinf.layers.per_example import checked_draws, group_keys
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,8 @@ import itertools
 
 import numpy as np
 
-from jaxinf.evaluation import statistics
 from jaxinf.evaluation.lds import LDS, Retrained
+from jaxinf.scores import statistics
 
 
 @dataclasses.dataclass(frozen=True)

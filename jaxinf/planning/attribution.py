@@ -9,14 +9,14 @@ import numpy as np
 
 from jaxinf.attribution.kernels import score_kernel
 from jaxinf.attribution.queries import query_rows
+from jaxinf.compression.compression import Compression, compression_named
+from jaxinf.core.types import PyTree
 from jaxinf.curvature.curvature import Curvature
-from jaxinf.curvature.layers import Layer
-from jaxinf.gradients.compression import Compression, compression_named
+from jaxinf.layers.specs import Layer
 from jaxinf.planning.cost import StageCost
 from jaxinf.planning.gradients import Draws, Gradients, try_on_gradients
 from jaxinf.planning.subject import Subject, random_basis
 from jaxinf.planning.trials import Call, Trial, added, random_like, times
-from jaxinf.types import PyTree
 
 _OPERAND_BYTES = 2**30  # of query rows in a trial, which more of them are scaled from
 _CHECKED = 32  # training images that are scored in float32 too

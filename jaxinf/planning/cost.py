@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Mapping
 
+from jaxinf.engine.progress import clock
 from jaxinf.planning.limits import Limits, size, warnings_of
 from jaxinf.planning.trials import added
-from jaxinf.progress import clock
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,18 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf import parallel
+from jaxinf import engine
 from jaxinf.attribution.kernels import TRAIN, DrawGroups, gradient_kernel, gradient_operands
-from jaxinf.curvature.registration import register
+from jaxinf.core.types import PyTree
 from jaxinf.diffusion.measurements import LOSS
-from jaxinf.diffusion.precision import in_precision
-from jaxinf.gradients.per_example import checked_draws
-from jaxinf.parallel.devices import mapped
+from jaxinf.engine.devices import mapped
+from jaxinf.layers.per_example import checked_draws
+from jaxinf.layers.precision import in_precision
+from jaxinf.layers.register import register
 from jaxinf.planning.subject import Subject, mapped_program, one_device
 from jaxinf.planning.trials import Program, Trial, num_operations, random_like, times
-from jaxinf.runs import draw_design
-from jaxinf.sections import AttributeConfig
-from jaxinf.types import PyTree
+from jaxinf.runs.run import draw_design
+from jaxinf.runs.sections import AttributeConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ def try_gradients(subject: Subject) -> Gradients:
   groups = DrawGroups(run.config.seed, size, draw_design(config.design, run.dataset.random_flip))
   kernel = gradient_kernel(model, LOSS, task.schedule, groups)
   operands = jax.tree.map(np.asarray, gradient_operands(task.params, TRAIN))
-  rows = parallel.Rows(run.dataset.images, subject.ids, config.draw_groups)
+  rows = engine.Rows(run.dataset.images, subject.ids, config.draw_groups)
   num_rows, _ = subject.batches(len(rows), max(1, config.batch_size // size))
   trial = subject.watch.program(mapped_program(subject, kernel, operands, rows, num_rows))
   batch = one_device(subject.sharded(rows, num_rows, 0))
@@ -96,7 +96,7 @@ def try_gradients(subject: Subject) -> Gradients:
 
 
 def try_on_gradients(
-  subject: Subject, kernel: parallel.Kernel, operands: PyTree, num_rows: int, **how: Any
+  subject: Subject, kernel: engine.Kernel, operands: PyTree, num_rows: int, **how: Any
 ) -> tuple[Trial, float | None]:
   """Tries a kernel on the gradients of a batch, which are on the devices; and its operations.
 
@@ -112,7 +112,7 @@ def try_on_gradients(
     layer.name: jax.ShapeDtypeStruct((each, *layer.matrix_shape), jnp.float32)
     for layer in subject.model.layers
   })  # fmt: skip
-  on_devices = functools.cache(lambda: parallel.replicate(gradients, subject.devices))
+  on_devices = functools.cache(lambda: engine.replicate(gradients, subject.devices))
   function = mapped(kernel, tuple(subject.devices))
   trial = subject.watch.program(Program(function, operands, lambda number: on_devices(), **how))
   operations = num_operations(kernel, operands, gradients)

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxinf import hosts
-from jaxinf.attribution.eigenrows import pack_kernel
-from jaxinf.gradients.compression import compression_named
-from jaxinf.gradients.packing import Packing
-from jaxinf.gradients.per_example import checked_draws
-from jaxinf.gradients.store import RowStore
+from jaxinf.compression.compression import compression_named
+from jaxinf.engine import processes
+from jaxinf.layers.per_example import checked_draws
 from jaxinf.planning.cost import StageCost
 from jaxinf.planning.gradients import Gradients, try_on_gradients
 from jaxinf.planning.subject import Subject, random_basis
 from jaxinf.planning.trials import added, num_bytes, times
+from jaxinf.store.eigenrows import pack_kernel
+from jaxinf.store.packing import Packing
+from jaxinf.store.rows import RowStore
 
 
 def index_cost(subject: Subject, found: Gradients) -> StageCost:
@@ -40,7 +40,7 @@ def index_cost(subject: Subject, found: Gradients) -> StageCost:
     seconds={
       "compiling": subject.registering + found.trial.compiling + packed.compiling,
       "batches": added([found.seconds_of(pairs), times(packed.batch, batches)]),
-      "disk": rows / hosts.count() / subject.disk_rate,
+      "disk": rows / processes.count() / subject.disk_rate,
     },
     device={
       "parameters": subject.params_bytes, "rotations": rotations,

@@ -9,18 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf import parallel, training
+from jaxinf import engine
+from jaxinf.core.random import fold_in_each, stream
+from jaxinf.core.types import PyTree
 from jaxinf.curvature.decompose import DECOMPOSERS
 from jaxinf.curvature.eigenbasis import eigh_on_device, eigh_on_host
 from jaxinf.curvature.fit import Fit, partition
 from jaxinf.curvature.targets import checked_targets
 from jaxinf.diffusion import sampler
 from jaxinf.diffusion.schedule import SCHEDULES
+from jaxinf.networks import training
 from jaxinf.planning.cost import StageCost
 from jaxinf.planning.subject import Subject, mapped_program, one_device, random_basis
 from jaxinf.planning.trials import Call, Program, Trial, added, num_bytes, num_operations, times
-from jaxinf.random import fold_in_each, stream
-from jaxinf.types import PyTree
 
 _TRIAL_STEPS = 10  # of sampling
 _TIMED_ROWS = 640  # factors up to this size are decomposed, larger ones extrapolated
@@ -37,7 +38,7 @@ def train_cost(subject: Subject) -> StageCost:
   sums, update = training.train_step(
     run.model, run.schedule, config, random_flip=dataset.random_flip, seed=seed
   )
-  num = parallel.num_step_devices(run.devices)
+  num = engine.num_step_devices(run.devices)
   size = math.ceil(config.batch_size / num) * num
 
   def batch(number: int) -> training.TrainRows:
@@ -45,9 +46,9 @@ def train_cost(subject: Subject) -> StageCost:
     images = dataset.images[(number * size + places) % len(dataset)]
     mask = (places < config.batch_size).astype(np.float32)
     rows = training.TrainRows(images, places.astype(np.uint32), mask)
-    return parallel.shard_of_step(rows, run.devices)
+    return engine.shard_of_step(rows, run.devices)
 
-  step = parallel.parallel_step(sums, update, run.devices)
+  step = engine.parallel_step(sums, update, run.devices)
   trial = subject.watch.program(Program(step, state, batch, carried=True))
   beginning = subject.watch.call(begin, repeats=0).first
   each = num_operations(
@@ -90,7 +91,7 @@ def sample_cost(subject: Subject) -> StageCost:
 
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), config.num_samples))
   written = num_bytes(jax.eval_shape(in_full, task.params, keys))  # refuses impossible settings
-  rows = parallel.Rows(None, np.arange(config.num_samples, dtype=np.uint32))
+  rows = engine.Rows(None, np.arange(config.num_samples, dtype=np.uint32))
   size, batches = subject.batches(len(rows), config.batch_size)
   each = size // len(subject.devices)
   trial = subject.watch.program(
@@ -121,7 +122,7 @@ def sample_cost(subject: Subject) -> StageCost:
 def curvature_cost(subject: Subject) -> StageCost:
   """The passes of a fit, of one partition for all, and the decomposition of factors."""
   run, config, watch = subject.run, subject.run.config.curvature, subject.watch
-  rows = parallel.Rows(run.dataset.images, subject.ids, config.draws)
+  rows = engine.Rows(run.dataset.images, subject.ids, config.draws)
   size, batches = subject.batches(len(rows), config.batch_size)
   groups = partition(subject.model.layers, config.partitions)
   tried = _kernels(subject, rows, groups[0])
@@ -167,14 +168,14 @@ class _Rehearsal(Fit):
 
   kernels: list = dataclasses.field(default_factory=list)
 
-  def _reduce(self, kernel: parallel.Kernel, operands: PyTree, label: str, part: str) -> PyTree:
+  def _reduce(self, kernel: engine.Kernel, operands: PyTree, label: str, part: str) -> PyTree:
     del label, part
     self.kernels.append((kernel, operands))
     shapes = jax.eval_shape(kernel, operands, self.rows.padded_batch(0, 1))
     return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
 
 
-def _kernels(subject: Subject, rows: parallel.Rows, names: list[str]) -> list:
+def _kernels(subject: Subject, rows: engine.Rows, names: list[str]) -> list:
   """(kernel, operands) of every pass over the layers `names`."""
   config, task, model = subject.run.config.curvature, subject.task, subject.model.only(names)
   if config.method == "identity" or (config.method == "cg" and config.solver.sketch_rank):

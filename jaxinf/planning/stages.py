@@ -5,9 +5,9 @@ import time
 
 import jax
 
-from jaxinf import artifacts, hosts
-from jaxinf.artifacts import StaleArtifact
-from jaxinf.costs import measured
+from jaxinf.engine import artifacts, processes
+from jaxinf.engine.artifacts import StaleArtifact
+from jaxinf.engine.resources import measured
 from jaxinf.planning.attribution import attribute_cost
 from jaxinf.planning.cost import Plan, StageCost
 from jaxinf.planning.gradients import try_gradients
@@ -16,7 +16,7 @@ from jaxinf.planning.limits import Limits, limits_here
 from jaxinf.planning.passes import curvature_cost, sample_cost, train_cost
 from jaxinf.planning.subject import Subject
 from jaxinf.planning.trials import Stopwatch
-from jaxinf.runs import Run, key_of
+from jaxinf.runs.run import Run, key_of
 
 _LOG = logging.getLogger("jaxinf")
 
@@ -63,7 +63,7 @@ def _costs(subject: Subject) -> tuple[StageCost, ...]:
 def show(run: Run) -> Plan:
   """Prints the plan."""
   found = plan(run)
-  if hosts.is_primary():
+  if processes.is_primary():
     print(found.table())
   return found
 

@@ -10,17 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf import hosts, parallel
-from jaxinf.curvature.coverage import Selection
-from jaxinf.curvature.layers import Layer
+from jaxinf import engine
+from jaxinf.core.random import example_numbers
+from jaxinf.core.types import Batch, Eigenbasis, PyTree
 from jaxinf.curvature.memory import LayerMemory, layer_memory
-from jaxinf.curvature.registration import Registration, register
-from jaxinf.diffusion.task import Task
-from jaxinf.parallel.devices import mapped
+from jaxinf.diffusion.model import Task
+from jaxinf.engine import processes
+from jaxinf.engine.devices import mapped
+from jaxinf.layers.coverage import Selection
+from jaxinf.layers.register import Registration, register
+from jaxinf.layers.specs import Layer
 from jaxinf.planning.trials import Program, Stopwatch, random_like, random_params
-from jaxinf.random import example_numbers
-from jaxinf.runs import Run, fresh_task
-from jaxinf.types import Batch, Eigenbasis, PyTree
+from jaxinf.runs.run import Run, fresh_task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Subject:
 
   @functools.cached_property
   def devices(self) -> list[jax.Device]:
-    return parallel.local_devices(self.run.devices)
+    return engine.local_devices(self.run.devices)
 
   @functools.cached_property
   def ids(self) -> np.ndarray:
@@ -106,13 +107,13 @@ class Subject:
     """(rows of a batch over all local devices, batches of this process), as drivers make them."""
     num = len(self.devices)
     size = math.ceil(min(batch_size, num_rows) / num) * num
-    begin, end = hosts.share(num_rows)
+    begin, end = processes.share(num_rows)
     return size, max(1, math.ceil((end - begin) / size))
 
-  def sharded(self, rows: parallel.Rows, size: int, number: int) -> Batch:
+  def sharded(self, rows: engine.Rows, size: int, number: int) -> Batch:
     """Batch `number` of rows, sharded; from the first again after the last."""
     begin = number * size % max(1, len(rows) - size + 1)
-    return parallel.shard(rows.padded_batch(begin, size), self.devices)
+    return engine.shard(rows.padded_batch(begin, size), self.devices)
 
 
 def one_device(batch: PyTree) -> PyTree:
@@ -122,9 +123,9 @@ def one_device(batch: PyTree) -> PyTree:
 
 def mapped_program(
   subject: Subject,
-  kernel: parallel.Kernel,
+  kernel: engine.Kernel,
   operands: PyTree,
-  rows: parallel.Rows,
+  rows: engine.Rows,
   size: int,
   **how: Any,
 ) -> Program:

@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxinf import parallel
-from jaxinf.parallel.devices import IN_FLIGHT
-from jaxinf.types import PyTree
+from jaxinf import engine
+from jaxinf.core.types import PyTree
+from jaxinf.engine.devices import IN_FLIGHT
 
 _ROUNDS = 3
 _ROUND_SECONDS = 0.3  # at least, so that the clock's noise is small beside it
@@ -86,7 +86,7 @@ class Stopwatch:
   def program(self, program: Program) -> Trial:
     """Compiles a program and runs a few batches of it."""
     began = time.perf_counter()
-    num = parallel.num_devices(self.devices)
+    num = engine.num_devices(self.devices)
     on_devices = lambda x: jax.ShapeDtypeStruct((num, *np.shape(x)), x.dtype)
     first = program.batch(0)
     lowered = program.function.lower(jax.tree.map(on_devices, program.operands), first)
@@ -98,7 +98,7 @@ class Stopwatch:
     if self.most_bytes is not None and needed > self.most_bytes:
       return Trial(compiling, 0.0, None, workspace)
     began = time.perf_counter()
-    operands = jax.block_until_ready(parallel.replicate(program.operands, self.devices))
+    operands = jax.block_until_ready(engine.replicate(program.operands, self.devices))
     placing = time.perf_counter() - began
     return Trial(compiling, placing, _batch_seconds(program, compiled, operands), workspace)
 

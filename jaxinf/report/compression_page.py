@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from jaxinf.artifacts import write_bytes
+from jaxinf.engine.artifacts import write_bytes
 from jaxinf.evaluation.compression_study import CompressionStudy
 
 # Families, in Okabe and Ito's palette, which the colour-blind tell apart; others are grey.

@@ -12,16 +12,16 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from jaxinf.artifacts import write_bytes
-from jaxinf.config import as_dict
-from jaxinf.curvature.coverage import Coverage
 from jaxinf.data.dataset import Dataset
-from jaxinf.progress import clock
-from jaxinf.report.check import SupportCheck, support_check
+from jaxinf.engine.artifacts import write_bytes
+from jaxinf.engine.progress import clock
+from jaxinf.layers.coverage import Coverage
 from jaxinf.report.figures import TITLES, attribution_figure, png_bytes, sorted_scores_paths
 from jaxinf.report.rows import Row, Unit, common_unit, explained_rows
-from jaxinf.sections import Config
-from jaxinf.types import Scores
+from jaxinf.runs.config import as_dict
+from jaxinf.runs.sections import Config
+from jaxinf.scores.scores import Scores
+from jaxinf.scores.support import SupportCheck, support_check
 
 _CHECKED = 10  # supporting images in the check, fewer where there are not twice as many
 _CURVE = {"width": 168.0, "height": 56.0}

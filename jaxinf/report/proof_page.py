@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jinja2
 
-from jaxinf.artifacts import write_bytes
+from jaxinf.engine.artifacts import write_bytes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from jaxinf.data.dataset import Dataset
-from jaxinf.types import Ranking, Scores
+from jaxinf.scores.scores import Ranking, Scores
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from jaxinf.artifacts import write_bytes
+from jaxinf.engine.artifacts import write_bytes
 from jaxinf.evaluation.curvature_study import CurvatureStudy
 
 # Okabe and Ito's palette, which the colour-blind tell apart; reduce and empirical are dashed.

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import jaxinf
+from jaxinf.core.random import fold_in_each, stream
 from jaxinf.curvature.eigenbasis import precondition
-from jaxinf.diffusion.draws import UNIFORM
 from jaxinf.diffusion.measurements import LOSS
-from jaxinf.gradients.per_example import group_keys
-from jaxinf.random import fold_in_each, stream
+from jaxinf.diffusion.noise import UNIFORM
+from jaxinf.layers.per_example import group_keys
 from tests import nets
 
 NUM_TRAIN, NUM_QUERIES, DRAWS = 11, 3, 4

@@ -9,15 +9,16 @@ import pytest
 from scipy import stats
 
 import jaxinf
-from jaxinf.curvature.coverage import Selection
+from jaxinf.core.random import fold_in_each, stream
+from jaxinf.core.types import KroneckerFactors
 from jaxinf.curvature.decompose import decomposed
 from jaxinf.curvature.eigenbasis import precondition
-from jaxinf.curvature.registration import register
-from jaxinf.diffusion.draws import UNIFORM
 from jaxinf.diffusion.measurements import LOSS, measurement_named
-from jaxinf.gradients.per_example import group_keys
-from jaxinf.random import fold_in_each, stream
-from jaxinf.types import KroneckerFactors, Scores
+from jaxinf.diffusion.noise import UNIFORM
+from jaxinf.layers.coverage import Selection
+from jaxinf.layers.per_example import group_keys
+from jaxinf.layers.register import register
+from jaxinf.scores.scores import Scores
 from tests import nets
 from tests.diffusion.measured import random_examples
 

@@ -10,7 +10,7 @@ import pytest
 
 from jaxinf import Task, fit_curvature
 from jaxinf.attribution.methods import METHODS, Question
-from jaxinf.diffusion.draws import DrawDesign
+from jaxinf.diffusion.noise import DrawDesign
 from tests import nets
 
 NUM_TRAIN, NUM_QUERIES = 6, 2

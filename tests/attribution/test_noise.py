@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import jaxinf
-from jaxinf.attribution.stability import top_overlap
-from jaxinf.diffusion.draws import UNIFORM, DrawDesign
+from jaxinf.diffusion.noise import UNIFORM, DrawDesign
+from jaxinf.scores.stability import top_overlap
 from tests import nets
 
 NUM_TRAIN, NUM_QUERIES = 11, 3

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import jaxinf
-from jaxinf.artifacts import StaleArtifact
-from jaxinf.unfinished import PartialOutputs, Resume
+from jaxinf.engine.artifacts import StaleArtifact
+from jaxinf.engine.checkpoints import PartialOutputs, Resume
 from tests import nets
 
 NUM_TRAIN, NUM_QUERIES = 11, 3

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import jaxinf
-from jaxinf.progress import Progress
+from jaxinf.engine.progress import Progress
 from tests import nets
 
 NUM_TRAIN, NUM_QUERIES = 11, 3
@@ -78,7 +78,7 @@ def test_gradients_are_computed_once_however_many_dampings(problem, damping, mon
       passes[self._name] += amount
       super().advance(amount)
 
-  monkeypatch.setattr("jaxinf.parallel.maps.Progress", Recorded)
+  monkeypatch.setattr("jaxinf.engine.maps.Progress", Recorded)
   scores = jaxinf.influence(*problem, **SETTINGS, damping=damping)
   del passes[None]  # of the sample on which compression is checked
   assert passes == {"query gradients": NUM_QUERIES * 2, "training gradients": NUM_TRAIN * 2}

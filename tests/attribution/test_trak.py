@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 
 import jaxinf
-from jaxinf.artifacts import StaleArtifact
 from jaxinf.attribution.das import das
 from jaxinf.attribution.features import register_everything
 from jaxinf.attribution.fisher import DualFisher, PrimalFisher, fisher_of
 from jaxinf.attribution.journey import journey_trak, predicted_images
 from jaxinf.attribution.trak import dtrak, trak
-from jaxinf.diffusion.draws import UNIFORM
+from jaxinf.compression.projection import Projection
+from jaxinf.core.random import fold_in_each, stream
 from jaxinf.diffusion.measurements import LOSS
-from jaxinf.gradients.per_example import group_keys
-from jaxinf.gradients.projection import Projection
-from jaxinf.random import fold_in_each, stream
-from jaxinf.unfinished import Resume
+from jaxinf.diffusion.noise import UNIFORM
+from jaxinf.engine.artifacts import StaleArtifact
+from jaxinf.engine.checkpoints import Resume
+from jaxinf.layers.per_example import group_keys
 from tests import nets
 
 NUM_TRAIN, NUM_QUERIES, DRAWS = 11, 3, 4

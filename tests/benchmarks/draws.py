@@ -28,11 +28,11 @@ from absl import app, flags
 from scipy import stats
 
 from configs import digits
-from jaxinf import runs
 from jaxinf.attribution.influence import influence
-from jaxinf.config import typed
-from jaxinf.diffusion.draws import UNIFORM, DrawDesign
-from jaxinf.random import example_numbers
+from jaxinf.core.random import example_numbers
+from jaxinf.diffusion.noise import UNIFORM, DrawDesign
+from jaxinf.runs import run as runs
+from jaxinf.runs.config import typed
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "A finished run of configs/digits.py.")
 _EXAMPLES = flags.DEFINE_integer("examples", 128, "Training images scored.")

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf.curvature.blocks import ConvBlock
-from jaxinf.curvature.layers import Layer
-from jaxinf.curvature.registration import Registration
+from jaxinf.layers.blocks import ConvBlock
+from jaxinf.layers.register import Registration
+from jaxinf.layers.specs import Layer
 from tests.benchmarks.workloads import Call, Workload
 
 

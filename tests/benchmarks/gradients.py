@@ -26,7 +26,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from jaxinf.attribution.eigenrows import product_kernel, product_operands
 from jaxinf.attribution.kernels import (
   TRAIN,
   DrawGroups,
@@ -34,15 +33,16 @@ from jaxinf.attribution.kernels import (
   gradient_operands,
   score_kernel,
 )
-from jaxinf.diffusion.draws import UNIFORM
+from jaxinf.compression.compression import Compression, compression_named
+from jaxinf.core.random import example_numbers
 from jaxinf.diffusion.measurements import LOSS
-from jaxinf.diffusion.precision import in_precision
-from jaxinf.gradients.compression import Compression, compression_named
-from jaxinf.gradients.flat import bits_of
-from jaxinf.gradients.packing import Packing
-from jaxinf.parallel import Blocks, stream_batches
-from jaxinf.random import example_numbers
-from jaxinf.rows import Rows
+from jaxinf.diffusion.noise import UNIFORM
+from jaxinf.engine import Blocks, stream_batches
+from jaxinf.engine.worklist import Rows
+from jaxinf.layers.precision import in_precision
+from jaxinf.store.eigenrows import product_kernel, product_operands
+from jaxinf.store.flat import bits_of
+from jaxinf.store.packing import Packing
 from tests.benchmarks.floor import matmul
 from tests.benchmarks.passes import Kernels
 from tests.benchmarks.results import append_line, print_results

@@ -12,17 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf.curvature.coverage import Selection
+from jaxinf.core.random import example_numbers
+from jaxinf.core.types import ApplyFn, Eigenbasis, Params, PyTree
 from jaxinf.curvature.decompose import decomposed
 from jaxinf.curvature.fit import SKIP_NORMALISATION
-from jaxinf.curvature.registration import Registration, register
 from jaxinf.curvature.targets import curvature_pairs, monte_carlo
 from jaxinf.diffusion.measurements import LOSS
 from jaxinf.diffusion.objective import predict
-from jaxinf.parallel import Reduction
-from jaxinf.random import example_numbers
-from jaxinf.rows import Rows
-from jaxinf.types import ApplyFn, Eigenbasis, Params, PyTree
+from jaxinf.engine import Reduction
+from jaxinf.engine.worklist import Rows
+from jaxinf.layers.coverage import Selection
+from jaxinf.layers.register import Registration, register
 from tests.benchmarks.workloads import SCHEDULE, Call, Pairs, Workload, random_matrix
 
 Kernel = Callable[[PyTree, Pairs], PyTree]  # (operands, pairs) → sums

@@ -19,8 +19,8 @@ import absl.logging
 from absl import app, flags
 
 from jaxinf import planning
-from jaxinf.config import typed
-from jaxinf.runs import Run
+from jaxinf.runs.config import typed
+from jaxinf.runs.run import Run
 
 _CONFIG = flags.DEFINE_string("config", "digits", "Name of a config in configs/.")
 _ROUNDS = flags.DEFINE_integer("rounds", 1, "Plans, each followed by a run.")

@@ -18,12 +18,12 @@ import optax
 from absl import app, flags
 from ml_collections import config_flags
 
-from jaxinf import training
-from jaxinf.config import typed
+from jaxinf.benchmark.retraining import train_config
 from jaxinf.diffusion.objective import float_images, noised, squared_errors
-from jaxinf.proof.models import train_config
-from jaxinf.retraining import Member, Retraining
-from jaxinf.runs import Run
+from jaxinf.networks import training
+from jaxinf.networks.retraining import Member, Retraining
+from jaxinf.runs.config import typed
+from jaxinf.runs.run import Run
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/digits_mlp.py", "The experiment.")
 AT_ONCE = flags.DEFINE_list("at_once", ["1", "4", "20"], "Models on a device at once.")

@@ -22,12 +22,13 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from jaxinf import artifacts, runs
-from jaxinf.attribution.index import build_index
 from jaxinf.attribution.influence import influence
 from jaxinf.attribution.scoring import correlations
-from jaxinf.config import typed
-from jaxinf.gradients.compression import compression_named
+from jaxinf.compression.compression import compression_named
+from jaxinf.engine import artifacts
+from jaxinf.runs import run as runs
+from jaxinf.runs.config import typed
+from jaxinf.store.index import build_index
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py", "Of the run.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "A run with its curvature finished.")

@@ -22,15 +22,15 @@ import numpy as np
 from absl import app, flags
 from scipy import stats
 
-from jaxinf import parallel
+from jaxinf import engine
 from jaxinf.attribution.features import FeaturePass, flat_kernel, register_everything
 from jaxinf.attribution.fisher import fisher_of
+from jaxinf.compression.projection import ENTRIES, Projection
+from jaxinf.core.random import example_numbers
 from jaxinf.diffusion.measurements import LOSS
+from jaxinf.diffusion.model import Task
 from jaxinf.diffusion.objective import Noised
-from jaxinf.diffusion.task import Task
-from jaxinf.gradients.projection import ENTRIES, Projection
-from jaxinf.random import example_numbers
-from jaxinf.rows import Rows
+from jaxinf.engine.worklist import Rows
 from tests.benchmarks.passes import Kernels
 from tests.benchmarks.results import append_line
 from tests.benchmarks.workloads import (
@@ -67,7 +67,7 @@ def main(_) -> None:
     agreement(workload, kernel, folder)
 
 
-def stored_kernel(workload: Workload) -> parallel.Kernel:
+def stored_kernel(workload: Workload) -> engine.Kernel:
   """(params, rows with the stored pairs of an example each) → gradients [B, P]."""
   task = Task(workload.apply_fn, workload.params, SCHEDULE)
   model = register_everything(task, workload.images.shape[1:])
@@ -91,7 +91,7 @@ def stored_rows(noised: Noised, num: int) -> Rows:
   return Rows(each(noised.x_t), example_numbers(np.arange(num)), conditioning=pairs)
 
 
-def times(workload: Workload, kernel: parallel.Kernel, folder: Path | None) -> None:
+def times(workload: Workload, kernel: engine.Kernel, folder: Path | None) -> None:
   """Plain, gradients and features of all pairs."""
   size, num, num_images = BATCH.value, len(workload), len(workload.images)
   rows, params = stored_rows(workload.pairs.noised, num_images), workload.params
@@ -99,7 +99,7 @@ def times(workload: Workload, kernel: parallel.Kernel, folder: Path | None) -> N
   plain = jax.jit(Kernels.of(workload).plain)
 
   def gradients():
-    stream = parallel.stream_batches(kernel, params, rows, batch_size=per_batch, label=None)
+    stream = engine.stream_batches(kernel, params, rows, batch_size=per_batch, label=None)
     return [grads[:, :1] for grads in stream]
 
   def features(kind: str):
@@ -143,7 +143,7 @@ def print_traker(path: Path, ours: float) -> None:
   )
 
 
-def agreement(workload: Workload, kernel: parallel.Kernel, folder: Path) -> None:
+def agreement(workload: Workload, kernel: engine.Kernel, folder: Path) -> None:
   """Rank correlations of scores for several projections."""
   with np.load(folder / "data-small.npz") as file:
     data = {key: file[key] for key in file.files}
@@ -154,7 +154,7 @@ def agreement(workload: Workload, kernel: parallel.Kernel, folder: Path) -> None
   train, query = (
     np.concatenate(
       list(
-        parallel.stream_batches(
+        engine.stream_batches(
           kernel, workload.params, stored_rows(noised, num), batch_size=8, label=None
         )
       )

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from jaxinf.costs import measured
+from jaxinf.core.types import ApplyFn, Params
 from jaxinf.diffusion.objective import Noised
 from jaxinf.diffusion.schedule import Schedule
-from jaxinf.models import diffusers, num_params
-from jaxinf.models.unet import UNet
-from jaxinf.types import ApplyFn, Params
+from jaxinf.engine.resources import measured
+from jaxinf.networks import diffusers, num_params
+from jaxinf.networks.unet import UNet
 
 MODEL = flags.DEFINE_enum("model", "small", ["small", "ddpm-cifar"], "Which U-Net.")
 BATCH = flags.DEFINE_integer("batch", 64, "Pairs at a time.")

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf.curvature.layers import Layer, leaf_names, to_matrices
+from jaxinf.core.types import Eigenbasis, Matrices, Params, PyTree
 from jaxinf.diffusion.objective import Noised
-from jaxinf.types import Eigenbasis, Matrices, Params, PyTree
+from jaxinf.layers.specs import Layer, leaf_names, to_matrices
 
 
 def in_float64(function: Callable, *args: PyTree) -> PyTree:

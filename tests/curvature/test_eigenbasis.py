@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from jaxinf import Curvature
-from jaxinf.curvature.coverage import Selection
+from jaxinf.core.types import Eigenbasis, KroneckerFactors
 from jaxinf.curvature.decompose import DECOMPOSERS, decomposed
 from jaxinf.curvature.eigenbasis import multiply, precondition
-from jaxinf.curvature.registration import register
-from jaxinf.types import Eigenbasis, KroneckerFactors
+from jaxinf.layers.coverage import Selection
+from jaxinf.layers.register import register
 from tests import nets
 from tests.curvature import naive
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from jaxinf import Task, fit_curvature
-from jaxinf.curvature.exact import GGN, Solver
-from jaxinf.curvature.layers import to_matrices
+from jaxinf.core.random import fold_in_each, stream
+from jaxinf.curvature.ggn import GGN, Solver
 from jaxinf.diffusion.objective import float_images, noised
-from jaxinf.parallel import Rows
-from jaxinf.random import fold_in_each, stream
+from jaxinf.engine import Rows
+from jaxinf.layers.specs import to_matrices
 from tests import nets
 
 NUM, DRAWS, SEED = 5, 2, 3

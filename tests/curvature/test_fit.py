@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 
 from jaxinf import Curvature, Resume, Schedule, Task, fit_curvature
-from jaxinf.artifacts import StaleArtifact
-from jaxinf.curvature.coverage import Selection
+from jaxinf.core.random import fold_in_each, stream, substreams
 from jaxinf.curvature.decompose import decomposed
 from jaxinf.curvature.fit import Fit
-from jaxinf.curvature.registration import register
 from jaxinf.curvature.targets import monte_carlo
 from jaxinf.diffusion.objective import Noised, noised
-from jaxinf.parallel import Rows
-from jaxinf.random import fold_in_each, stream, substreams
-from jaxinf.unfinished import PartialSums
+from jaxinf.engine import Rows
+from jaxinf.engine.artifacts import StaleArtifact
+from jaxinf.engine.checkpoints import PartialSums
+from jaxinf.layers.coverage import Selection
+from jaxinf.layers.register import register
 from tests import nets
 from tests.curvature import naive
 

@@ -15,15 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinf.curvature.coverage import Selection
-from jaxinf.curvature.factors import SHARINGS
 from jaxinf.curvature.fit import Fit
-from jaxinf.curvature.layers import leaf_names
-from jaxinf.curvature.registration import register
+from jaxinf.diffusion.model import Task
 from jaxinf.diffusion.objective import Noised
 from jaxinf.diffusion.schedule import Schedule
-from jaxinf.diffusion.task import Task
-from jaxinf.parallel import Rows
+from jaxinf.engine import Rows
+from jaxinf.layers.coverage import Selection
+from jaxinf.layers.factors import SHARINGS
+from jaxinf.layers.register import register
+from jaxinf.layers.specs import leaf_names
 from tests import nets
 from tests.curvature import naive
 

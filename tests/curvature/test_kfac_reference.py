@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxinf.curvature.coverage import Selection
 from jaxinf.curvature.decompose import decomposed
 from jaxinf.curvature.eigenbasis import precondition
-from jaxinf.curvature.registration import register
 from jaxinf.diffusion.objective import Noised
 from jaxinf.diffusion.schedule import Schedule, add_noise
-from jaxinf.models import diffusers
+from jaxinf.layers.coverage import Selection
+from jaxinf.layers.register import register
+from jaxinf.networks import diffusers
 
 LAYERS = ("conv", "strided", "dense", "attention")
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

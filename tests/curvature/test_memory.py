@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinf.curvature.coverage import Selection
 from jaxinf.curvature.fit import fit_curvature, partition
 from jaxinf.curvature.memory import layer_memory, memory_table
-from jaxinf.curvature.registration import register
 from jaxinf.diffusion.objective import Noised
+from jaxinf.layers.coverage import Selection
+from jaxinf.layers.register import register
 from tests import nets
 
 SHAPE, BATCH = (4, 4, 1), 3

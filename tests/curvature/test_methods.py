@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from jaxinf import Task, fit_curvature
-from jaxinf.curvature.blocks import BLOCKS
-from jaxinf.curvature.coverage import Selection
-from jaxinf.curvature.layers import to_matrices
-from jaxinf.curvature.registration import register
-from jaxinf.curvature.tagging import tagged
 from jaxinf.curvature.targets import curvature_pairs
-from jaxinf.parallel import Rows
+from jaxinf.engine import Rows
+from jaxinf.layers.blocks import BLOCKS
+from jaxinf.layers.coverage import Selection
+from jaxinf.layers.find import tagged
+from jaxinf.layers.register import register
+from jaxinf.layers.specs import to_matrices
 from tests import nets
 from tests.curvature import naive
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from jaxinf.core.random import draw_keys, fold_in_each, stream
 from jaxinf.diffusion import measurements
-from jaxinf.diffusion.draws import UNIFORM, DrawDesign
 from jaxinf.diffusion.measurements import (
   LOSS,
   MEASUREMENTS,
@@ -20,11 +20,11 @@ from jaxinf.diffusion.measurements import (
   measurement_named,
   weighted_loss,
 )
+from jaxinf.diffusion.noise import UNIFORM, DrawDesign
 from jaxinf.diffusion.objective import float_images
 from jaxinf.diffusion.sampler import sample
 from jaxinf.diffusion.schedule import Schedule
 from jaxinf.diffusion.weightings import WEIGHTINGS
-from jaxinf.random import draw_keys, fold_in_each, stream
 from tests import nets
 from tests.diffusion.measured import NAMES, random_examples
 

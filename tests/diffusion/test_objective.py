@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinf.core.random import fold_in_each, stream
 from jaxinf.diffusion.objective import Noised, float_images, noised, squared_errors
-from jaxinf.random import fold_in_each, stream
 
 NUM = 20_000
 

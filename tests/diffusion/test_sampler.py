@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinf.core.random import fold_in_each, stream
 from jaxinf.diffusion.sampler import _timesteps, ddim_step, ddpm_step, sample
 from jaxinf.diffusion.schedule import Schedule
-from jaxinf.random import fold_in_each, stream
 
 BETAS = np.linspace(1e-4, 0.02, 1000)
 ALPHA_BARS = np.cumprod(1 - BETAS)

@@ -10,14 +10,14 @@ import pytest
 from scipy.stats import pearsonr, spearmanr
 
 import jaxinf
-from jaxinf.curvature.layers import to_matrices
-from jaxinf.diffusion.draws import DrawDesign
+from jaxinf.compression.compression import Bfloat16, LowRank, Uncompressed
+from jaxinf.compression.projection import RandomProjection, Truncation
+from jaxinf.compression.quantise import Quantisation
+from jaxinf.core.random import draw_keys, fold_in_each, stream
 from jaxinf.diffusion.measurements import LOSS
+from jaxinf.diffusion.noise import DrawDesign
 from jaxinf.evaluation.compression_study import compression_study
-from jaxinf.gradients.compression import Bfloat16, LowRank, Uncompressed
-from jaxinf.gradients.projection import RandomProjection, Truncation
-from jaxinf.gradients.quantise import Quantisation
-from jaxinf.random import draw_keys, fold_in_each, stream
+from jaxinf.layers.specs import to_matrices
 from jaxinf.report.compression_page import write_compression_study
 from tests import nets
 

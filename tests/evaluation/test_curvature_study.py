@@ -7,17 +7,17 @@ import pytest
 from scipy.stats import spearmanr
 
 from jaxinf import Solver, Task
-from jaxinf.curvature.coverage import Selection
-from jaxinf.curvature.layers import to_matrices
-from jaxinf.curvature.registration import register
+from jaxinf.core.random import draw_keys, fold_in_each, stream
+from jaxinf.core.types import Batch
 from jaxinf.curvature.targets import curvature_pairs
-from jaxinf.diffusion.draws import DrawDesign
 from jaxinf.diffusion.measurements import LOSS
+from jaxinf.diffusion.noise import DrawDesign
 from jaxinf.diffusion.objective import predict
 from jaxinf.evaluation.curvature_study import curvature_study
-from jaxinf.random import draw_keys, fold_in_each, stream
+from jaxinf.layers.coverage import Selection
+from jaxinf.layers.register import register
+from jaxinf.layers.specs import to_matrices
 from jaxinf.report.study import write_study
-from jaxinf.types import Batch
 from tests import nets
 
 NUM, QUERIES, SEED, DAMPINGS, GRADIENT_DRAWS = 12, 3, 2, (1e-2, 1.0), 2

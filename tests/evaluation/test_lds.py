@@ -11,7 +11,7 @@ from jaxinf.data.subsets import random_subsets
 from jaxinf.evaluation.comparison import compare, damping_lds
 from jaxinf.evaluation.lds import Retrained, lds, predictions
 from jaxinf.evaluation.oracle import noise_ceiling, retraining_lds
-from jaxinf.types import Scores
+from jaxinf.scores.scores import Scores
 
 NUM_SUBSETS, NUM_QUERIES, NUM_TRAIN = 24, 5, 40
 FAST = dict(num_resamples=50)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinf import models
-from jaxinf.models.diffusers import from_config, load, save
+from jaxinf import networks
+from jaxinf.networks.diffusers import from_config, load, save
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
@@ -87,7 +87,7 @@ def test_outputs_equal_diffusers_in_both_directions(name, tmp_path):
   eps = jax.jit(apply_fn)(params, jnp.asarray(x_t), jnp.asarray(t, jnp.int32))
   # float32 sums in another order; the outputs are of size 1.
   np.testing.assert_allclose(eps, expected, rtol=0, atol=1e-4)
-  assert models.num_params(params) == NUM_PARAMS.get(name, theirs.num_parameters())
+  assert networks.num_params(params) == NUM_PARAMS.get(name, theirs.num_parameters())
 
   save(tmp_path / "ours", from_config(theirs.config), params, image_size=size)
   again, info = diffusers.UNet2DModel.from_pretrained(tmp_path / "ours", output_loading_info=True)

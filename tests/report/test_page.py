@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 
 from configs import digits
-from jaxinf.config import typed
-from jaxinf.curvature.coverage import Coverage, Row
 from jaxinf.data.dataset import Dataset
+from jaxinf.layers.coverage import Coverage, Row
 from jaxinf.report.figures import png_bytes
 from jaxinf.report.page import write_report
 from jaxinf.report.rows import Unit, common_unit, explained_rows
-from jaxinf.types import Scores
+from jaxinf.runs.config import typed
+from jaxinf.scores.scores import Scores
 
 NUM_TRAIN, NUM_QUERIES, TOP_K = 30, 2, 3
 

@@ -1,0 +1,157 @@
+"""LDS bars (paper, Fig. 2 and 20) and counterfactual bars (Fig. 3), from what other stages left."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxinf.attribution.methods import method_named
+from jaxinf.benchmark.counterfactuals import counterfactual_key
+from jaxinf.benchmark.evaluating import evaluate_key
+from jaxinf.benchmark.figures.common import Drawn, plain_name
+from jaxinf.benchmark.retraining import folder
+from jaxinf.engine import artifacts
+from jaxinf.report.canvas import mean_and_error, percent
+from jaxinf.report.proof_figures import GROUPS, Bar, BarPanel, bars_figure, counterfactual_figure
+from jaxinf.runs.run import Run
+
+OWN, OTHER, NO_GRADIENTS, ORACLE = GROUPS
+HEADER = ("true measurement", "method", "default, %", "best on benchmark, %", "its damping")
+READING = (
+  "Linear datamodelling score: rank correlation, over random subsets of the training images, of "
+  "predicted changes of a sample's measurement with those of retrained models; means over samples "
+  "± standard error. Filled: the damping that is best on this benchmark; hollow and in brackets: "
+  "the default one, which needs no benchmark. "
+)
+
+
+def lds(run: Run) -> Drawn:
+  """LDS of every method on every true measurement of images."""
+  artifact = _evaluated(run)
+  tables = {name: t for name, t in artifact.notes["tables"].items() if name != "trajectory"}
+  return _of_tables(artifact, tables, "How well each method predicts retraining")
+
+
+def trajectory(run: Run) -> Drawn:
+  """LDS of every method on the probability of the sampling trajectories."""
+  artifact = _evaluated(run)
+  if "trajectory" not in artifact.notes["tables"]:
+    raise ValueError(
+      "The stage evaluate has no table for trajectory: add it to measure.measurements (samples "
+      "need sample.keep_trajectory), and run measure and evaluate."
+    )
+  tables = {"trajectory": artifact.notes["tables"]["trajectory"]}
+  title = "How well each method predicts the probability of a sampling trajectory"
+  return _of_tables(artifact, tables, title)
+
+
+def counterfactual(run: Run) -> Drawn:
+  """Changes of samples' measurements by models without each method's most supporting images."""
+  artifact = _finished(run.folder("counterfactual"), counterfactual_key(run), "counterfactual")
+  methods, shares, measurement = (
+    artifact.notes[name] for name in ("methods", "shares", "measurement")
+  )
+  seeds = artifact.arrays["change"].shape[3]
+  change = artifact.arrays["change"].mean(axis=3, dtype=np.float64)
+  means, errors = mean_and_error(change)
+  cell = lambda mean, error: f"{mean:.3g} ± {error:.2g}"
+  table = [
+    (method, *(cell(*pair) for pair in zip(means[i], errors[i], strict=True)))
+    for i, method in enumerate(methods)
+  ]
+  largest = len(shares) - 1
+  best = int(np.argmax(means[:, largest]))
+  caption = (
+    f"Change of a sample's {measurement} when a model is trained anew without the images that a "
+    "method calls most supporting for it, against the model of all images with the same training "
+    "seed and as many steps. Bars: means over samples ± standard error; dots: single samples. "
+    f"Without {100 * shares[largest]:g} % of the images, {methods[best]} changes it most, by "
+    f"{cell(means[best, largest], errors[best, largest])}"
+  )
+  if "random" in methods:
+    i = methods.index("random")
+    caption += f"; as many random images by {cell(means[i, largest], errors[i, largest])}"
+  return Drawn(
+    title=f"Retraining without the top influences: change of {measurement}",
+    caption=caption + ".",
+    figure=counterfactual_figure(change, methods, shares, measurement),
+    arrays={"change": change, "means": means, "errors": errors},
+    header=("removed", *(f"{100 * share:g} %" for share in shares)), rows=table,
+    made=f"{change.shape[2]} samples, {seeds} training seed{'s' * (seeds > 1)} each.",
+    inputs={"counterfactual_content": artifact.content}, notes=dict(methods=methods, shares=shares),
+  )  # fmt: skip
+
+
+def _evaluated(run: Run) -> artifacts.Artifact:
+  return _finished(folder(run, "evaluate"), evaluate_key(run), "evaluate")
+
+
+def _finished(place: Path, key: Mapping[str, Any], stage: str) -> artifacts.Artifact:
+  """What a stage left; StaleArtifact where it is of other settings, ValueError where it is none."""
+  try:
+    there = artifacts.finished(place, key)
+  except artifacts.StaleArtifact as error:
+    raise artifacts.StaleArtifact(
+      f"{error}\nOr run the stage {stage}: it makes them anew."
+    ) from error
+  if not there:
+    raise ValueError(f"{place} holds no finished result: run the stage {stage} first.")
+  return artifacts.read(place)
+
+
+def _of_tables(artifact: artifacts.Artifact, tables: Mapping[str, Any], title: str) -> Drawn:
+  """The figure of tables that the stage `evaluate` made."""
+  panels, rows, arrays, findings = [], [], {}, []
+  for target, table in tables.items():
+    bars = [_bar(entry, target) for entry in table["entries"]]
+    for entry, bar in zip(table["entries"], bars, strict=True):
+      best = entry.get("best")
+      rows.append((target, bar.label, percent(*bar.default),
+                   percent(*bar.best) if bar.best else "–",
+                   f"{best['damping']:.0e}" if best else "–"))  # fmt: skip
+      arrays[f"{target}/{entry['name']}"] = np.array([bar.default, bar.best or bar.default])
+    ceiling = None
+    if oracle := table["oracle"]:
+      bars.append(Bar("exact retraining", ORACLE, (oracle["mean"], oracle["std_error"])))
+      rows.append((target, "exact retraining", percent(*bars[-1].default), "–", "–"))
+      arrays[f"{target}/exact retraining"] = np.array([bars[-1].default])
+      ceiling = (table["ceiling"]["ceiling"], *table["ceiling"]["interval"])
+    panels.append(BarPanel(f"true measurement: {target}", bars, ceiling))
+    findings.append(f"{target}: " + _finding(bars))
+  table = next(iter(tables.values()))
+  notes = {"groups": {panel.title: {b.label: b.group for b in panel.bars} for panel in panels}}
+  return Drawn(
+    title=title, caption=READING + " ".join(findings), figure=bars_figure(panels), arrays=arrays,
+    header=HEADER, rows=rows,
+    made=f"{table['num_models']} models of {table['num_subsets']} subsets; "
+    f"{table['num_queries']} samples.",
+    inputs={"evaluate_content": artifact.content}, notes=notes,
+  )  # fmt: skip
+
+
+def _bar(entry: Mapping[str, Any], target: str) -> Bar:
+  """A row of the table, with the group that it stands in."""
+  method = method_named(entry["method"])
+  label = entry["method"]
+  if method.measures:
+    group = OWN if entry["measurement"] == target else OTHER
+    label += "" if group == OWN else f" (m. {plain_name(entry['measurement'])})"
+  else:
+    group = NO_GRADIENTS if method.default_damping is None else OTHER
+  pair = lambda summary: (summary["mean"], summary["std_error"])
+  return Bar(label, group, pair(entry["default"]), pair(entry["best"]) if "best" in entry else None)
+
+
+def _finding(bars: list[Bar]) -> str:
+  """The best method at default dampings, and the oracle."""
+  methods = [bar for bar in bars if bar.group != ORACLE]
+  best = max(methods, key=lambda bar: bar.default[0])
+  text = f"best at default dampings is {best.label} with {percent(*best.default)} %"
+  at_best = lambda bar: bar.best or bar.default
+  top = max(methods, key=lambda bar: at_best(bar)[0])
+  if top.best is not None:
+    text += f", tuned on the benchmark {top.label} with {percent(*top.best)} %"
+  for oracle in (bar for bar in bars if bar.group == ORACLE):
+    text += f"; one retrained model more reaches {percent(*oracle.default)} %"
+  return text + "."

@@ -1,0 +1,1 @@
+"""What everything is made of: types, random keys, examples, draws."""

@@ -1,0 +1,149 @@
+"""Work that is not finished, on disk: a stopped stage goes on from there."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxinf.core.types import PyTree
+from jaxinf.engine import processes
+from jaxinf.engine.artifacts import plain, refuse_stale
+
+
+@dataclasses.dataclass(frozen=True)
+class Resume:
+  """Where a computation keeps what it has so far, so that a killed one goes on from there.
+
+  Attributes:
+    folder: of the files; delete it when the result is safe.
+    every: batches between two savings.
+  """
+
+  folder: Path
+  every: int = 100
+
+
+class PartialSums:
+  """The sums of an unfinished reduction (a `parallel.Partial`), in one file written atomically.
+
+  With several processes each keeps a file of its own.
+
+  Args:
+    path: the file, an .npz.
+    key: what the sums depend on, as JSON.
+    every: batches between two savings.
+  """
+
+  def __init__(self, path: Path, key: Mapping[str, Any], every: int):
+    if every < 1:
+      raise ValueError(f"Sums are saved every so many batches, at least 1; got every={every}.")
+    path = path.with_name(path.stem + processes.suffix() + path.suffix)
+    self._path, self._key, self.every = path, plain(key), every
+
+  def save(self, rows_done: int, sums: list[np.ndarray]) -> None:
+    arrays = {"key": np.array(json.dumps(self._key)), "rows_done": np.array(rows_done)}
+    arrays |= {f"sum_{i}": array for i, array in enumerate(sums)}
+    _write(self._path, arrays)
+
+  def load(self) -> tuple[int, list[np.ndarray]] | None:
+    """(rows done, sums) as saved, or None; StaleArtifact for another key, ValueError if damaged."""
+    if not self._path.exists():
+      return None
+    try:
+      with np.load(self._path, allow_pickle=False) as file:
+        key, rows_done = json.loads(str(file["key"])), int(file["rows_done"])
+        sums = [file[f"sum_{i}"] for i in range(len(file.files) - 2)]
+    except Exception as error:  # zipfile and NumPy raise many kinds for damaged files
+      raise ValueError(
+        f"{self._path} cannot be read ({error}). Delete it to begin again from the first row."
+      ) from error
+    refuse_stale(self._path, key, self._key, "file")
+    return rows_done, sums
+
+  def discard(self) -> None:
+    """Removes the file, if there is one."""
+    for path in (self._path, _unfinished(self._path)):
+      path.unlink(missing_ok=True)
+
+
+class PartialOutputs:
+  """Rows of an unfinished map (a `parallel.PartialRows`): files that are written once, atomically.
+
+  Args:
+    folder: of the files; each process keeps its own there.
+    key: what the rows depend on, as JSON.
+    every: batches between two savings.
+    structure: a pytree with the structure of the rows.
+  """
+
+  def __init__(self, folder: Path, key: Mapping[str, Any], every: int, structure: PyTree = 0):
+    if every < 1:
+      raise ValueError(f"Rows are saved every so many batches, at least 1; got every={every}.")
+    self._folder, self._key, self.every = folder, plain(key), every
+    self._structure = jax.tree.structure(structure)
+    self._num_saved = 0
+
+  def load(self) -> list[PyTree]:
+    """The rows saved so far, file by file; StaleArtifact for another key, ValueError if damaged."""
+    rows: list[PyTree] = []
+    while (path := self._path(len(rows))).exists():
+      try:
+        with np.load(path, allow_pickle=False) as file:
+          key = json.loads(str(file["key"]))
+          leaves = [file[f"leaf_{i}"] for i in range(len(file.files) - 1)]
+      except Exception as error:  # zipfile and NumPy raise many kinds for damaged files
+        raise ValueError(
+          f"{path} cannot be read ({error}). Delete {self._folder} to begin again."
+        ) from error
+      refuse_stale(path, key, self._key, "file")
+      rows.append(jax.tree.unflatten(self._structure, leaves))
+    self._num_saved = len(rows)
+    return rows
+
+  def save(self, outputs: list[PyTree]) -> None:
+    whole = jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
+    arrays = {f"leaf_{i}": leaf for i, leaf in enumerate(jax.tree.leaves(whole))}
+    _write(self._path(self._num_saved), {"key": np.array(json.dumps(self._key)), **arrays})
+    self._num_saved += 1
+
+  def _path(self, number: int) -> Path:
+    return self._folder / f"rows-{number:06d}{processes.suffix()}.npz"
+
+
+class Kept:
+  """Arrays by name in a folder: kept(name, compute) computes and keeps, or reads what was kept.
+
+  With several processes all of them compute, and the primary writes.
+  """
+
+  def __init__(self, folder: Path):
+    self._folder = folder
+
+  def __call__(
+    self, name: str, compute: Callable[[], Mapping[str, np.ndarray]]
+  ) -> dict[str, np.ndarray]:
+    path = self._folder / f"{name}.npz"
+    if not processes.agreed(path.exists()):
+      arrays = dict(compute())
+      if processes.is_primary():
+        _write(path, arrays)
+      processes.wait_for_all(f"{name} kept")
+    with np.load(path, allow_pickle=False) as file:
+      return {name: file[name] for name in file.files}
+
+
+def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+  """Writes an .npz file atomically, and its folder where there is none."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with _unfinished(path).open("wb") as file:
+    np.savez(file, allow_pickle=False, **arrays)
+  os.replace(_unfinished(path), path)
+
+
+def _unfinished(path: Path) -> Path:
+  return path.with_name(path.name + ".partial")

@@ -1,1 +1,0 @@
-"""Gradients of single examples, as layer matrices, and their compression."""

@@ -1,0 +1,1 @@
+"""Finds the layers of any network, and taps their inputs and output gradients."""

@@ -1,0 +1,43 @@
+"""A batch's pairs a few at a time, where that is faster: on CPUs.
+
+Patches of all pairs and gradients of each go through main memory; those of a few pairs stay in the
+cache. Other devices take the whole batch, which has more to do at once.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxinf.core.types import PyTree
+
+_PAIRS = 8
+
+
+def summed(kernel: Callable[[PyTree], jax.Array], arrays: PyTree) -> jax.Array:
+  """kernel(arrays), where that is a sum over the first axis of arrays [B, …]."""
+
+  def by_chunks(arrays):
+    zeros = jnp.zeros_like(jax.eval_shape(kernel, arrays))
+    add = lambda total, chunk: (total + kernel(chunk), None)
+    return jax.lax.scan(add, zeros, _chunks(arrays, 1))[0]
+
+  return jax.lax.platform_dependent(arrays, cpu=by_chunks, default=kernel)
+
+
+def stacked(kernel: Callable[[PyTree], jax.Array], arrays: PyTree, *, each: int) -> jax.Array:
+  """kernel(arrays) [B / each, …], where each row depends on `each` consecutive pairs alone."""
+
+  def by_chunks(arrays):
+    rows = jax.lax.map(kernel, _chunks(arrays, each))
+    return rows.reshape(-1, *rows.shape[2:])
+
+  return jax.lax.platform_dependent(arrays, cpu=by_chunks, default=kernel)
+
+
+def _chunks(arrays: PyTree, multiple: int) -> PyTree:
+  """[B, …] → [B / size, size, …]: a multiple, and if it is not larger, of at most _PAIRS pairs."""
+  num = len(jax.tree.leaves(arrays)[0])
+  sizes = range(multiple, max(_PAIRS, multiple) + 1, multiple)
+  size = max(size for size in sizes if num % size == 0)
+  return jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), arrays)

@@ -1,0 +1,54 @@
+"""Denoisers by name. A model is a flax module called as model(x_t [B, H, W, C], t [B]) → ε."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from jaxinf.networks.mlp import MLP
+from jaxinf.networks.unet import UNet
+
+
+def build(name: str, fields: dict[str, Any], out_channels: int) -> nn.Module:
+  """Returns the model `name` with the given fields; lists among them become tuples.
+
+  Args:
+    name: a key of MODELS.
+    fields: the model's fields, all that have no default; `out_channels` is not among them.
+    out_channels: channels of the images, known from the data set.
+
+  Raises:
+    ValueError: an unknown name, unknown or missing fields, or fields that the model refuses.
+  """
+  if name not in MODELS:
+    raise ValueError(f"unknown model {name!r}; the models are {', '.join(sorted(MODELS))}")
+  known = {
+    field.name: field
+    for field in dataclasses.fields(MODELS[name])
+    if field.name not in ("parent", "name")
+  }
+  from_data = {"out_channels": out_channels} if known.pop("out_channels", None) else {}
+  if "out_channels" in fields:
+    raise ValueError(f"model {name!r}: leave out out_channels, the data set gives it")
+  unknown = sorted(set(fields) - set(known))
+  if unknown:
+    raise ValueError(f"model {name!r} has no fields {unknown}; it has {sorted(known)}")
+  missing = sorted(
+    key
+    for key, field in known.items()
+    if field.default is dataclasses.MISSING and key not in fields
+  )
+  if missing:
+    raise ValueError(f"model {name!r} lacks the fields {missing}; it has {sorted(known)}")
+  values = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+  return MODELS[name](**values, **from_data)
+
+
+def num_params(params: Any) -> int:
+  """Returns the number of scalars in a pytree of arrays (or of shapes)."""
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+MODELS: dict[str, type[nn.Module]] = {"unet": UNet, "mlp": MLP}

@@ -1,0 +1,42 @@
+"""A denoiser of dense layers only: small enough for experiments in seconds and exact curvature."""
+
+import math
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int, UInt
+
+from jaxinf.networks import modules
+
+
+class MLP(nn.Module):
+  """Predicts the noise ε of x_t from the pixels of x_t and sinusoidal features of t.
+
+  Raises ValueError where a width is not positive.
+  """
+
+  hidden: tuple[int, ...]  # widths of the hidden layers; () is a linear net
+  time_features: int
+
+  def __post_init__(self):
+    if any(width < 1 for width in self.hidden):
+      raise ValueError(f"MLP: hidden={self.hidden} must hold positive widths")
+    if self.time_features < 2:
+      raise ValueError(f"MLP: time_features={self.time_features} must be at least 2")
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(
+    self,
+    x_t: Float[Array, "B H W C"],
+    t: Int[Array, " B"],
+    *,
+    dropout_ids: UInt[Array, " B"] | None = None,
+  ) -> Float[Array, "B H W C"]:
+    """Returns ε_θ(x_t, t); there is no dropout, so `dropout_ids` changes nothing."""
+    del dropout_ids
+    time = modules.timestep_embedding(t, self.time_features, sin_first=True, freq_shift=0.0)
+    h = jnp.concatenate([x_t.reshape(x_t.shape[0], -1), time], axis=-1)
+    for i, width in enumerate(self.hidden):
+      h = modules.silu(modules.dense(width, f"hidden_{i}")(h))
+    return modules.dense(math.prod(x_t.shape[1:]), "out")(h).reshape(x_t.shape)

@@ -1,0 +1,261 @@
+"""Training of a denoiser: AdamW, warm-up, clipping, EMA; the loop that resumes exactly.
+
+The batch of a step, its draws of (t, ε), flips and dropout follow from (seed, step) alone, so an
+interrupted run that resumes from a checkpoint ends with the same parameters. EMA parameters are
+the model.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxinf import engine
+from jaxinf.core.random import fold_in_each, stream
+from jaxinf.core.types import Array, Params
+from jaxinf.data.dataset import Dataset
+from jaxinf.diffusion.objective import flipped, float_images, noised, squared_errors
+from jaxinf.diffusion.schedule import Schedule
+from jaxinf.engine import processes
+from jaxinf.engine.progress import Progress
+from jaxinf.runs.sections import TrainConfig
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything that a step changes."""
+
+  step: jax.Array  # [] int32, steps done
+  params: Params
+  ema_params: Params
+  opt_state: optax.OptState
+
+
+@flax.struct.dataclass
+class TrainRows:
+  """Rows of one step: images with their place in the step's batch, which their draws follow."""
+
+  images: Array  # [B, H, W, C]
+  places: Array  # [B] uint32
+  mask: Array  # [B]
+  weights: Array | None = None  # [B] of the examples in the loss; None: 1
+
+
+def learning_rate(config: TrainConfig) -> optax.Schedule:
+  """Linear warm-up from 0 to the peak, then cosine to 0 or constant."""
+  if not 0 <= config.warmup_steps < config.steps:
+    raise ValueError(
+      f"train.warmup_steps ({config.warmup_steps}) must be below train.steps ({config.steps})."
+    )
+  peak, warmup = config.learning_rate, config.warmup_steps
+  if config.decay == "cosine":
+    after = optax.cosine_decay_schedule(peak, config.steps - warmup)
+  elif config.decay == "constant":
+    after = optax.constant_schedule(peak)
+  else:
+    raise ValueError(f"train.decay must be cosine or constant; got {config.decay!r}.")
+  # Joined even for the constant: without warm-up, a linear schedule alone would stay at 0.
+  return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def optimiser(config: TrainConfig) -> optax.GradientTransformation:
+  """AdamW (0.9, 0.999) on gradients clipped to a global norm."""
+  return optax.chain(
+    optax.clip_by_global_norm(config.clip_norm),
+    optax.adamw(learning_rate(config), weight_decay=config.weight_decay),
+  )
+
+
+def ema_decay(step: jax.Array, max_decay: float, power: float) -> jax.Array:
+  """min(max_decay, 1 − (1 + step)^(−power)) for the update after `step` steps (from 0)."""
+  return jnp.minimum(max_decay, 1 - (1.0 + step) ** -power)
+
+
+def init_state(model: nn.Module, image_shape: tuple, config: TrainConfig, seed: int) -> TrainState:
+  """Initial parameters from the seed; the EMA starts there. ValueError for impossible settings."""
+  _check_counts(config)
+  images = jnp.zeros((1, *image_shape))
+  variables = jax.jit(model.init)(stream(seed, "init"), images, jnp.zeros(1, jnp.int32))
+  params = variables["params"]
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    ema_params=params,
+    opt_state=optimiser(config).init(params),
+  )
+
+
+def train_step(
+  model: nn.Module,
+  schedule: Schedule,
+  config: TrainConfig,
+  *,
+  random_flip: bool,
+  seed: int | jax.Array,
+) -> tuple[Callable, Callable]:
+  """The two halves of a step: sums over rows, and the update from their totals.
+
+  With w = mask · weights, sums(state, rows) → (Σ w · ∇ℓ, Σ w · ℓ, Σ mask), and
+  update(state, totals) → (state, metrics). The seed may be traced.
+  """
+  transform = optimiser(config)
+
+  def total_loss(params, step, rows):
+    key = jax.random.fold_in(stream(seed, "train"), step)
+    keys = fold_in_each(key, rows.places)
+    images = float_images(rows.images)
+    if random_flip:
+      images = flipped(images, keys)
+    dropout = {"dropout": jax.random.fold_in(stream(seed, "dropout"), step)}
+
+    def apply_fn(params, x_t, t):
+      return model.apply({"params": params}, x_t, t, dropout_ids=rows.places, rngs=dropout)
+
+    pairs = noised(schedule, images, keys)
+    losses = squared_errors(apply_fn(params, pairs.x_t, pairs.t), pairs)
+    return jnp.sum(
+      rows.mask * losses if rows.weights is None else rows.mask * rows.weights * losses
+    )
+
+  def sums(state, rows):
+    loss, grads = jax.value_and_grad(total_loss)(state.params, state.step, rows)
+    return grads, loss, jnp.sum(rows.mask)
+
+  def update(state, totals):
+    grads, loss, count = totals
+    grads = jax.tree.map(lambda g: g / count, grads)
+    updates, opt_state = transform.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    decay = ema_decay(state.step, config.ema_max_decay, config.ema_warmup_power)
+    ema_params = optax.incremental_update(params, state.ema_params, 1 - decay)
+    metrics = {"loss": loss / count, "grad_norm": optax.global_norm(grads)}
+    return TrainState(state.step + 1, params, ema_params, opt_state), metrics
+
+  return sums, update
+
+
+class NonFiniteLoss(ValueError):
+  """Training met a loss, or a gradient of it, that is infinite or not a number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+  """What the loop tells the outside: both are called with host values."""
+
+  save: Callable[[int, TrainState], Any] = lambda step, state: None
+  log: Callable[[int, dict[str, float]], Any] = lambda step, metrics: None
+
+
+def fit(
+  model: nn.Module,
+  schedule: Schedule,
+  dataset: Dataset,
+  config: TrainConfig,
+  *,
+  seed: int,
+  state: TrainState | None = None,
+  hooks: Hooks = Hooks(),
+  stop_after: int | None = None,
+  devices: Sequence[jax.Device] | None = None,
+) -> TrainState:
+  """Trains from `state` (from scratch where None) to config.steps; returns the final state.
+
+  Args:
+    model: a denoiser of jaxinf.networks.
+    schedule: the diffusion process.
+    dataset: the training images.
+    config: optimisation settings.
+    seed: of initialisation, batches, draws, flips and dropout.
+    state: where to go on from.
+    hooks: save is called every config.checkpoint_every steps and at the end, log every
+      config.log_every steps.
+    stop_after: stop once that many steps are done in all (an interruption, for tests).
+    devices: local devices; all of them where None.
+
+  Raises:
+    NonFiniteLoss: with the step; states saved before it are sound.
+    ValueError: a number of steps or examples in `config` is below 1.
+  """
+  state = init_state(model, dataset.image_shape, config, seed) if state is None else state
+  halves = train_step(model, schedule, config, random_flip=dataset.random_flip, seed=seed)
+  step_fn = engine.parallel_step(*halves, devices=devices)
+  start = int(state.step)
+  end = config.steps if stop_after is None else min(config.steps, stop_after)
+  num_devices = engine.num_step_devices(devices)
+  batches = Batches(len(dataset), config.batch_size, seed)
+  replicated = engine.replicate(state, devices)
+  recent: list[Any] = []  # metrics not yet looked at, so that the host need not wait each step
+
+  with Progress(processes.label("train"), config.steps, "steps", start) as progress:
+    for step in range(start, end):
+      rows = engine.shard_of_step(batches.rows(dataset, step, num_devices), devices)
+      replicated, metrics = step_fn(replicated, rows)
+      recent.append(metrics)
+      done = step + 1
+      saving = done % config.checkpoint_every == 0 or done == end
+      if done % config.log_every == 0 or saving:
+        means = checked_means([engine.first(metrics) for metrics in recent], done)
+        recent.clear()
+        hooks.log(done, means)
+        progress.advance_to(done, f"loss {means['loss']:.4f}")
+      if saving:
+        hooks.save(done, engine.first(replicated))
+  return engine.first(replicated)
+
+
+def checked_means(recent: list[dict[str, np.ndarray]], done: int) -> dict[str, float]:
+  """Means of the metrics of the last len(recent) steps, all of which must be finite."""
+  for step, metrics in enumerate(recent, done - len(recent) + 1):
+    if not all(np.isfinite(value).all() for value in metrics.values()):
+      raise NonFiniteLoss(
+        f"The loss of step {step} is {metrics['loss']} and its gradient's norm is "
+        f"{metrics['grad_norm']}. Training stopped; lower train.learning_rate or train.clip_norm, "
+        "or look for bad images."
+      )
+  return {name: float(np.mean([m[name] for m in recent])) for name in recent[0]}
+
+
+def _check_counts(config: TrainConfig) -> None:
+  for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
+    if getattr(config, name) < 1:
+      raise ValueError(f"train.{name} must be at least 1; got {getattr(config, name)}.")
+
+
+@dataclasses.dataclass
+class Batches:
+  """The examples of each step: epochs of shuffled examples, a function of (seed, step)."""
+
+  num_examples: int
+  batch_size: int
+  seed: int
+
+  def examples(self, step: int, places: np.ndarray) -> np.ndarray:
+    """Which of the examples stand at `places` in the batch of a step; beyond it, its last one."""
+    positions = step * self.batch_size + np.minimum(places, self.batch_size - 1)
+    epochs, offsets = np.divmod(positions, self.num_examples)
+    examples = np.empty(len(places), np.int64)
+    for epoch in np.unique(epochs):
+      here = epochs == epoch
+      examples[here] = self._order(int(epoch))[offsets[here]]
+    return examples
+
+  def rows(self, dataset: Dataset, step: int, num_devices: int = 1) -> TrainRows:
+    """The rows of a step, padded to as many for each of the devices."""
+    places = np.arange(-(-self.batch_size // num_devices) * num_devices)
+    return TrainRows(
+      images=dataset.images[self.examples(step, places)],
+      places=places.astype(np.uint32),
+      mask=(places < self.batch_size).astype(np.float32),
+    )
+
+  def _order(self, epoch: int) -> np.ndarray:
+    if getattr(self, "_epoch", None) != epoch:
+      self._epoch = epoch
+      self._permutation = np.random.default_rng((self.seed, epoch)).permutation(self.num_examples)
+    return self._permutation

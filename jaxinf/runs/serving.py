@@ -1,0 +1,142 @@
+"""The stages that keep training gradients and answer new queries from them.
+
+`index` leaves a store in workdir/index; `query` scores images from a file, and what they find lies
+under workdir/query/, in a folder named after the file. `index-append`, `index-delete` and
+`index-verify` keep the store.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from jaxinf import data
+from jaxinf.compression.compression import compression_named
+from jaxinf.data.dataset import Dataset
+from jaxinf.engine import artifacts, processes
+from jaxinf.engine.artifacts import Artifact
+from jaxinf.engine.resources import measured
+from jaxinf.runs.config import as_dict
+from jaxinf.runs.run import Outcome, Run, draw_design, load_curvature, load_task
+from jaxinf.runs.sections import DataConfig
+from jaxinf.store.index import build_index, open_index
+from jaxinf.store.store import Store
+
+_LOG = logging.getLogger("jaxinf")
+_MIB = 2**20
+
+
+def index(run: Run) -> Outcome:
+  """The store of all training gradients."""
+  config, task = run.config.index, load_task(run)
+  store = build_index(
+    store_folder(run), task, load_curvature(run, task), run.dataset.images, draws=config.draws,
+    seed=run.config.seed, train_ids=run.dataset.ids, draw_groups=config.draw_groups,
+    design=draw_design(config.design, run.dataset.random_flip),
+    compression=compression_named(config.compression, config.compression_size),
+    batch_size=config.batch_size, reserve_bytes=config.reserve_mib * _MIB, devices=run.devices,
+  )  # fmt: skip
+  notes = {"settings": store.settings, "num_bytes": store.num_bytes, "files": ["store"]}
+  what = f"the gradients of {len(store)} images ({store.num_bytes / _MIB:,.1f} MiB)"
+  return {}, notes, what
+
+
+def load_store(run: Run) -> Store:
+  """The store of a run, checked against its model and curvature."""
+  task = load_task(run)
+  return open_index(store_folder(run), task, load_curvature(run, task))
+
+
+def store_folder(run: Run) -> Path:
+  """Where the rows lie."""
+  return run.folder("index") / "store"
+
+
+def query(run: Run) -> Artifact:
+  """The best training images of each of `run.images`, from the store; printed, and kept."""
+  config, images = run.config.query, _given_images(run)
+  processes.check_same(images.fingerprint(), "the images of --images")
+  store = load_store(run)
+  section = {k: v for k, v in as_dict(config).items() if k != "batch_size"}
+  key = artifacts.plain({
+    "seed": run.config.seed, "query": section, "images": images.fingerprint(),
+    "index": store.rows.ledger.content,
+  })  # fmt: skip
+  assert run.images is not None
+  folder = run.folder("query") / f"{run.images.stem}-{artifacts.fingerprint_of(key)[:8]}"
+  if processes.agreed(artifacts.finished(folder, key)):
+    artifact = artifacts.read(folder)
+  else:
+    with measured() as cost:
+      found = store.query(
+        images.images, damping=config.damping, draws=config.draws, seed=run.config.seed,
+        measurement=config.measurement, query_ids=images.ids, query_groups=config.query_groups,
+        layers=config.layers, top_k=config.top_k, batch_size=config.batch_size,
+        devices=run.devices,
+      )  # fmt: skip
+    arrays = {"query_ids": images.ids, **dataclasses.asdict(found)}
+    if processes.is_primary():
+      artifacts.write(folder, key, arrays, notes={"settings": store.settings}, cost=cost)
+    processes.wait_for_all("query written")
+    artifact = artifacts.read(folder)
+  if processes.is_primary():
+    print(_table(artifact.arrays))
+    _LOG.info("query: %d images; the numbers are in %s", len(images), folder / "arrays.npz")
+  return artifact
+
+
+def append(run: Run) -> Store:
+  """Adds `run.images` to the store as training images."""
+  images, config = _given_images(run), run.config.index
+  processes.check_same(images.fingerprint(), "the images of --images")
+  store = load_store(run)
+  store.append(
+    images.images, images.ids, batch_size=config.batch_size,
+    reserve_bytes=config.reserve_mib * _MIB, devices=run.devices,
+  )  # fmt: skip
+  _LOG.info("index-append: %d images, now %d in the store", len(images), len(store))
+  return store
+
+
+def delete(run: Run) -> Store:
+  """Deletes the training images `run.ids` from the store."""
+  if not run.ids:
+    raise ValueError("Say which images to delete: --ids=ID,ID,…")
+  processes.check_same(" ".join(run.ids), "--ids")
+  store = load_store(run)
+  store.delete(run.ids)
+  _LOG.info("index-delete: %d images, now %d in the store", len(run.ids), len(store))
+  return store
+
+
+def verify(run: Run) -> Store:
+  """Reads the whole store and compares its checksums."""
+  store = load_store(run)
+  size = store.verify() / _MIB
+  _LOG.info("index-verify: %s is sound: %d images, %.1f MiB", store.rows.folder, len(store), size)
+  return store
+
+
+def _given_images(run: Run) -> Dataset:
+  """The images of `run.images`, an .npz file or a folder."""
+  if run.images is None:
+    raise ValueError("Say which images: --images=FILE.npz or --images=FOLDER.")
+  name = "arrays" if run.images.suffix == ".npz" else "folder"
+  if not run.images.exists():
+    raise ValueError(f"--images={run.images} does not exist.")
+  if not (run.images.is_dir() if name == "folder" else run.images.is_file()):
+    raise ValueError(f"--images must be an .npz file or a folder of images; got {run.images}.")
+  size = run.config.data.image_size if name == "folder" else None
+  return data.load(DataConfig(name, None, str(run.images), size, None, run.config.data.seed))
+
+
+def _table(arrays: Mapping[str, np.ndarray]) -> str:
+  """The best training images of each query as aligned text."""
+  lines = ["The training images that support each image most: score ± standard error"]
+  fields = zip(*(arrays[n] for n in ("query_ids", "ids", "values", "std_errors")), strict=True)
+  for query_id, *row in fields:
+    lines.append(f"{query_id}")
+    lines += [f"  {i!s:24} {v:12.5g} ± {e:.2g}" for i, v, e in zip(*row, strict=True)]
+  return "\n".join(lines)

@@ -1,0 +1,223 @@
+"""How far down its list the order of a query's training examples can be trusted.
+
+Split halves, without assumptions on the noise: the groups of draws form two disjoint halves, and
+each half ranks the examples. h_i, the scores of half i, is the mean over its ⌊G/2⌋ groups of
+training draws; where there are groups of query draws,
+
+  h_i = mean of training groups in half i + (mean of query groups in half i − mean of all query
+        groups),
+
+to first order the scores from that half of the query draws and that half of the training draws.
+All is averaged over splits. It is conservative, for two reasons: the scores themselves have twice
+the draws of a half, and h_i lacks the product of both noises, so that with much noise on both sides
+halves agree too little (nothing but noise: a correlation of −⅓ instead of 0). Without groups of
+query draws (None or A = 1) the noise of query gradients is not counted.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from jaxinf.scores.scores import Scores
+
+Halving = tuple[tuple[int, ...], tuple[int, ...]]  # groups in the first half, in the second
+
+
+@dataclasses.dataclass(frozen=True)
+class RankStability:
+  """Agreement between rankings of two halves of the draws; see `rank_stability`.
+
+  Attributes:
+    depths: [K] k = 1, 2, 3, 5, 10, 20, 50, … and last ⌊N/2⌋.
+    overlap: [Q, K] |top-k(h₁) ∩ top-k(h₂)| / k, mean over splits.
+    chance: [K] k / N, the overlap to expect of pure noise.
+    correlation: [Q] Spearman's rank correlation of h₁ and h₂ over all N examples, mean over splits.
+  """
+
+  depths: np.ndarray
+  overlap: np.ndarray
+  chance: np.ndarray
+  correlation: np.ndarray
+
+  @property
+  def reliability(self) -> np.ndarray:
+    """[Q] correlation to expect between these scores and those of as many fresh draws.
+
+    Spearman and Brown's 2r / (1 + r) of the correlation r of halves, 0 where r < 0. With an odd
+    number of groups a half has less than half the draws, and the truth is a little higher.
+    """
+    correlation = np.maximum(self.correlation, 0)
+    return 2 * correlation / (1 + correlation)
+
+  def depth(self, agreement: float = 0.8) -> np.ndarray:
+    """[Q] ints: the depth k down to which a query's top lists can be trusted.
+
+    The largest of the depths such that the overlap reaches `agreement` there and at all smaller
+    depths from 5 on (from ⌊N/2⌋ where that is less); 0 where it fails at the first of these. Above
+    5 nothing is asked: which example comes first is a coin's flip between near ties.
+    """
+    asked = self.depths >= min(5, self.depths[-1])
+    reached = np.logical_and.accumulate(self.overlap[:, asked] >= agreement, axis=1)
+    return np.concatenate([[0], self.depths[asked]])[reached.sum(axis=1)]
+
+  def summary(self) -> str:
+    """One line on the top 10 (or ⌊N/2⌋), the trusted depth and the correlation."""
+    column = np.flatnonzero(self.depths <= 10)[-1]
+    overlap = self.overlap[:, column]
+    depth = np.percentile(self.depth(), 50, method="lower")
+    return (
+      f"top {self.depths[column]}: halves of the draws agree on {_percent(overlap.mean())} "
+      f"(worst query {_percent(overlap.min())}, chance {_percent(self.chance[column])}); "
+      f"on 80 % down to depth {depth} in the median query; rank correlation "
+      f"{self.correlation.mean():.2f}, of all draws with as many fresh ones "
+      f"{self.reliability.mean():.2f}"
+    )
+
+
+def rank_stability(scores: Scores, *, seed: int = 0, num_splits: int = 20) -> RankStability:
+  """Compares the rankings of two halves of the draws, at all depths.
+
+  Args:
+    scores: of Q queries and N ≥ 2 training examples, in G ≥ 2 groups of training draws.
+    seed: of the splits, where there are more than num_splits, and of the order of equal scores.
+    num_splits: to average over; all distinct ones where there are fewer.
+
+  Raises:
+    ValueError: there is one group of draws only, or one training example.
+  """
+  weights = split_weights(scores, seed=seed, num_splits=num_splits)
+  _, num_queries, num_train = scores.group_values.shape
+  if num_train < 2:
+    raise ValueError("Ranks need at least two training examples; the scores are of one.")
+  depths = _depths(num_train // 2)
+  ties = np.random.default_rng(seed).permutation(num_train)
+  overlap = np.empty((num_queries, len(depths)))
+  correlation = np.empty(num_queries)
+  for query in range(num_queries):
+    joined = np.zeros(num_train, int)  # how many examples enter both tops at each depth
+    correlations = []
+    for halves in split_halves(scores, query, weights):
+      ranks = half_ranks(halves, ties)
+      joined += np.bincount(ranks.max(axis=0), minlength=num_train)
+      correlations.append(rank_correlation(ranks))
+    overlap[query] = joined.cumsum()[depths - 1] / (len(weights) * depths)
+    correlation[query] = np.mean(correlations)
+  return RankStability(depths, overlap, depths / num_train, correlation)
+
+
+def top_overlap(scores: Scores, k: int, *, seed: int = 0, num_splits: int = 20) -> np.ndarray:
+  """[Q] |top-k(h₁) ∩ top-k(h₂)| / k, mean over splits: `rank_stability` at one depth, faster.
+
+  Raises:
+    ValueError: there is one group of draws only, or k is not in 1…N.
+  """
+  weights = split_weights(scores, seed=seed, num_splits=num_splits)
+  _, num_queries, num_train = scores.group_values.shape
+  if not 1 <= k <= num_train:
+    raise ValueError(f"k must lie in 1…{num_train}, the number of training examples; got {k}.")
+  ties = np.random.default_rng(seed).permutation(num_train)
+  overlap = np.zeros(num_queries)
+  for query in range(num_queries):
+    for first, second in split_halves(scores, query, weights):
+      chosen = np.zeros(num_train, bool)
+      chosen[np.argpartition(-first, k - 1)[:k]] = True
+      overlap[query] += chosen[ties[np.argpartition(-second[ties], k - 1)[:k]]].sum()
+  return overlap / (len(weights) * k)
+
+
+def split_weights(scores: Scores, *, seed: int, num_splits: int) -> np.ndarray:
+  """[S, 2, G + A] weights of groups of draws in the two halves of S distinct splits.
+
+  Training groups come first, then query groups (none where A < 2). Of an odd number of groups a
+  split leaves one out. Swapping both halves gives the same split.
+
+  Raises:
+    ValueError: there is one group of training draws only, or num_splits < 1.
+  """
+  num_train, num_query = len(scores.group_values), len(query_groups(scores))
+  if num_train < 2:
+    raise ValueError(
+      "Halves of the draws need at least 2 groups of training draws; the scores have 1. Compute "
+      "them with draw_groups ≥ 2 (4 or more allow several splits)."
+    )
+  if num_splits < 1:
+    raise ValueError(f"num_splits must be at least 1; got {num_splits}.")
+  if _num_halvings(num_train) * _num_halvings(num_query) // 2 <= num_splits:
+    pairs = itertools.product(_halvings(num_train), _halvings(num_query))
+    splits = dict.fromkeys(pair for pair in pairs if pair[0][0] < pair[0][1])
+  else:
+    rng = np.random.default_rng(seed)
+    splits = {}
+    while len(splits) < num_splits:
+      train, query = _random_halving(rng, num_train), _random_halving(rng, num_query)
+      splits[(train, query) if train[0] < train[1] else (train[::-1], query[::-1])] = None
+  weights = np.zeros((len(splits), 2, num_train + num_query))
+  weights[..., num_train:] = -1 / max(num_query, 1)
+  for rows, (train, query) in zip(weights, splits, strict=True):
+    for row, train_half, query_half in zip(rows, train, query, strict=True):
+      row[list(train_half)] = 1 / len(train_half)
+      row[[num_train + group for group in query_half]] += 1 / max(len(query_half), 1)
+  return weights
+
+
+def query_groups(scores: Scores) -> np.ndarray:
+  """[A, Q, N] scores from groups of query draws; A = 0 where these do not split."""
+  groups = scores.query_group_values
+  return scores.group_values[:0] if groups is None or len(groups) < 2 else groups
+
+
+def split_halves(scores: Scores, query: int, weights: np.ndarray) -> Iterator[np.ndarray]:
+  """Yields (h₁, h₂) [2, N] float32 of one query for each split of weights [S, 2, G + A]."""
+  both = scores.group_values[:, query], query_groups(scores)[:, query]
+  groups = np.concatenate(both).astype(np.float64)
+  for pair in weights:
+    yield (pair @ groups).astype(np.float32)
+
+
+def half_ranks(halves: np.ndarray, ties: np.ndarray) -> np.ndarray:
+  """Ranks [2, N] of halves [2, N], 0 for the highest.
+
+  Of equal scores the first half takes them as they come and the second in the order of the
+  permutation `ties` [N], so that scores that don't differ don't agree either.
+  """
+  ranks = np.empty(halves.shape, int)
+  ranks[0, np.argsort(-halves[0])] = np.arange(len(ties))
+  ranks[1, ties[np.argsort(-halves[1, ties])]] = np.arange(len(ties))
+  return ranks
+
+
+def rank_correlation(ranks: np.ndarray) -> float:
+  """Spearman's 1 − 6 Σ d² / (N (N² − 1)) of ranks [2, N] without ties, d their differences."""
+  num = ranks.shape[1]
+  return 1 - 6 * float(np.square(ranks[0] - ranks[1], dtype=float).sum()) / (num * (num**2 - 1))
+
+
+def _num_halvings(num: int) -> int:
+  half = num // 2
+  return math.comb(num, half) * math.comb(num - half, half)
+
+
+def _halvings(num: int) -> Iterator[Halving]:
+  """All ordered pairs of disjoint halves of `num` groups."""
+  for first in itertools.combinations(range(num), num // 2):
+    rest = [group for group in range(num) if group not in first]
+    for second in itertools.combinations(rest, num // 2):
+      yield first, second
+
+
+def _random_halving(rng: np.random.Generator, num: int) -> Halving:
+  order, half = rng.permutation(num).tolist(), num // 2
+  return tuple(sorted(order[:half])), tuple(sorted(order[half : 2 * half]))
+
+
+def _depths(last: int) -> np.ndarray:
+  """[K] 1, 2, 3, 5, 10, 20, 50, 100, … below `last`, then `last` ≥ 1."""
+  steps = (digit * 10**power for power in range(len(str(last))) for digit in (1, 2, 5))
+  return np.array(sorted({depth for depth in (*steps, 3) if depth < last} | {last}))
+
+
+def _percent(share: float) -> str:
+  return f"{100 * share:{'.0f' if share >= 0.01 else '.1g'}} %"

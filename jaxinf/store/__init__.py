@@ -1,0 +1,1 @@
+"""Training gradients kept on disk, which answer new queries."""

@@ -1,0 +1,115 @@
+"""Gradients as the rows of a store: in the curvature's eigenbasis, their numbers of one size.
+
+A row is V = Q_outᵀ ∇ℓ Q_in divided by √(Λ + ε), compressed. It knows no damping: with a query's
+gradient U in that basis, the score is the sum over layers and entries of
+
+  row_i · U_i √(Λ_i + ε) / (Λ_i + λ).
+"""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinf import engine
+from jaxinf.attribution.kernels import inner_products
+from jaxinf.compression.compression import Blockwise
+from jaxinf.core.types import Array, Eigenbasis, Matrices, PyTree
+from jaxinf.curvature.curvature import Curvature
+from jaxinf.curvature.eigenbasis import to_eigenbasis
+from jaxinf.engine import processes
+from jaxinf.store.flat import flat_products, flat_vectors
+from jaxinf.store.packing import Packing
+
+_FLOOR = 1e-6  # ε as a share of the mean of a layer's Λ
+
+
+def rotations(curvature: Curvature) -> dict[str, Eigenbasis]:
+  """Layer name → its eigenbasis in float32, as the kernels of the store take it."""
+  single = lambda x: None if x is None else np.asarray(x, np.float32)
+  return {
+    name: Eigenbasis(single(b.q_in), single(b.q_out), single(b.eigenvalues))
+    for name, b in curvature.bases.items()
+  }
+
+
+def widths_of(eigenvalues: Array) -> Array:
+  """√(Λ + ε) [(groups,) d_out, d_in]: about the size of a gradient's numbers in the eigenbasis."""
+  floor = _FLOOR * jnp.mean(eigenvalues) + jnp.finfo(jnp.float32).tiny
+  return jnp.sqrt(eigenvalues + floor)
+
+
+@functools.lru_cache(maxsize=8)  # so that it compiles once, however often rows are appended
+def pack_kernel(packing: Packing) -> engine.Kernel:
+  """Kernel from gradients to the arrays [B, W_k] of the store; its operands are the rotations."""
+
+  def kernel(bases: dict[str, Eigenbasis], grads: Matrices) -> list[jax.Array]:
+    with jax.default_matmul_precision("highest"):
+      rows = {
+        name: to_eigenbasis(grad, bases[name]) / widths_of(bases[name].eigenvalues)
+        for name, grad in grads.items()
+      }
+    return packing.pack(rows, {name: basis.eigenvalues for name, basis in bases.items()})
+
+  return kernel
+
+
+def query_vectors(
+  curvature: Curvature,
+  gradient_batches: Iterator[Matrices],
+  *,
+  num_rows: int,
+  dampings: Sequence[float],
+  layers: Sequence[str],
+) -> Matrices:
+  """Layer name → U √(Λ + ε) / (Λ + λ) [L · R, …], damping-major, of R rows of query gradients.
+
+  Args:
+    curvature: H.
+    gradient_batches: layer name → this process's share of the R rows, a few at a time.
+    num_rows: R.
+    dampings: the L values of λ.
+    layers: names of the layers wanted.
+  """
+  bases = rotations(curvature)
+  parts: dict[str, list[list[np.ndarray]]] = {name: [[] for _ in dampings] for name in layers}
+  for grads in gradient_batches:
+    for name in layers:
+      for part, damping in zip(parts[name], dampings, strict=True):
+        part.append(np.asarray(_vectors(grads[name], bases[name], damping)))
+  joined = lambda part: processes.gathered(np.concatenate(part), num_rows)
+  return {name: np.concatenate([joined(p) for p in of_layer]) for name, of_layer in parts.items()}
+
+
+def product_kernel(packing: Packing, layers: Sequence[str]) -> engine.Kernel:
+  """Kernel from the arrays of a store [B, W_k] to products [B, R] with R query vectors.
+
+  Its operands are those of `product_operands`.
+  """
+  compression = packing.compression
+  if isinstance(compression, Blockwise):
+    return lambda vectors, arrays: flat_products(compression, vectors, arrays)
+
+  def kernel(operands: tuple[Matrices, Matrices], arrays: Sequence[Array]) -> jax.Array:
+    vectors, eigenvalues = operands
+    return inner_products(packing.unpack(arrays, eigenvalues, layers), vectors)
+
+  return kernel
+
+
+def product_operands(
+  packing: Packing, vectors: Matrices, eigenvalues: Mapping[str, Array]
+) -> PyTree:
+  """Operands of the product kernel of these layers: query vectors [R, …] and Λ, by layer name."""
+  if isinstance(packing.compression, Blockwise):
+    return flat_vectors(packing, packing.compression.block_size, vectors, tuple(vectors))
+  return vectors, {name: eigenvalues[name] for name in vectors}
+
+
+@jax.jit
+def _vectors(grads: Array, basis: Eigenbasis, damping: float) -> Array:
+  with jax.default_matmul_precision("highest"):
+    rotated = to_eigenbasis(grads, basis)
+  return rotated * (widths_of(basis.eigenvalues) / (basis.eigenvalues + damping))

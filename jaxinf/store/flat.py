@@ -1,0 +1,82 @@
+"""Inner products with packed rows at the speed of memory: all layers as one long row.
+
+Where a compression keeps each number, or each block of numbers, by itself, the packed arrays of
+all layers are those of one long vector, and the products with R query vectors one matrix product.
+On a CPU it is made tile by tile, so that restored numbers stay in the cache; other devices restore
+a few rows whole.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinf.compression.compression import Blockwise
+from jaxinf.store.packing import Packing
+
+_TILE = 4096  # numbers of a row
+
+
+def flat_vectors(
+  packing: Packing, block: int, vectors: Mapping[str, np.ndarray], names: Sequence[str]
+) -> np.ndarray:
+  """Vectors [R, …] of layers as long vectors [R, F] over the columns that hold those layers.
+
+  Layers that lie between them, and the padding of blocks, have zeros.
+
+  Args:
+    packing: of the rows.
+    block: numbers that are kept together.
+    vectors: layer name → [R, …].
+    names: of the layers.
+  """
+  order = list(packing.shapes)
+  first, last = (pick(order.index(name) for name in names) for pick in (min, max))
+  num, parts = len(next(iter(vectors.values()))), []
+  for name in order[first : last + 1]:
+    size = int(np.prod(packing.shapes[name]))
+    part = np.zeros((num, -(-size // block) * block), np.float32)
+    if name in vectors:
+      part[:, :size] = np.reshape(vectors[name], (num, size))
+    parts.append(part)
+  return np.concatenate(parts, axis=1)
+
+
+def flat_products(
+  compression: Blockwise, vectors: jax.Array, arrays: Sequence[jax.Array]
+) -> jax.Array:
+  """[B, R] inner products of packed rows, arrays [B, W_k], with long vectors [R, F]."""
+  width = vectors.shape[1]
+  tile = min(-(-_TILE // compression.block_size) * compression.block_size, width)
+  ratios = [array.shape[1] / width for array in arrays]  # columns for each number
+
+  def product(number: int | jax.Array, size: int) -> jax.Array:
+    """Of the tile of that number, `size` numbers long."""
+    cut = lambda x, ratio: jax.lax.dynamic_slice_in_dim(
+      x, number * round(tile * ratio), round(size * ratio), axis=1
+    )
+    columns = [cut(x, ratio) for x, ratio in zip(arrays, ratios, strict=True)]
+    return jnp.matmul(
+      compression.restore_columns(columns), cut(vectors, 1.0).T, precision=jax.lax.Precision.HIGHEST
+    )
+
+  def by_tiles() -> jax.Array:
+    whole, rest = divmod(width, tile)
+    zeros = jnp.zeros((len(arrays[0]), len(vectors)))
+    total = jax.lax.fori_loop(0, whole, lambda i, sums: sums + product(i, tile), zeros)
+    return total + product(whole, rest) if rest else total
+
+  def at_once() -> jax.Array:
+    return jnp.matmul(
+      compression.restore_columns(arrays), vectors.T, precision=jax.lax.Precision.HIGHEST
+    )
+
+  if len(arrays) == 1 and arrays[0].dtype == jnp.float32:
+    return at_once()
+  return jax.lax.platform_dependent(cpu=by_tiles, default=at_once)
+
+
+def bits_of(array: np.ndarray) -> np.ndarray:
+  """bfloat16 as uint16, without a copy; other arrays as they are."""
+  return array.view(np.uint16) if array.dtype == jnp.bfloat16 else array

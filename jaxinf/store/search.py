@@ -1,0 +1,182 @@
+"""Scores of a store's rows for query vectors: all of them, or the best alone.
+
+Rows are read a chunk at a time, each device taking the next one; what was read stays in memory up
+to a limit, so that later queries need not read it again.
+"""
+
+import collections
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxinf.core.types import Matrices
+from jaxinf.curvature.curvature import Curvature
+from jaxinf.engine import local_devices, processes
+from jaxinf.scores.scores import Ranking, Scores
+from jaxinf.store.eigenrows import product_kernel, product_operands
+from jaxinf.store.flat import bits_of
+from jaxinf.store.packing import Packing
+from jaxinf.store.rows import RowStore
+
+_ROWS_AT_ONCE = 256  # multiplied together
+
+
+def matching_layers(names: Iterable[str], patterns: Sequence[str] | None) -> tuple[str, ...]:
+  """The layers that any of the regular expressions matches, all where None; ValueError for none."""
+  names = tuple(names)
+  if patterns is None:
+    return names
+  found = tuple(n for n in names if any(re.search(p, n) for p in patterns))
+  if not found:
+    raise ValueError(f"No layer matches {list(patterns)}. There are: {', '.join(names)}.")
+  return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+  """Query vectors, and the store they are compared with.
+
+  Attributes:
+    rows: the store.
+    packing: of its rows.
+    curvature: whose Λ they were made with.
+    vectors: layer name → [Q · A, …] of the layers that count, query-major.
+    query_groups: A.
+    devices: local devices; all of them where None.
+  """
+
+  rows: RowStore
+  packing: Packing
+  curvature: Curvature
+  vectors: Matrices
+  query_groups: int
+  devices: Sequence[jax.Device] | None
+
+  def scores(self, query_ids: np.ndarray, settings: Mapping[str, Any]) -> Scores:
+    """The scores of all examples that are not deleted."""
+    ledger, kept = self.rows.ledger, self.rows.ledger.kept
+    begin, end = processes.share(len(kept))
+    parts = [products for _, products in self._products(begin, end)]
+    empty = np.zeros((0, ledger.groups, len(query_ids), self.query_groups), np.float32)
+    products = processes.gathered(np.concatenate([empty, *parts]), len(kept))[kept]
+    by_group = np.transpose(products.mean(axis=3), (1, 2, 0))
+    by_query = np.transpose(products.mean(axis=1), (2, 1, 0))
+    return Scores(
+      by_group, query_ids, ledger.ids[: len(kept)][kept], settings,
+      by_query if self.query_groups > 1 else None,
+    )  # fmt: skip
+
+  def best(self, k: int) -> Ranking:
+    """The k highest scores of each query; memory for Q × (k + a chunk)."""
+    ids, kept = self.rows.ledger.ids, self.rows.ledger.kept
+    if not 1 <= k <= kept.sum():
+      raise ValueError(f"top_k must lie in 1…{kept.sum()}, the examples of the store; got {k}.")
+    num_queries = len(next(iter(self.vectors.values()))) // self.query_groups
+    found = Best.none(num_queries)
+    begin, end = processes.share(len(kept))
+    for first, products in self._products(begin, end):
+      there = np.flatnonzero(kept[first : first + len(products)])
+      some = Scores(
+        np.transpose(products[there].mean(axis=3), (1, 2, 0)), np.arange(num_queries), there, {},
+        np.transpose(products[there].mean(axis=1), (2, 1, 0)) if self.query_groups > 1 else None,
+      )  # fmt: skip
+      found = found.merged(
+        Best(some.values, some.std_errors, np.tile(first + there, (num_queries, 1))), k
+      )
+    found = found.of_all_processes(k)
+    return Ranking(ids[found.positions], found.values, found.std_errors, found.positions)
+
+  def _products(self, begin: int, end: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields (example, products [n, G, Q, A]) of the examples begin … end − 1, block by block."""
+    groups = self.rows.ledger.groups
+    devices, names = local_devices(self.devices), tuple(self.vectors)
+    columns = self.packing.columns(names)
+    kernel = _kernel(self.packing, names)
+    eigenvalues = {n: np.asarray(self.curvature.bases[n].eigenvalues, np.float32) for n in names}
+    operands = product_operands(self.packing, self.vectors, eigenvalues)
+    placed = [jax.device_put(operands, device) for device in devices]
+    pending: collections.deque = collections.deque()
+
+    def finish():
+      row, parts = pending.popleft()
+      products = np.concatenate([np.asarray(part) for part in parts])
+      if not np.isfinite(products).all():
+        bad = row + int(np.argmin(np.isfinite(products).all(axis=1)))
+        raise ValueError(
+          "Some scores are not finite, first those of the training image "
+          f"{self.rows.ledger.ids[bad // groups].item()!r}: its gradients overflow, or those of a "
+          "query. Check that the model's outputs are finite for these images, or raise the damping."
+        )
+      return row // groups, products.reshape(
+        -1, groups, products.shape[1] // self.query_groups, self.query_groups
+      )
+
+    for number, (first, last) in enumerate(self.rows.blocks(begin * groups, end * groups)):
+      device = number % len(devices)
+      arrays = [bits_of(array) for array in self.rows.read(first, last, columns)]
+      parts = [
+        kernel(
+          placed[device],
+          jax.device_put([a[i : i + _ROWS_AT_ONCE] for a in arrays], devices[device]),
+        )
+        for i in range(0, last - first, _ROWS_AT_ONCE)
+      ]
+      pending.append((first, parts))
+      if len(pending) > 2 * len(devices):
+        yield finish()
+    while pending:
+      yield finish()
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+  """The best examples so far of each query, in no order: arrays [Q, n].
+
+  Attributes:
+    values: scores.
+    std_errors: of the scores.
+    positions: of the examples in the store.
+  """
+
+  values: np.ndarray
+  std_errors: np.ndarray
+  positions: np.ndarray
+
+  @classmethod
+  def none(cls, num_queries: int) -> "Best":
+    empty = np.zeros((num_queries, 0), np.float32)
+    return cls(empty, empty, empty.astype(int))
+
+  def merged(self, other: "Best", k: int) -> "Best":
+    """The k best of both, best first, ties by position."""
+    joined = [
+      np.concatenate(pair, axis=1) for pair in zip(self._arrays, other._arrays, strict=True)
+    ]
+    order = np.lexsort((joined[2], -joined[0]))[:, :k]
+    return Best(*(np.take_along_axis(array, order, axis=1) for array in joined))
+
+  def of_all_processes(self, k: int) -> "Best":
+    """The k best of what every process has found."""
+    if processes.count() == 1:
+      return self
+    missing = k - self.values.shape[1]
+    fill = lambda array, value: np.pad(array, ((0, 0), (0, missing)), constant_values=value)
+    padded = Best(fill(self.values, -np.inf), fill(self.std_errors, 0), fill(self.positions, 0))
+    num = len(padded.values)
+    everyones = [processes.gathered(array, num * processes.count()) for array in padded._arrays]
+    parts = zip(*(np.split(array, processes.count()) for array in everyones), strict=True)
+    return functools.reduce(lambda a, b: a.merged(b, k), (Best(*part) for part in parts))
+
+  @property
+  def _arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return self.values, self.std_errors, self.positions
+
+
+@functools.lru_cache(maxsize=8)
+def _kernel(packing: Packing, names: tuple[str, ...]):
+  return jax.jit(product_kernel(packing, names))

@@ -1,0 +1,293 @@
+"""Several processes: two real ones give the results of one, and go on after kill −9."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxinf.engine import artifacts, processes
+from jaxinf.runs import run as runs
+from jaxinf.runs import serving, stages
+from jaxinf.runs.commands import COMMANDS
+from jaxinf.runs.config import typed
+from tests import tiny
+
+ROOT = Path(__file__).parents[2]
+# Shares of 24 images, 3 samples and 40 draws in groups of 2 that 2 processes split unevenly, and
+# enough of them that a process can be killed on the way. int16 rounds by 1/32767 of a block.
+ATTRIBUTE = {"draws": 38, "draw_groups": 19, "query_groups": 1, "compression": "int16"}
+# Of the largest number, for float32 sums in another order; training and sampling amplify it.
+TOLERANCE = 1e-3
+
+
+# --- one process at a time, in threads that take its place ---
+
+
+@pytest.fixture
+def in_processes(monkeypatch):
+  """in_processes(num, function) → its results in `num` threads that exchange as processes do."""
+  own = threading.local()
+  monkeypatch.setattr(jax, "process_index", lambda: own.index)
+
+  def run(num, function):
+    meeting, sent, results = threading.Barrier(num, timeout=20), [None] * num, [None] * num
+
+    def allgather(array):
+      sent[own.index] = array
+      meeting.wait()
+      together = np.stack(sent)
+      meeting.wait()
+      return together
+
+    def process(index):
+      own.index = index
+      try:
+        results[index] = function()
+      except ValueError as error:
+        results[index] = error
+
+    monkeypatch.setattr(jax, "process_count", lambda: num)
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", allgather)
+    threads = [threading.Thread(target=process, args=(index,)) for index in range(num)]
+    for thread in threads:
+      thread.start()
+    for thread in threads:
+      thread.join()
+    return results
+
+  return run
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 7, 12])
+@pytest.mark.parametrize("num_processes", [1, 2, 3, 5])
+def test_shares_cover_all_rows_in_order_and_none_is_larger_than_need_be(
+  in_processes, num_processes, num_rows
+):
+  shares = in_processes(num_processes, lambda: processes.share(num_rows))
+  assert [row for share in shares for row in range(*share)] == list(range(num_rows))
+  assert max(end - begin for begin, end in shares) == -(-num_rows // num_processes)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int64, bool, "U3", jnp.bfloat16])
+@pytest.mark.parametrize("num_rows", [1, 7])
+def test_gathered_rows_are_those_that_were_shared_out_bit_for_bit(
+  in_processes, monkeypatch, num_rows, dtype
+):
+  """Types that JAX would narrow too, and over several exchanges."""
+  monkeypatch.setattr(processes, "_PIECE_BYTES", 20)
+  values = np.random.default_rng(0).normal(size=(num_rows, 2)) * 1e9
+  rows = (values > 0 if dtype is bool else values).astype(dtype)
+  for found in in_processes(
+    3, lambda: processes.gathered(rows[slice(*processes.share(num_rows))], num_rows)
+  ):
+    assert found.dtype == rows.dtype
+    np.testing.assert_array_equal(found, rows)
+
+
+def test_sums_are_the_same_everywhere_and_rounded_once(in_processes, monkeypatch):
+  """float32: 1e8 + 3 − 1e8 = 3, which sums in float32 would make 0 or 8."""
+  monkeypatch.setattr(processes, "_PIECE_BYTES", 8)
+  terms = np.float32([1e8, 3, -1e8])
+  own = lambda: [np.full((2, 3), terms[jax.process_index()]), terms[jax.process_index()]]
+  for matrix, scalar in in_processes(3, lambda: processes.summed(own())):
+    np.testing.assert_array_equal(matrix, np.full((2, 3), 3, np.float32))
+    np.testing.assert_array_equal(scalar, np.float32(3))
+
+
+def test_what_the_primary_has_is_what_all_have(in_processes):
+  own = lambda: {"a": np.array([0.1, -3e300]) * (1 + jax.process_index()), "b": np.arange(3)}
+  for found in in_processes(3, lambda: processes.of_primary(own())):
+    np.testing.assert_array_equal(found["a"], np.array([0.1, -3e300]))
+    assert found["b"].dtype == np.arange(3).dtype and found["b"].tolist() == [0, 1, 2]
+
+
+def test_the_primary_decides_and_differences_are_refused_everywhere(in_processes):
+  own = lambda: jax.process_index() == 0
+  assert in_processes(3, lambda: processes.agreed(own())) == [True] * 3
+  assert in_processes(3, lambda: processes.agreed(not own())) == [False] * 3
+  assert in_processes(2, lambda: processes.check_same("seed 0", "settings")) == [None] * 2
+  for error in in_processes(3, lambda: processes.check_same(f"seed {own()}", "settings")):
+    assert "The processes differ in settings" in str(error)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ((None, 2, 0), "--coordinator=HOST:PORT, --num_processes and --process_id together"),
+    (("localhost:1234", 2, None), "together"),
+    (("localhost", 2, 0), "coordinator must be HOST:PORT; got 'localhost'"),
+    (("localhost:1234", 0, 0), "num_processes must be at least 1; got 0"),
+    (("localhost:1234", 2, 2), "process_id must lie in 0…1; got 2"),
+  ],
+)
+def test_processes_that_cannot_meet_are_refused(arguments, message):
+  with pytest.raises(ValueError, match=message):
+    processes.connect(*arguments)
+
+
+# --- two real processes ---
+
+
+def free_port() -> int:
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    return probe.getsockname()[1]
+
+
+def start(
+  stage: str, workdir: Path, *, by_slurm: bool = False, fields=None, of_second=None
+) -> list[subprocess.Popen]:
+  """Both processes of a run, told of one another by flags or by a cluster's variables."""
+  fields = {f"attribute.{name}": value for name, value in ATTRIBUTE.items()} | (fields or {})
+  coordinator, started = f"localhost:{free_port()}", []
+  for index, own in enumerate((fields, fields | (of_second or {}))):
+    command = [sys.executable, "-m", "jaxinf", stage, "--config=tests/tiny.py"]
+    command += [f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in own.items())]
+    if by_slurm:
+      command.append("--distributed")
+      variables = {
+        "JAX_COORDINATOR_ADDRESS": coordinator, "SLURM_JOB_ID": "1", "SLURM_NTASKS": "2",
+        "SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID": str(index),
+        "SLURM_LOCALID": str(index), "SLURM_STEP_NUM_NODES": "1",
+      }  # fmt: skip
+    else:
+      command += [f"--coordinator={coordinator}", "--num_processes=2", f"--process_id={index}"]
+      variables = {}
+    environment = os.environ | variables
+    started.append(
+      subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    )
+  return started
+
+
+def logs(processes: list[subprocess.Popen]) -> list[str]:
+  return [process.communicate(timeout=120)[1] for process in processes]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """The same run by one process and by two, and what the two said.
+
+  The two take training over from the first checkpoint of the one.
+  """
+  config = tiny.get_config()
+  config.attribute.update(ATTRIBUTE)
+  one, two = (
+    runs.Run(typed(config), tmp_path_factory.mktemp(name), jax.devices()[:1])
+    for name in ("one", "two")
+  )
+  stages.train(one)
+  shutil.copytree(one.folder("train"), two.folder("train"))
+  for made_later in ("manifest.json", "arrays.npz", "checkpoints/20"):
+    path = two.folder("train") / made_later
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+  processes = start("all", two.workdir)
+  COMMANDS["all"](one)
+  said = logs(processes)
+  assert [process.returncode for process in processes] == [0, 0], said
+  return one, two, said
+
+
+def assert_close(actual, expected):
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+
+
+def test_two_processes_give_the_results_of_one(finished):
+  one, two, _ = finished
+  assert artifacts.read(two.folder("train")).notes["resumed_at_step"] == 10
+  for stage in ("train", "sample", "attribute"):
+    theirs, ours = (artifacts.read(run.folder(stage)).arrays for run in (one, two))
+    assert theirs.keys() == ours.keys()
+    for name, expected in theirs.items():
+      assert ours[name].dtype == expected.dtype
+      if expected.dtype.kind == "f":
+        assert_close(ours[name], expected)
+      else:
+        np.testing.assert_array_equal(ours[name], expected)
+  # Eigenvectors have free signs: compare what the curvature does to a vector.
+  task = runs.load_task(one)
+  vector = jax.tree.map(np.ones_like, task.params)
+  products = [runs.load_curvature(run, task).multiply(vector, 1e-4) for run in (one, two)]
+  jax.tree.map(assert_close, *reversed(products))
+
+
+def test_two_processes_write_the_store_that_one_writes(finished):
+  one, two, _ = finished
+  processes = start("index", two.workdir)
+  COMMANDS["index"](one)
+  said = logs(processes)
+  assert [process.returncode for process in processes] == [0, 0], said
+  samples = artifacts.read(one.folder("sample")).arrays["images"]
+  answers = [
+    serving.load_store(run).query(samples, damping=1e-4, draws=4, seed=0) for run in (one, two)
+  ]
+  np.testing.assert_array_equal(answers[1].train_ids, answers[0].train_ids)
+  # Eigenvectors have free signs, so that the rows are rounded to int8 otherwise: by 1/254 of the
+  # largest of 64 numbers each.
+  theirs, ours = (answer.group_values for answer in answers)
+  np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-2 * np.abs(theirs).max())
+
+
+def test_the_first_process_writes_and_speaks_alone(finished):
+  one, two, (primary, other) = finished
+  files = [{p.relative_to(run.workdir) for p in run.workdir.rglob("*.*")} for run in (one, two)]
+  of_stages = [
+    {p for p in paths if p.parts[1] not in ("checkpoints", "tensorboard")} for paths in files
+  ]
+  assert of_stages[0] == of_stages[1]
+  lines = [(run.folder("train") / "metrics.jsonl").read_text().count("\n") for run in (one, two)]
+  assert lines[0] == lines[1]
+  assert all(f"{stage}: wrote" in primary for stage in runs.ORDER)
+  assert not any(stage in other for stage in runs.ORDER)
+
+
+def copied(run: runs.Run, workdir: Path, names: tuple[str, ...]) -> Path:
+  for stage in names:
+    shutil.copytree(run.folder(stage), workdir / stage)
+  return workdir
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+def test_killed_processes_go_on_to_the_same_scores(finished, tmp_path):
+  """Both killed amid the scores, then started as a cluster starts them."""
+  _, two, _ = finished
+  workdir = copied(two, tmp_path, ("train", "sample", "curvature"))
+  pace = {"attribute.checkpoint_every": 1, "attribute.batch_size": 4}
+  processes = start("attribute", workdir, fields=pace)
+  saved = [workdir / "attribute/sums/round-000" / f"rows-000003.{i}of2.npz" for i in range(2)]
+  while not all(path.exists() for path in saved):
+    ended = [process.poll() for process in processes]
+    assert ended == [None, None], f"they ended before they could be killed: {logs(processes)}"
+    time.sleep(0.001)
+  for process in processes:
+    os.kill(process.pid, signal.SIGKILL)
+  logs(processes)
+  assert not (workdir / "attribute/manifest.json").exists() and all(p.exists() for p in saved)
+  processes = start("attribute", workdir, by_slurm=True, fields=pace)
+  said = logs(processes)
+  assert [process.returncode for process in processes] == [0, 0], said
+  assert not (workdir / "attribute/sums").exists()
+  expected = artifacts.read(two.folder("attribute")).arrays
+  for name, array in artifacts.read(workdir / "attribute").arrays.items():
+    if array.dtype.kind == "f":
+      assert_close(array, expected[name])
+
+
+def test_processes_with_different_settings_end_together(finished, tmp_path):
+  """They would add up different things; and neither waits for the other for ever."""
+  workdir = copied(finished[1], tmp_path, ("train",))
+  processes = start("sample", workdir, of_second={"sample.num_samples": 4})
+  said = "".join(logs(processes))
+  assert all(process.returncode for process in processes)
+  assert "The processes differ in what the stage sample depends on" in said
+  assert not (workdir / "sample").exists()

@@ -1,0 +1,252 @@
+"""Every config file passes the door and can be run; what is unknown or mistyped passes not."""
+
+import ast
+import dataclasses
+import importlib
+import json
+import re
+import typing
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import base
+from jaxinf import networks
+from jaxinf.attribution.methods import method_named
+from jaxinf.diffusion.measurements import measurement_named
+from jaxinf.layers.per_example import checked_draws
+from jaxinf.runs.commands import COMMANDS
+from jaxinf.runs.config import as_dict, check_path, typed
+from jaxinf.runs.sections import Config, ModelConfig
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+DERIVED = [name for name in CONFIGS if name != "base"]
+SECTIONS = typing.get_type_hints(Config)
+FIELDS = [
+  (section, field.name)
+  for section, cls in SECTIONS.items()
+  if dataclasses.is_dataclass(cls) and cls is not ModelConfig
+  for field in dataclasses.fields(cls)
+]
+
+
+@pytest.fixture
+def config():
+  return base.get_config()
+
+
+def load(name: str) -> Config:
+  return typed(importlib.import_module(f"configs.{name}").get_config())
+
+
+def num_params(config: Config) -> int:
+  """Of the model, on images as the data set has them; nothing is computed."""
+  shape = {"digits": (1, 8, 8, 1)}.get(config.data.name, (1, 32, 32, 3))
+  network = networks.build(config.model.name, dict(config.model.fields), out_channels=shape[-1])
+  images, t = jnp.zeros(shape), jnp.zeros(1, jnp.int32)
+  return networks.num_params(jax.eval_shape(network.init, jax.random.key(0), images, t))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_file_is_valid_and_its_model_builds(name):
+  config = load(name)
+  json.dumps(as_dict(config))  # as manifests hold it
+  assert num_params(config)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_a_config_names_exists_and_finds_what_it_needs(name):
+  """Methods and measurements, trajectories for those that are of them, and timesteps."""
+  config = load(name)
+  study, counter = config.study, config.counterfactual
+  methods = (*config.score.methods, *counter.methods, *study.approximations, *study.methods)
+  measurements = (
+    *config.measure.measurements, *config.score.measurements, config.attribute.measurement,
+    config.query.measurement, counter.measurement, study.measurement,
+  )  # fmt: skip
+  for method in methods:
+    method_named(method)
+  of_trajectories = [m for m in measurements if measurement_named(m).of == "trajectories"]
+  if of_trajectories or "journey-trak" in methods:
+    assert config.sample.keep_trajectory
+  timesteps = (*study.timesteps, *study.change_timesteps)
+  assert all(0 <= t < config.diffusion.num_steps for t in timesteps)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_draws_split_into_groups(name):
+  config = load(name)
+  for section in (config.attribute, config.index, config.measure, config.score):
+    checked_draws(section.draws, section.draw_groups)
+  for section in (config.attribute, config.score):
+    checked_draws(section.query_draws or section.draws, section.query_groups)
+  checked_draws(config.query.draws, config.query.query_groups)
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_a_config_is_at_most_30_lines_from_the_one_it_starts_from(name):
+  tree = ast.parse((ROOT / "configs" / f"{name}.py").read_text())
+  (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef))
+  assert re.search(r"\w+\.get_config\(\)", ast.unparse(function.body[0]))
+  assert isinstance(function.body[-1], ast.Return)
+  assert function.body[-1].lineno - function.body[0].end_lineno - 1 <= 30
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_the_docstring_says_how_to_run_it_and_what_that_costs(name):
+  text = importlib.import_module(f"configs.{name}").__doc__
+  command = rf"^python -m jaxinf (.+) --config=configs/{name}\.py --workdir=runs/{name}\b"
+  assert re.search(command, text, re.M)[1] in COMMANDS
+  assert re.search(r"\d (s|min|h|seconds|minutes|hours)\b|[Nn]ot yet measured", text)
+  if size := re.search(r"(\d+\.\d) M parameters", text):
+    assert size[1] == f"{num_params(load(name)) / 1e6:.1f}"
+
+
+def test_the_papers_settings_stand(config):
+  """Appendices J.5 – J.7; that decay is cosine for CIFAR-2 is J.7, too."""
+  retrain, counter, score = config.retrain, config.counterfactual, config.score
+  assert (retrain.num_subsets, retrain.num_seeds, retrain.share) == (100, 5, 0.5)
+  assert (config.sample.num_samples, config.measure.draws) == (200, 5_000)
+  assert (counter.shares, counter.num_queries) == ((0.02, 0.1), 5)
+  assert (config.curvature.draws, score.draws, score.projection_dim) == (250, 250, 32_768)
+
+
+@pytest.mark.parametrize(
+  ("name", "num_train", "steps", "decay", "epochs"),
+  [("cifar10", 50_000, 160_000, "constant", 410), ("cifar2", 5_000, 32_000, "cosine", 800)],
+)
+def test_training_takes_the_papers_steps_and_so_its_epochs(name, num_train, steps, decay, epochs):
+  train, retrain = load(name).train, load(name).retrain
+  assert (train.steps, train.warmup_steps, train.decay) == (steps, steps // 10, decay)
+  assert retrain.steps == steps // 2  # as many epochs of half the images
+  assert steps * train.batch_size / num_train == pytest.approx(epochs, rel=0.03)  # it rounds
+
+
+def test_values_arrive_as_they_were_set(config):
+  config.train.steps = 7
+  config.curvature.skip = ["norm", "bias"]
+  section = typed(config)
+  assert section.train.steps == 7
+  assert section.curvature.skip == ("norm", "bias")
+  assert section.data.path is None
+  assert section.model.fields["channels"] == (128, 256, 256, 256)
+  assert as_dict(section)["curvature"]["skip"] == ["norm", "bias"]
+
+
+def test_integers_widen_to_floats():
+  plain = base.get_config().to_dict()
+  plain["attribute"]["damping"] = 1
+  damping = typed(plain).attribute.damping
+  assert damping == 1.0 and isinstance(damping, float)
+
+
+def test_fields_cannot_be_changed_once_typed(config):
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    typed(config).seed = 1
+
+
+@pytest.mark.parametrize(("section", "field"), FIELDS)
+def test_none_is_allowed_where_declared_and_only_there(section, field):
+  plain = base.get_config().to_dict()
+  plain[section][field] = None
+  hint = typing.get_type_hints(SECTIONS[section])[field]
+  if type(None) in typing.get_args(hint):
+    assert getattr(getattr(typed(plain), section), field) is None
+  else:
+    with pytest.raises(ValueError, match=f"^config.{section}.{field} must be .*None"):
+      typed(plain)
+
+
+def test_an_unknown_field_is_named_with_the_valid_ones(config):
+  config.train.stepz = 1
+  with pytest.raises(ValueError, match="^config.train has unknown: stepz. Its fields .* steps,"):
+    typed(config)
+
+
+def test_an_unknown_section_is_named_with_the_valid_ones(config):
+  config.trian = {"steps": 1}
+  with pytest.raises(ValueError, match="^config has unknown: trian. Its fields .* train, sample"):
+    typed(config)
+
+
+def test_a_missing_field_is_named_with_the_valid_ones(config):
+  del config.data["seed"]
+  with pytest.raises(ValueError, match="^config.data has missing: seed. Its fields are: name, "):
+    typed(config)
+
+
+def test_a_missing_model_name_is_named(config):
+  del config.model["name"]
+  with pytest.raises(ValueError, match="^config.model needs a field `name`"):
+    typed(config)
+
+
+@pytest.mark.parametrize(
+  ("section", "field", "value", "complaint"),
+  [
+    ("train", "steps", "10", "steps must be int; got '10'"),
+    ("train", "steps", 1.5, "steps must be int; got 1.5"),
+    ("train", "steps", True, "steps must be int; got True"),
+    ("train", "learning_rate", "fast", "learning_rate must be float; got 'fast'"),
+    ("train", "learning_rate", False, "learning_rate must be float; got False"),
+    ("data", "num_examples", 2.0, "num_examples must be int; got 2.0"),
+    ("data", "name", 3, "name must be str; got 3"),
+    ("model", "name", 3, "name must be str; got 3"),
+    ("curvature", "skip", "norm", "skip must be a sequence; got 'norm'"),
+    ("curvature", "skip", ("norm", 1), r"skip\[1\] must be str; got 1"),
+  ],
+)
+def test_a_mistyped_field_is_named_with_its_type(section, field, value, complaint):
+  plain = base.get_config().to_dict()
+  plain[section][field] = value
+  with pytest.raises(ValueError, match=rf"^config.{section}.{complaint}"):
+    typed(plain)
+
+
+def test_a_field_in_place_of_a_section_is_refused():
+  plain = base.get_config().to_dict() | {"train": 3}
+  with pytest.raises(ValueError, match="^config.train must be a section of fields; got 3"):
+    typed(plain)
+
+
+@pytest.mark.parametrize(
+  "path", ["seed", "train", "train.steps", "data.num_examples", "model.channels", "model.any.thing"]
+)
+def test_paths_to_fields_are_known(path):
+  check_path(path)
+
+
+@pytest.mark.parametrize(
+  ("path", "complaint"),
+  [
+    ("trian.steps", "config has no field trian. Its fields are: seed, data, "),
+    ("train.stepz", "config.train has no field stepz. Its fields are: steps, batch_size, "),
+    ("train.steps.more", "config.train.steps is a field, not a section"),
+    ("data.path.more", "config.data.path is a field, not a section"),
+    ("", "config has no field "),
+  ],
+)
+def test_other_paths_are_refused_with_the_valid_ones(path, complaint):
+  with pytest.raises(ValueError, match=f"^{complaint}"):
+    check_path(path)
+
+
+@pytest.fixture(scope="module")
+def read_names():
+  """(owner, name) of each `owner.name` in jaxinf outside config.py, such as ("train", "steps")."""
+  names = set()
+  for path in (ROOT / "jaxinf").rglob("*.py"):
+    nodes = ast.walk(ast.parse(path.read_text())) if path.name != "config.py" else ()
+    for node in (node for node in nodes if isinstance(node, ast.Attribute)):
+      owner = node.value
+      names.add((getattr(owner, "id", None) or getattr(owner, "attr", None), node.attr))
+  return names
+
+
+@pytest.mark.parametrize(("section", "field"), [*FIELDS, *(("config", name) for name in SECTIONS)])
+def test_every_field_has_a_reader(section, field, read_names):
+  # Sections travel under their own name, or as `config` or `section`.
+  assert {(owner, field) for owner in (section, "config", "section")} & read_names

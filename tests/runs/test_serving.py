@@ -1,0 +1,261 @@
+"""The stages on the store of a tiny run: they say what the library says, reuse, refuse, survive."""
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxinf.attribution.influence import influence
+from jaxinf.diffusion.noise import DrawDesign
+from jaxinf.engine import artifacts
+from jaxinf.runs import run as runs
+from jaxinf.runs import serving, stages
+from jaxinf.runs.commands import COMMANDS
+from jaxinf.runs.config import typed
+from jaxinf.store.rows import RowStore
+from tests import tiny
+
+ROOT = Path(__file__).parents[2]
+NUM_TRAIN, TOP_K = 24, 3
+
+
+def run_of(workdir, config=None, **given) -> runs.Run:
+  config = tiny.get_config() if config is None else config
+  return runs.Run(typed(config), workdir, jax.devices()[:1], **given)
+
+
+def changed(**fields):
+  """The config with some fields of `index` changed."""
+  config = tiny.get_config()
+  config.index.update(fields)
+  return config
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+  """A trained model and its curvature."""
+  run = run_of(tmp_path_factory.mktemp("run") / "work")
+  stages.train(run)
+  stages.curvature(run)
+  return run
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+  """Two new images twice: a file, and a folder of PNGs."""
+  folder = tmp_path_factory.mktemp("images") / "new"
+  folder.mkdir()
+  pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1)).astype(np.uint8)
+  ids = np.array(["one.png", "two.png"])
+  for image_id, image in zip(ids, pixels, strict=True):
+    Image.fromarray(image[..., 0]).save(folder / image_id)
+  np.savez(folder.with_suffix(".npz"), images=pixels, ids=ids)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def indexed(fitted):
+  """The run with a store of float32 rows."""
+  run = run_of(fitted.workdir, changed(compression=None))
+  stages.index(run)
+  return run
+
+
+@pytest.fixture
+def copy(indexed, tmp_path):
+  """The same without answers, to be changed."""
+  shutil.copytree(indexed.workdir, tmp_path / "work", ignore=shutil.ignore_patterns("query"))
+  return dataclasses.replace(indexed, workdir=tmp_path / "work")
+
+
+def given(run: runs.Run, path: Path) -> runs.Run:
+  return dataclasses.replace(run, images=path)
+
+
+def best_of_influence(run: runs.Run, queries: np.ndarray, ids: np.ndarray):
+  config, task = run.config, runs.load_task(run)
+  return influence(
+    task, runs.load_curvature(run, task), queries, run.dataset.images, compression=None,
+    damping=config.query.damping, draws=config.index.draws, seed=config.seed,
+    draw_groups=config.index.draw_groups, query_ids=ids, train_ids=run.dataset.ids,
+    query_draws=config.query.draws, query_groups=config.query.query_groups,
+    design=DrawDesign(**dataclasses.asdict(config.index.design)), devices=run.devices,
+  ).top(config.query.top_k)  # fmt: skip
+
+
+def assert_best(arrays, expected) -> None:
+  np.testing.assert_array_equal(arrays["ids"], expected.ids)
+  np.testing.assert_array_equal(arrays["positions"], expected.positions)
+  for name in ("values", "std_errors"):
+    wanted = getattr(expected, name)
+    # float32 rounding of gradients that turn into the eigenbasis
+    np.testing.assert_allclose(arrays[name], wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_a_query_finds_what_influence_finds_in_files_and_folders(indexed, images, capsys):
+  contents = np.load(images.with_suffix(".npz"))
+  expected = best_of_influence(indexed, contents["images"], contents["ids"])
+  for path in (images.with_suffix(".npz"), images):
+    artifact = serving.query(given(indexed, path))
+    np.testing.assert_array_equal(artifact.arrays["query_ids"], contents["ids"])
+    assert_best(artifact.arrays, expected)
+    _, *table = capsys.readouterr().out.splitlines()  # after a line that says what they are
+    assert [line.split()[0] for line in table] == [
+      "one.png", *expected.ids[0], "two.png", *expected.ids[1]
+    ]  # fmt: skip
+  # The two hold the same images under the same ids: one answer, found once.
+  assert len(list(indexed.folder("query").iterdir())) == 1
+
+
+def test_an_answer_is_reused_until_the_store_or_the_question_changes(copy, images, monkeypatch):
+  asked = []
+  original = serving.Store.query
+  monkeypatch.setattr(
+    serving.Store, "query", lambda *a, **k: (asked.append(1), original(*a, **k))[1]
+  )
+  run = given(copy, images)
+  first = serving.query(run)
+  again = serving.query(run)
+  assert len(asked) == 1
+  np.testing.assert_array_equal(first.arrays["values"], again.arrays["values"])
+  query = dataclasses.replace(run.config.query, damping=1e-2)
+  serving.query(dataclasses.replace(run, config=dataclasses.replace(run.config, query=query)))
+  assert len(asked) == 2
+  best = first.arrays["ids"][0, 0]
+  serving.delete(dataclasses.replace(copy, ids=(best,)))
+  after = serving.query(run)
+  assert len(asked) == 3 and best not in after.arrays["ids"]
+
+
+def test_images_are_appended_and_deleted(copy, images):
+  store = serving.append(given(copy, images))
+  assert len(store) == NUM_TRAIN + 2
+  with pytest.raises(ValueError, match=r"2 of 2 ids are in the store already, such as 'one.png'"):
+    serving.append(given(copy, images))
+  # A training image that is itself the query, with draws of its own, is found at once.
+  found = serving.query(given(copy, images)).arrays
+  scores = best_of_influence(
+    copy, *(np.load(images.with_suffix(".npz"))[n] for n in ("images", "ids"))
+  )
+  assert not np.array_equal(found["ids"], scores.ids)
+  assert {"one.png", "two.png"} & set(found["ids"].ravel().tolist())
+  serving.delete(dataclasses.replace(copy, ids=("one.png", "two.png")))
+  assert_best(serving.query(given(copy, images)).arrays, scores)
+
+
+def test_a_finished_store_is_reused_and_a_missing_one_is_made_again(copy, monkeypatch):
+  made = []
+  original = serving.build_index
+  monkeypatch.setattr(
+    serving, "build_index", lambda *a, **k: (made.append(1), original(*a, **k))[1]
+  )
+  slower = run_of(copy.workdir, changed(compression=None, batch_size=7, reserve_mib=1))
+  stages.index(slower)
+  assert not made
+  before = RowStore.open(serving.store_folder(copy)).read(0, NUM_TRAIN)
+  shutil.rmtree(serving.store_folder(copy))
+  with pytest.raises(ValueError, match=r"holds no store.*Run the stage index"):
+    serving.verify(copy)
+  stages.index(copy)
+  assert made
+  after = RowStore.open(serving.store_folder(copy)).read(0, NUM_TRAIN)
+  for ours, theirs in zip(after, before, strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("field", "value"), [("draws", 6), ("compression", "int8")])
+def test_other_settings_refuse_the_store_with_the_difference(indexed, field, value):
+  config = changed(**{"compression": None, field: value})
+  with pytest.raises(artifacts.StaleArtifact, match=rf"index\.{field}: .* → "):
+    stages.index(run_of(indexed.workdir, config))
+
+
+def test_a_store_of_another_model_answers_nothing(copy, images):
+  config = changed(compression=None)
+  config.curvature.draws = 4
+  shutil.rmtree(copy.folder("curvature"))
+  run = run_of(copy.workdir, config, images=images)
+  stages.curvature(run)
+  with pytest.raises(artifacts.StaleArtifact, match="curvature: "):
+    serving.query(run)
+  with pytest.raises(artifacts.StaleArtifact, match="curvature_content: "):
+    stages.index(run)
+
+
+def test_damage_is_told_and_the_file_named(copy, images):
+  serving.verify(copy)
+  path = serving.store_folder(copy) / "arrays/leaf_0/c/0/0"
+  content = bytearray(path.read_bytes())
+  content[100] ^= 1
+  path.write_bytes(content)
+  for stage in (serving.verify, serving.query):
+    with pytest.raises(ValueError, match=f"{path}.*The store is damaged"):
+      stage(given(copy, images))
+
+
+@pytest.mark.parametrize(
+  ("stage", "what", "message"),
+  [
+    ("query", {}, "Say which images: --images="),
+    ("index-append", {}, "Say which images: --images="),
+    ("query", {"images": Path("nowhere.npz")}, "--images=nowhere.npz does not exist"),
+    ("query", {"images": Path(__file__)}, "--images must be an .npz file or a folder"),
+    ("index-delete", {}, "Say which images to delete: --ids="),
+    ("index-delete", {"ids": ("nobody",)}, "1 of 1 ids are not in the store, such as 'nobody'"),
+  ],
+)
+def test_questions_without_sense_say_what_to_do(indexed, stage, what, message):
+  with pytest.raises(ValueError, match=message):
+    COMMANDS[stage](dataclasses.replace(indexed, **what))
+
+
+# A stage with chunks of one image, so that a process can be killed between two of them.
+SMALL_CHUNKS = (
+  "import jaxinf.store.rows as s; s._CHUNK_EXAMPLES = 1; from jaxinf.__main__ import run; run()"
+)
+SLOW = {"draws": 2000, "batch_size": 1, "compression": "bfloat16"}
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+def test_a_killed_index_goes_on_to_the_same_scores(fitted, images, tmp_path):
+  workdir = tmp_path / "work"
+  for stage in ("train", "curvature"):
+    shutil.copytree(fitted.folder(stage), workdir / stage)
+  fields = [f"--config.index.{name}={value}" for name, value in SLOW.items()]
+  command = [sys.executable, "-c", SMALL_CHUNKS, "index", "--config=tests/tiny.py"]
+  process = subprocess.Popen(
+    [*command, f"--workdir={workdir}", *fields], cwd=ROOT, stderr=subprocess.PIPE, text=True
+  )
+  folder = workdir / "index" / "store"
+  while not (folder / "progress.json").exists():
+    assert process.poll() is None, f"it ended before it could be killed: {process.communicate()}"
+    time.sleep(0.001)
+  os.kill(process.pid, signal.SIGKILL)
+  process.communicate()
+  store = RowStore.open(folder)
+  done = store.progress("")
+  assert 0 < done < 2 * NUM_TRAIN and store.ledger.num_written == 0
+  assert not (workdir / "index" / "manifest.json").exists()
+  written = {p: p.stat().st_mtime_ns for p in folder.glob("arrays/*/c/*/*")}
+  # Here one device too, and as many rows at a time.
+  config = changed(**SLOW)
+  run = run_of(workdir, config, images=images)
+  stages.index(run)
+  kept = [p for p, time_ns in written.items() if p.stat().st_mtime_ns == time_ns]
+  assert len(kept) >= done // 2  # they are not written again
+  whole = run_of(tmp_path / "whole", config, images=images)
+  for stage in ("train", "curvature"):
+    shutil.copytree(fitted.folder(stage), whole.folder(stage))
+  stages.index(whole)
+  ours, theirs = (serving.query(r).arrays for r in (run, whole))
+  for name, wanted in theirs.items():
+    np.testing.assert_array_equal(ours[name], wanted)

@@ -1,0 +1,283 @@
+"""Whole runs in seconds: stages on one and two devices, reuse, refusal, and what is written."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from jaxinf.engine import artifacts
+from jaxinf.engine.checkpoints import PartialOutputs
+from jaxinf.runs import run as runs
+from jaxinf.runs import serving, stages, studies
+from jaxinf.runs.commands import COMMANDS
+from jaxinf.runs.config import typed
+from tests import tiny
+
+# Of the largest number: training and sampling amplify float32 rounding, and where that moves a
+# number across the middle between two int8 steps, it moves by 1/127 of its block (of a half-query).
+TOLERANCE = {"train": 1e-3, "sample": 1e-3, "curvature": 1e-3, "attribute": 2e-2}
+
+
+def run_of(workdir, config=None, devices=None) -> runs.Run:
+  return runs.Run(typed(tiny.get_config() if config is None else config), workdir, devices)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """A finished run on one device."""
+  run = run_of(tmp_path_factory.mktemp("run") / "work", devices=jax.devices()[:1])
+  COMMANDS["all"](run)
+  return run
+
+
+def test_two_devices_give_the_same_results_in_every_stage(finished, tmp_path):
+  both = run_of(tmp_path, devices=jax.devices()[:2])
+  COMMANDS["all"](both)
+  for stage in ("train", "sample", "attribute"):
+    ours, theirs = (artifacts.read(run.folder(stage)).arrays for run in (finished, both))
+    assert ours.keys() == theirs.keys()
+    for name, expected in ours.items():
+      if expected.dtype.kind == "f":
+        atol = TOLERANCE[stage] * np.abs(expected).max()
+        np.testing.assert_allclose(theirs[name], expected, rtol=0, atol=atol)
+      else:
+        np.testing.assert_array_equal(theirs[name], expected)
+  # Eigenvectors have free signs: compare what the curvature does to a vector.
+  task = runs.load_task(finished)
+  vector = jax.tree.map(np.ones_like, task.params)
+  results = [
+    jax.tree.leaves(runs.load_curvature(run, task).multiply(vector, 1e-4))
+    for run in (finished, both)
+  ]
+  for expected, actual in zip(*results, strict=True):
+    atol = TOLERANCE["curvature"] * np.abs(expected).max()
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
+
+
+def test_eight_devices_give_the_same_scores_and_the_same_store(finished, tmp_path):
+  """In a process of its own, where there are eight; every stage goes over all of them."""
+  for stage in ("train", "sample", "curvature"):
+    shutil.copytree(finished.folder(stage), tmp_path / stage)
+  program = (
+    "import pathlib, sys, jax; from jaxinf.runs import run as runs, stages; "
+    "from jaxinf.runs.config import typed; "
+    "from tests import tiny; assert jax.local_device_count() == 8; "
+    "run = runs.Run(typed(tiny.get_config()), pathlib.Path(sys.argv[1])); "
+    "stages.attribute(run); stages.index(run)"
+  )
+  environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
+  subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment, check=True)
+  ours = runs.load_scores(run_of(tmp_path))
+  theirs = runs.load_scores(finished)
+  # The model is the same here: rounding may move a number by one int8 step.
+  atol = 5e-3 * np.abs(theirs.group_values).max()
+  np.testing.assert_allclose(ours.group_values, theirs.group_values, rtol=0, atol=atol)
+  run = run_of(tmp_path, devices=jax.devices()[:1])
+  answer = serving.load_store(run).query(
+    artifacts.read(finished.folder("sample")).arrays["images"], damping=1e-4, draws=4, seed=0,
+    query_ids=theirs.query_ids,
+  )  # fmt: skip
+  atol = 2e-2 * np.abs(theirs.values).max()  # int8 rows there, int8 queries here
+  np.testing.assert_allclose(answer.values, theirs.values, rtol=0, atol=atol)
+
+
+def test_the_artefacts_hold_what_they_say(finished):
+  sample = artifacts.read(finished.folder("sample"))
+  assert sample.arrays["images"].shape == (3, 8, 8, 1)
+  trajectories = runs.load_samples(finished)["trajectories"]
+  assert trajectories.shape == (3, 21, 8, 8, 1)
+  np.testing.assert_array_equal(trajectories[:, -1], sample.arrays["images"])
+  scores = runs.load_scores(finished)
+  assert scores.values.shape == scores.std_errors.shape == (3, 24)
+  assert np.isfinite(scores.group_values).all() and scores.group_values.shape[0] == 2
+  np.testing.assert_array_equal(scores.train_ids, finished.dataset.ids)
+  steps = [json.loads(s)["step"] for s in (finished.folder("train") / "metrics.jsonl").open()]
+  assert steps == [5, 10, 15, 20]
+  assert (finished.folder("report") / "index.html").stat().st_size > 1000
+  for stage in runs.ORDER:
+    cost = artifacts.read(finished.folder(stage)).manifest["cost"]
+    assert cost["seconds"] >= 0 and cost["peak_host_mib"] > 0
+
+
+def test_finished_stages_are_reused(finished):
+  before = {s: (finished.folder(s) / "manifest.json").stat().st_mtime_ns for s in runs.ORDER}
+  COMMANDS["all"](finished)
+  after = {s: (finished.folder(s) / "manifest.json").stat().st_mtime_ns for s in runs.ORDER}
+  assert before == after
+
+
+def test_the_pace_of_a_stage_may_change(finished):
+  config = tiny.get_config()
+  config.curvature.batch_size = 7
+  config.attribute.batch_size = 7
+  stages.attribute(run_of(finished.workdir, config))
+
+
+@pytest.mark.parametrize(
+  ("section", "field", "value", "stage"),
+  [
+    ("train", "steps", 21, "train"),
+    ("curvature", "draws", 4, "curvature"),
+    ("attribute", "damping", 1e-3, "attribute"),
+    ("data", "num_examples", 23, "train"),
+  ],
+)
+def test_a_changed_config_refuses_the_stale_artefact_with_the_difference(
+  finished, section, field, value, stage
+):
+  config = tiny.get_config()
+  old = config[section][field]
+  config[section][field] = value
+  with pytest.raises(artifacts.StaleArtifact) as caught:
+    COMMANDS["all"](run_of(finished.workdir, config))
+  assert str(finished.folder(stage)) in str(caught.value)
+  expected = "data.content" if section == "data" else f"{section}.{field}: {old} → {value}"
+  assert expected in str(caught.value)
+
+
+def test_a_stage_whose_inputs_are_missing_names_the_stage_to_run(tmp_path):
+  with pytest.raises(ValueError, match="run the stage train"):
+    stages.sample(run_of(tmp_path))
+
+
+def test_an_unfinished_training_resumes_from_its_checkpoint(finished, tmp_path):
+  """A run killed after its first checkpoint ends with the same parameters, bit for bit."""
+  run = run_of(tmp_path, devices=jax.devices()[:1])
+  original = artifacts.Checkpoints.save
+
+  class Killed(BaseException):
+    pass
+
+  def save_then_die(self, step, state):
+    original(self, step, state)
+    raise Killed
+
+  artifacts.Checkpoints.save = save_then_die
+  try:
+    with pytest.raises(Killed):
+      stages.train(run)
+  finally:
+    artifacts.Checkpoints.save = original
+  assert not (run.folder("train") / "manifest.json").exists()
+  resumed = stages.train(run)
+  for name, expected in artifacts.read(finished.folder("train")).arrays.items():
+    np.testing.assert_array_equal(resumed.arrays[name], expected)
+
+
+def test_a_sweep_recommends_a_damping_and_the_report_says_so(finished, tmp_path):
+  config = tiny.get_config()
+  config.attribute.sweep = (1e-2, 1.0)
+  for stage in ("train", "sample", "curvature"):
+    shutil.copytree(finished.folder(stage), tmp_path / stage)
+  run = run_of(tmp_path, config, devices=jax.devices()[:1])
+  attributed = stages.attribute(run)
+  assert attributed.notes["recommended_damping"] in (1e-4, 1e-2, 1.0)
+  assert "fidelity" in attributed.notes["sweep"]
+  scores = runs.load_scores(run)
+  assert scores.settings["damping"] == 1e-4
+  alone = runs.load_scores(finished)
+  # The same products with more rows, which may sum in another order.
+  atol = 1e-5 * np.abs(alone.group_values).max()
+  np.testing.assert_allclose(scores.group_values, alone.group_values, rtol=0, atol=atol)
+  stages.report(run)
+  page = (run.folder("report") / "index.html").read_text()
+  assert "is recommended" in page and "How far down the order" in page
+
+
+def test_sampling_that_was_stopped_goes_on_after_its_last_batch(finished, tmp_path, monkeypatch):
+  config = tiny.get_config()
+  config.sample.batch_size = 1
+  shutil.copytree(finished.folder("train"), tmp_path / "train")
+  run = run_of(tmp_path, config, devices=jax.devices()[:1])
+  save, saved = PartialOutputs.save, []
+
+  class Killed(BaseException):
+    pass
+
+  def save_then_die(self, outputs):
+    save(self, outputs)
+    saved.extend(outputs)
+    if len(saved) == 2:
+      raise Killed
+
+  monkeypatch.setattr(PartialOutputs, "save", save_then_die)
+  with pytest.raises(Killed):
+    stages.sample(run)
+  resumed = stages.sample(run)
+  assert len(saved) == 3 and not (run.folder("sample") / "sums").exists()
+  for name, expected in artifacts.read(finished.folder("sample")).arrays.items():
+    if expected.dtype.kind == "f":
+      # A batch of one sums in another order than one of three; twenty steps amplify that.
+      np.testing.assert_allclose(resumed.arrays[name], expected, rtol=0, atol=TOLERANCE["sample"])
+
+
+@pytest.mark.parametrize(
+  ("section", "value", "message"),
+  [
+    ("diffusion", {"schedule": "cosine"}, "there are: linear, scaled_linear"),
+    ("sample", {"sampler": "euler"}, "there are: ddpm, ddim"),
+    ("model", {"name": "resnet"}, "the models are mlp, unet"),
+    ("data", {"name": "imagenet"}, "digits"),
+  ],
+)
+def test_unknown_names_list_the_valid_ones(finished, tmp_path, section, value, message):
+  config = tiny.get_config()
+  config[section].update(value)
+  workdir = tmp_path if section != "sample" else finished.workdir.parent / "sampler"
+  if section == "sample":
+    (workdir).mkdir()
+    (workdir / "train").symlink_to(finished.folder("train"))
+  with pytest.raises(ValueError, match=message):
+    stages.sample(run_of(workdir, config)) if section == "sample" else stages.train(
+      run_of(workdir, config)
+    )
+
+
+def test_a_curvature_study_leaves_its_numbers_a_page_and_a_figure(finished, capsys):
+  """It is no stage of `all`; its table goes to the screen too."""
+  artifact = COMMANDS["curvature-study"](finished)
+  num = len(artifact.notes["names"])
+  assert artifact.arrays["errors"].shape == artifact.arrays["correlations"].shape == (num, 1, 2)
+  assert (artifact.arrays["residuals"] < 1e-2).all()
+  folder = finished.folder("curvature-study")
+  assert {path.name for path in folder.iterdir()} >= {"index.html", "curvature-study.png"}
+  assert not (folder / "sums").exists()
+  assert "EK-FAC" in capsys.readouterr().out
+
+
+def test_a_compress_study_leaves_its_numbers_a_page_and_a_figure(finished, capsys):
+  """Beside the compressions that always take part, one svd, truncation and projection."""
+  artifact = COMMANDS["compress-study"](finished)
+  names = artifact.notes["names"]
+  assert list(names[:4]) == ["int16", "int8", "int4", "bfloat16"] and len(names) == 7
+  for name in ("errors", "pearson", "spearman"):
+    assert artifact.arrays[name].shape == (7, 2)
+  # int16 keeps 5 digits of a block's largest number, so nearly the scores.
+  assert (artifact.arrays["pearson"][0] > 0.999).all()
+  folder = finished.folder("compress-study")
+  assert {path.name for path in folder.iterdir()} >= {"index.html", "compression-study.png"}
+  assert "truncation, 50 %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("study", ["curvature-study", "compress-study"])
+def test_more_queries_than_samples_are_refused_by_a_study(finished, tmp_path, study):
+  config = tiny.get_config()
+  config[study.replace("-", "_")].num_queries = 4
+  for stage in ("train", "sample", "curvature"):
+    shutil.copytree(finished.folder(stage), tmp_path / stage)
+  run = run_of(tmp_path, config, devices=jax.devices()[:1])
+  with pytest.raises(ValueError, match=r"num_queries must lie in 1…3"):
+    COMMANDS[study](run)
+
+
+def test_the_memory_of_a_curvature_is_told_without_a_model(tmp_path):
+  config = tiny.get_config()
+  config.curvature.partitions = 2
+  table = studies.curvature_memory(run_of(tmp_path, config))
+  assert "most of 2 partitions" in table
+  assert not list(tmp_path.iterdir())

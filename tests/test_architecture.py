@@ -8,8 +8,15 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "jaxinf"
 GROUND = {"core", "engine", "scores", "data"}
 LIBRARY = {
-  "diffusion", "networks", "layers", "curvature", "compression", "attribution", "store", "evaluation",
-}  # fmt: skip
+  "diffusion",
+  "networks",
+  "layers",
+  "curvature",
+  "compression",
+  "attribution",
+  "store",
+  "evaluation",
+}
 PROGRAMS = {"report", "runs", "benchmark", "planning", "__main__"}
 BANDS = (GROUND, LIBRARY, PROGRAMS)
 MOST_LINES, MOST_ARGUMENTS = 60, 10  # of a function, without its docstring; of a signature

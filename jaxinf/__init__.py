@@ -1,66 +1,105 @@
 """jaxinf: training-data attribution for diffusion models in JAX."""
 
-from jaxinf.attribution.auto import AutoDraws
-from jaxinf.attribution.das import das
-from jaxinf.attribution.influence import influence
-from jaxinf.attribution.journey import journey_trak
+import logging
+
+_root = logging.getLogger()
+_before = list(_root.handlers), _root.level
+
+from jaxinf.attribution.das import DAS, das
+from jaxinf.attribution.influence import Influence, influence, influence_sweep
+from jaxinf.attribution.journey import JourneyTRAK, journey_trak
+from jaxinf.attribution.methods import METHODS
 from jaxinf.attribution.similarity import (
   clip_embeddings,
   embedding_similarity,
   pixel_similarity,
   random_scores,
 )
-from jaxinf.attribution.trak import dtrak, trak
+from jaxinf.attribution.trak import TRAK, d_trak, dtrak, trak
+from jaxinf.compression.projection import Projection
+from jaxinf.core.draws import Draws
+from jaxinf.core.examples import Examples
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.fit import SKIP_NORMALISATION, fit_curvature
 from jaxinf.curvature.ggn import Solver
+from jaxinf.curvature.kinds import EKFAC, KFAC, Diagonal, ExactGGN, Identity
+from jaxinf.curvature.saving import load_curvature
 from jaxinf.data.subsets import Subsets, random_subsets
-from jaxinf.diffusion.measurements import Measurement, loss_at_timestep, weighted_loss
-from jaxinf.diffusion.model import Task
-from jaxinf.diffusion.noise import DrawDesign
+from jaxinf.diffusion.measurements import (
+  Measurement,
+  loss_at_time,
+  loss_at_timestep,
+  weighted_loss,
+)
+from jaxinf.diffusion.model import DiffusionModel
+from jaxinf.diffusion.process import Process
 from jaxinf.diffusion.schedule import Schedule
-from jaxinf.engine.checkpoints import Resume
+from jaxinf.engine.checkpoints import Checkpointing
+from jaxinf.engine.compute import Compute
 from jaxinf.evaluation.comparison import compare, damping_lds
 from jaxinf.evaluation.lds import Retrained, lds
 from jaxinf.evaluation.oracle import noise_ceiling, retraining_lds
-from jaxinf.scores.damping import DampingSweep, recommend_damping
+from jaxinf.scores.damping import Recommendation, recommend_damping
 from jaxinf.scores.scores import Ranking, Scores
 from jaxinf.scores.stability import RankStability, rank_stability
-from jaxinf.store.index import build_index, open_index
+from jaxinf.scores.sweep import Sweep
+from jaxinf.store.build import build_store, open_store
 from jaxinf.store.store import Store
 
-__version__ = "0.1.0"
+# A library leaves the root logger alone. Some of ours do not when they are imported: then a user's
+# own logging.basicConfig would do nothing.
+_root.handlers[:], _root.level = _before
+
+__version__ = "0.2.0"
 __all__ = [
+  "DAS",
+  "EKFAC",
+  "KFAC",
+  "METHODS",
   "SKIP_NORMALISATION",
-  "AutoDraws",
+  "TRAK",
+  "Checkpointing",
+  "Compute",
   "Curvature",
-  "DampingSweep",
-  "DrawDesign",
+  "Diagonal",
+  "DiffusionModel",
+  "Draws",
+  "ExactGGN",
+  "Examples",
+  "Identity",
+  "Influence",
+  "JourneyTRAK",
   "Measurement",
+  "Process",
+  "Projection",
   "RankStability",
   "Ranking",
-  "Resume",
+  "Recommendation",
   "Retrained",
   "Schedule",
   "Scores",
   "Solver",
   "Store",
   "Subsets",
-  "Task",
-  "build_index",
+  "Sweep",
+  "build_store",
   "clip_embeddings",
   "compare",
+  "d_trak",
   "damping_lds",
   "das",
   "dtrak",
   "embedding_similarity",
   "fit_curvature",
   "influence",
+  "influence_sweep",
   "journey_trak",
   "lds",
+  "load_curvature",
+  "loss_at_time",
   "loss_at_timestep",
   "noise_ceiling",
-  "open_index",
+  "open_store",
   "pixel_similarity",
   "random_scores",
   "random_subsets",
@@ -70,3 +109,20 @@ __all__ = [
   "trak",
   "weighted_loss",
 ]
+
+# Names of version 0.1, for one version.
+_MOVED = {
+  "Task": "jaxinf.DiffusionModel(apply_fn, params, jaxinf.Process.epsilon(schedule))",
+  "DrawDesign": "jaxinf.Draws(num, timesteps=…, antithetic=…, shared=…)",
+  "AutoDraws": "jaxinf.Draws.until_stable(…)",
+  "Resume": "jaxinf.Compute(checkpoint=jaxinf.Checkpointing(folder, every))",
+  "DampingSweep": "jaxinf.Recommendation, what recommend_damping(sweep) gives",
+  "build_index": "jaxinf.build_store(folder, curvature, train=…)",
+  "open_index": "jaxinf.open_store(folder, curvature)",
+}
+
+
+def __getattr__(name: str):
+  if name in _MOVED:
+    raise AttributeError(f"jaxinf.{name} is now {_MOVED[name]}.")
+  raise AttributeError(f"module 'jaxinf' has no attribute {name!r}")

@@ -1,12 +1,13 @@
-"""Tiny networks as plain functions, and tasks made of them, for tests of the mathematics."""
+"""Tiny networks as plain functions, and models made of them, for tests of the mathematics."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf import Schedule, Task
+from jaxinf import DiffusionModel, Process, Schedule
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
+PROCESS = Process.epsilon(SCHEDULE)
 
 
 def random_params(shapes: dict, seed: int = 0) -> dict:
@@ -64,12 +65,12 @@ def conditional_net(params, x_t, t, labels):
   return dense(params["out"], h).reshape(x_t.shape)
 
 
-def conditional_task(seed: int = 0) -> Task:
-  return Task(conditional_net, random_params(CONDITIONAL_SHAPES, seed), SCHEDULE)
+def conditional_model(seed: int = 0) -> DiffusionModel:
+  return DiffusionModel(conditional_net, random_params(CONDITIONAL_SHAPES, seed), PROCESS)
 
 
-def conv_task(seed: int = 0) -> Task:
-  return Task(conv_net, random_params(CONV_SHAPES, seed), SCHEDULE)
+def conv_model(seed: int = 0) -> DiffusionModel:
+  return DiffusionModel(conv_net, random_params(CONV_SHAPES, seed), PROCESS)
 
 
 def random_images(num: int, shape=(4, 4, 1), seed: int = 0) -> np.ndarray:

@@ -9,79 +9,61 @@ Reference: Lin et al., ICLR 2025 (arXiv:2410.18639).
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf import engine
-from jaxinf.attribution.examples import check_alike, checked_dampings, examples_of
 from jaxinf.attribution.features import (
-  check_pass,
+  all_layers,
   features_of,
-  finite,
   partial_of,
-  register_everything,
+  projection_of,
+  settings_of_projected,
   split_draws,
 )
 from jaxinf.attribution.fisher import fisher_of, group_scores
-from jaxinf.attribution.kernels import (
-  QUERY,
-  TRAIN,
-  DrawGroups,
-  flat,
-  gradient_operands,
-  row_keys,
-)
+from jaxinf.attribution.kernels import QUERY, TRAIN, Replicate, flat, row_operands
+from jaxinf.attribution.trak import projected_sweep
 from jaxinf.compression.projection import Projection
-from jaxinf.core.types import ApplyFn, Array, Batch, PyTree
+from jaxinf.core.checks import checked_dampings
+from jaxinf.core.draws import Draws
+from jaxinf.core.examples import Examples, check_alike
+from jaxinf.core.types import ApplyFn, Batch, PyTree
 from jaxinf.diffusion.measurements import LOSS
-from jaxinf.diffusion.model import Task
-from jaxinf.diffusion.noise import DrawDesign
-from jaxinf.diffusion.objective import Noised, predict, squared_errors
-from jaxinf.diffusion.schedule import Schedule
-from jaxinf.engine.checkpoints import Resume
+from jaxinf.diffusion.model import DiffusionModel
+from jaxinf.diffusion.noise import Noised, predict, squared_errors
+from jaxinf.diffusion.process import Process
+from jaxinf.engine.compute import Compute
+from jaxinf.engine.maps import map_batches
+from jaxinf.engine.worklist import Rows
 from jaxinf.layers.register import Registration
 from jaxinf.scores.scores import Scores
+from jaxinf.scores.sweep import Sweep
 
 _TINY = 1e-20  # the norm of a gradient that is zero
 
 
 def das(
-  task: Task,
-  queries: Array,
-  train_images: Array,
+  model: DiffusionModel,
   *,
-  damping: float | Sequence[float],
-  draws: int,
-  seed: int,
-  projection_dim: int,
-  projection: str = "rademacher",
-  projection_seed: int | None = None,
-  query_ids: np.ndarray | None = None,
-  train_ids: np.ndarray | None = None,
-  query_conditioning: PyTree = None,
-  train_conditioning: PyTree = None,
-  draw_groups: int | None = None,
-  query_draws: int | None = None,
-  query_groups: int | None = None,
-  design: DrawDesign = DrawDesign(),
-  query_design: DrawDesign | None = None,
-  batch_size: int = 128,
-  block_mib: float = 1024,
-  resume: Resume | None = None,
-  devices: Sequence[jax.Device] | None = None,
-) -> Scores | tuple[Scores, ...]:
-  """Scores every training image for every query.
+  queries: Examples,
+  train: Examples,
+  damping: float,
+  projection: Projection | int,
+  draws: Draws = Draws(),
+  query_draws: Draws | None = None,
+  compute: Compute = Compute(),
+) -> Scores:
+  """Scores every training example for every query.
 
   With A = H + λ I, H = Σ_n φ_n φ_nᵀ / N and h_n = φ_nᵀ A⁻¹ φ_n / N,
 
     scores[q, n] = N · (φ_qᵀ A⁻¹ φ_n / N · r_n / (1 − h_n))².
 
   As its authors do it: φ is the projected mean over draws of gradients of the MEAN over pixels and
-  channels of ε_θ(x_t, t), each divided by its norm; r_n is the mean over draws of root mean squared
-  errors of ε, divided by their norm over the image's draws; gradients, residuals and products are
+  channels of the network's output, each divided by its norm; r_n is the mean over draws of root mean squared
+  errors of ε, divided by their norm over the example's draws; gradients, residuals and products are
   averaged over draws before the square, where the theory has one score a timestep.
 
   What differs: the leverage, which their published scripts leave out of the final score or compute
@@ -91,114 +73,133 @@ def das(
   scores are not negative, and their unit is none of a measurement's.
 
   Args:
-    task: the model.
-    queries: [Q, H, W, C] images to explain, float32 in [-1, 1] or uint8.
-    train_images: [N, H, W, C], likewise.
-    damping: λ > 0, relative to H, whose trace is of the order of one; or several of them.
-    draws: of (t, ε) for each training image.
-    batch_size: (image, draw) pairs at a time over all devices; the gradient of each is in memory.
-    seed, projection_dim, projection, projection_seed, query_ids, train_ids, query_conditioning,
-      train_conditioning, draw_groups, query_draws, query_groups, design, query_design, block_mib,
-      resume, devices: as for `trak`.
+    model: the model.
+    queries: what is to be explained.
+    train: the training examples.
+    damping: λ > 0, relative to H, whose trace is of the order of one.
+    projection, draws, query_draws: as for `trak`.
+    compute: how; the gradient of each pair of a batch is in memory.
 
   Returns:
-    Scores, or a tuple of them as `trak` returns. Groups of draws say by how much the scores move
-    with the features to first order; residuals and leverages stand still.
+    Scores. Replicates of draws say by how much the scores move with the features to first order;
+    residuals and leverages stand still.
 
   Raises:
     ValueError: the arguments don't fit together, a parameter is in no layer, or features or scores
       are not finite.
   """
-  dampings = checked_dampings(damping)
-  query = examples_of(queries, query_ids, query_conditioning, "query")
-  train = examples_of(train_images, train_ids, train_conditioning, "train")
-  check_alike(query, train)
-  query_draws = draws if query_draws is None else query_draws
-  draw_groups, query_groups = split_draws(draws, draw_groups, query_draws, query_groups)
-  query_design = design.without_flips() if query_design is None else query_design
-  check_pass(query_design, (), resume, batch_size=batch_size, block_mib=block_mib)
-  projected = Projection(
-    projection_dim, seed if projection_seed is None else projection_seed, projection
+  method = DAS(model, projection, (damping,), query_draws)
+  return method.scores(queries=queries, train=train, draws=draws, compute=compute)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class DAS:
+  """The Diffusion Attribution Score as a method: see `das` for the fields."""
+
+  model: DiffusionModel
+  projection: Projection | int
+  dampings: tuple[float, ...] = (1e-9,)
+  query_draws: Draws | None = None
+
+  def scores(
+    self,
+    *,
+    queries: Examples,
+    train: Examples,
+    draws: Draws = Draws(),
+    compute: Compute = Compute(),
+  ) -> Sweep:
+    """Scores at every damping."""
+    dampings, model = checked_dampings(self.dampings), self.model
+    check_alike(queries, train)
+    draws, asked = split_draws(draws, self.query_draws)
+    projection = projection_of(self.projection, draws)
+    settings = settings_of_projected(model, draws, asked, projection, train) | {"method": "das"}
+
+    # 1. Features of outputs, and residuals of training examples.
+    features = {}
+    for name, examples, of in ((TRAIN, train, draws), (QUERY, queries, asked)):
+      layers = all_layers(model, examples)
+      kernel = OutputKernel(layers, model.process, Replicate.of(of, examples.random_flip))
+      features[name] = features_of(
+        kernel, model, examples, of, name, projection=projection, compute=compute,
+        partial=partial_of(compute, name, settings, model, queries=queries, train=train),
+      )  # fmt: skip
+    residuals = _residuals(model, train, draws, compute)
+
+    # 2. Leave-one-out changes of the outputs, squared.
+    num = len(train)
+    fisher = fisher_of(features[TRAIN].mean(axis=1, dtype=np.float32))
+    found: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    for value in dampings:
+      weights = residuals / fisher.slack(value) / num
+      both = group_scores(fisher, features[TRAIN], features[QUERY], value)
+      change = both[1].mean(axis=0) * weights
+      # Squares to first order in what a replicate changes: they average to that of the mean.
+      for squares, part in zip(found, both, strict=True):
+        squares.append(num * change * (2 * part * weights - change))
+    of_draws, of_queries = map(np.stack, found)
+    return projected_sweep(
+      of_draws, of_queries, dampings=dampings, queries=queries, train=train, settings=settings
+    )
+
+
+def _residuals(
+  model: DiffusionModel, train: Examples, draws: Draws, compute: Compute
+) -> np.ndarray:
+  """[N] mean over draws of root mean squared errors, divided by their norm over the draws."""
+  errors = map_batches(
+    ErrorKernel(model.apply_fn, model.process, Replicate.of(draws, train.random_flip)),
+    row_operands(model.params, draws, TRAIN),
+    Rows.of(train, draws.replicates),
+    batch_size=compute.rows(draws),
+    label="residuals",
+    devices=compute.devices,
   )
-  settings = dict(
-    method="das", draws=draws, draw_groups=draw_groups, query_draws=query_draws,
-    query_groups=query_groups, seed=seed,
-    projection=projection, projection_dim=projection_dim, projection_seed=projected.seed,
-    design=dataclasses.asdict(design), query_design=dataclasses.asdict(query_design),
-  )  # fmt: skip
-
-  # 1. Features of outputs, and residuals of training images.
-  model = register_everything(task, train.image_shape, train.conditioning)
-  trained = DrawGroups(seed, draws // draw_groups, design)
-  asked = DrawGroups(seed, query_draws // query_groups, query_design)
-  features = {}
-  for name, examples, num_groups, groups in (
-    (TRAIN, train, draw_groups, trained),
-    (QUERY, query, query_groups, asked),
-  ):
-    features[name] = features_of(
-      _output_kernel(model, task.schedule, groups), task.params, examples, groups,
-      num_groups=num_groups, stream_name=name, projection=projected, batch_size=batch_size,
-      block_mib=block_mib, devices=devices,
-      partial=partial_of(resume, name, settings, task, query, train),
-    )  # fmt: skip
-  errors = engine.map_batches(
-    _error_kernel(task.apply_fn, task.schedule, trained), gradient_operands(task.params, TRAIN),
-    train.rows(draw_groups), batch_size=max(1, batch_size // trained.size), label="residuals",
-    devices=devices,
-  )  # fmt: skip
-  first, second = errors.reshape(-1, draw_groups, 2).mean(axis=1, dtype=np.float64).T
-  residuals = first / np.sqrt(np.maximum(draws * second, _TINY))
-
-  # 2. Leave-one-out changes of the outputs, squared.
-  num = len(train.ids)
-  fisher = fisher_of(features[TRAIN].mean(axis=1, dtype=np.float32))
-  scores = []
-  for value in dampings:
-    weights = residuals / fisher.slack(value) / num
-    of_groups, of_queries = group_scores(fisher, features[TRAIN], features[QUERY], value)
-    change = of_queries.mean(axis=0) * weights
-    # Squares to first order in what a group changes, so that they average to that of the mean.
-    squares = [num * change * (2 * part * weights - change) for part in (of_groups, of_queries)]
-    scores.append(
-      Scores(
-        finite(squares[0]), query.ids, train.ids, settings | {"damping": value},
-        finite(squares[1]) if query_groups > 1 else None,
-      )
-    )  # fmt: skip
-  return scores[0] if np.ndim(damping) == 0 else tuple(scores)
+  first, second = errors.reshape(-1, draws.replicates, 2).mean(axis=1, dtype=np.float64).T
+  return first / np.sqrt(np.maximum(draws.num * second, _TINY))
 
 
-def _output_kernel(model: Registration, schedule: Schedule, groups: DrawGroups) -> engine.Kernel:
+@dataclasses.dataclass(frozen=True)
+class OutputKernel:
   """(operands, rows) → [B, P], means over draws of unit gradients of the mean output."""
 
-  def kernel(operands: PyTree, batch: Batch) -> jax.Array:
-    params, number = operands
-    pairs = _pairs(schedule, groups, number, batch)
+  layers: Registration
+  process: Process
+  replicate: Replicate
+
+  def __call__(self, operands: PyTree, batch: Batch) -> jax.Array:
+    params, origin = operands
+    pairs = _pairs(self.process, self.replicate, origin, batch)
     cotangents = lambda out: jnp.full(out.shape, out.shape[0] / out.size)
-    grads = model.gradients(params, pairs, cotangents, rows=len(pairs.t))
+    grads = self.layers.gradients(params, pairs, cotangents, rows=len(pairs.time))
     rows = [flat(matrices) for matrices in grads.values()]
     norms = jnp.sqrt(sum(jnp.sum(jnp.square(part), axis=1) for part in rows))
-    weights = (1 / jnp.maximum(norms, _TINY) / groups.size).reshape(-1, groups.size)
+    size = self.replicate.draws.num
+    weights = (1 / jnp.maximum(norms, _TINY) / size).reshape(-1, size)
     means = [jnp.einsum("bs,bsp->bp", weights, part.reshape(*weights.shape, -1)) for part in rows]
     return jnp.concatenate(means, axis=1)
 
-  return kernel
 
-
-def _error_kernel(apply_fn: ApplyFn, schedule: Schedule, groups: DrawGroups) -> engine.Kernel:
+@dataclasses.dataclass(frozen=True)
+class ErrorKernel:
   """(operands, rows) → [B, 2], means over draws of root mean squared errors and their squares."""
 
-  def kernel(operands: PyTree, batch: Batch) -> jax.Array:
-    params, number = operands
-    pairs = _pairs(schedule, groups, number, batch)
-    squares = squared_errors(predict(apply_fn, params, pairs), pairs).reshape(-1, groups.size)
+  apply_fn: ApplyFn
+  process: Process
+  replicate: Replicate
+
+  def __call__(self, operands: PyTree, batch: Batch) -> jax.Array:
+    params, origin = operands
+    pairs = _pairs(self.process, self.replicate, origin, batch)
+    squares = squared_errors(predict(self.apply_fn, params, pairs), pairs)
+    squares = squares.reshape(-1, self.replicate.draws.num)
     return jnp.stack([jnp.sqrt(squares).mean(axis=1), squares.mean(axis=1)], axis=1)
 
-  return kernel
 
-
-def _pairs(schedule: Schedule, groups: DrawGroups, number: Array, batch: Batch) -> Noised:
-  """The pairs of one group of draws of each example, those of `gradient_kernel`."""
-  keys = row_keys(groups, number, batch)
-  return LOSS.pairs(schedule, batch.images, keys, batch.conditioning, groups.design)
+def _pairs(process: Process, replicate: Replicate, origin: PyTree, batch: Batch) -> Noised:
+  """The pairs of one replicate of draws of each example, those of `GradientKernel`."""
+  keys = replicate.keys(origin, batch)
+  return LOSS.pairs(
+    process, batch.data, keys, batch.conditioning, replicate.draws, replicate.random_flip
+  )

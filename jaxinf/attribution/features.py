@@ -1,137 +1,141 @@
 """Features of examples: gradients with respect to all parameters, averaged over draws, projected.
 
-φ = P ∇m, with m the mean of a measurement over ALL draws of one group. The gradients come at the
+φ = P ∇m, with m the mean of a measurement over ALL draws of one replicate. The gradients come at the
 speed of an ordinary batch. Each call of the projection makes P anew, so that rows wait on the host
 until there is a block of them.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf import engine
-from jaxinf.attribution.examples import Examples, content_of
-from jaxinf.attribution.kernels import DrawGroups, flat, gradient_operands
+from jaxinf.attribution.kernels import GradientKernel, flat, row_operands
 from jaxinf.compression.projection import Projection
-from jaxinf.core.types import Array, Batch, Matrices, Params, PyTree
+from jaxinf.core.draws import Draws
+from jaxinf.core.examples import Examples
+from jaxinf.core.random import wrapped
+from jaxinf.core.types import Array, Batch, Matrices, PyTree
+from jaxinf.diffusion.content import content_of
 from jaxinf.diffusion.measurements import Measurement
-from jaxinf.diffusion.model import Task
-from jaxinf.diffusion.noise import DrawDesign
+from jaxinf.diffusion.model import DiffusionModel
 from jaxinf.engine import processes
-from jaxinf.engine.checkpoints import PartialOutputs, Resume
-from jaxinf.engine.devices import mapped
+from jaxinf.engine.checkpoints import PartialOutputs
+from jaxinf.engine.compute import Compute
+from jaxinf.engine.devices import local_devices, num_devices, replicate, shard
+from jaxinf.engine.kernels import Kernel, compiled
+from jaxinf.engine.maps import PartialRows, stream_batches
+from jaxinf.engine.worklist import Rows
 from jaxinf.layers.coverage import Selection
-from jaxinf.layers.per_example import checked_draws, default_groups
-from jaxinf.layers.register import Registration, register
+from jaxinf.layers.register import Registration, layers_of
 
 # Every layer, scales and shifts among them; which curvature a layer would have does not matter.
 _EVERYTHING = Selection(skip=(), diagonal=(".",))
 
 
-def register_everything(
-  task: Task, image_shape: tuple[int, ...], conditioning: PyTree = None
-) -> Registration:
+def all_layers(model: DiffusionModel, examples: Examples, axes: int = 0) -> Registration:
   """The layers of a model, with all its parameters; ValueError with the table where one has none.
 
   Args:
-    task: the model.
-    image_shape: (H, W, C).
-    conditioning: pytree of arrays [N, …] of which the shapes matter; or None.
+    model: the model.
+    examples: of which the shapes of a row count.
+    axes: of the data that the network does not see.
   """
-  task.check_images(image_shape, conditioning)
   try:
-    model = register(
-      task.apply_fn, task.params, image_shape, _EVERYTHING, conditioning=conditioning
-    )
+    layers = layers_of(model, examples, _EVERYTHING, axes=axes)
   except ValueError as error:
     raise ValueError(
       f"Projected gradients are those of all parameters, but not all are in layers: {error}"
     ) from error
-  covered = sum(math.prod(layer.matrix_shape) for layer in model.layers)
-  if covered != (num := sum(leaf.size for leaf in jax.tree.leaves(task.params))):
+  covered = sum(math.prod(layer.matrix_shape) for layer in layers.layers)
+  if covered != (num := sum(leaf.size for leaf in jax.tree.leaves(model.params))):
     raise ValueError(
       f"The model has {num:,} parameters, but its layers {covered:,}: one would be left out or "
       "counted twice. Give each layer parameters of its own."
     )
-  return model
+  return layers
 
 
-def flat_kernel(kernel: engine.Kernel) -> engine.Kernel:
-  """The kernel of gradients as long vectors [B, P], layer after layer."""
+@dataclasses.dataclass(frozen=True)
+class FlatGradients:
+  """Kernel of gradients as long vectors [B, P], layer after layer."""
 
-  def joined(operands: PyTree, batch: Batch) -> jax.Array:
-    grads: Matrices = kernel(operands, batch)
+  gradients: GradientKernel
+
+  def __call__(self, operands: PyTree, batch: Batch) -> jax.Array:
+    grads: Matrices = self.gradients(operands, batch)
     return jnp.concatenate([flat(matrices) for matrices in grads.values()], axis=1)
 
-  return joined
+
+@dataclasses.dataclass(frozen=True)
+class ProjectionKernel:
+  """Kernel from key data and rows [B, P] to [B, k]: projections of other seeds share a program."""
+
+  projection: Projection
+
+  def __call__(self, key: Array, rows: jax.Array) -> jax.Array:
+    return self.projection(rows, wrapped(key))
 
 
 def features_of(
-  kernel: engine.Kernel,
-  params: Params,
+  kernel: Kernel,
+  model: DiffusionModel,
   examples: Examples,
-  groups: DrawGroups,
+  draws: Draws,
+  stream: str,
   *,
-  num_groups: int,
-  stream_name: str,
   projection: Projection,
-  batch_size: int,
-  block_mib: float = 1024,
-  devices: Sequence[jax.Device] | None = None,
-  partial: engine.PartialRows | None = None,
+  compute: Compute,
+  partial: PartialRows | None = None,
 ) -> np.ndarray:
-  """[n, G, k] float32 features of examples, one of each of their G groups of draws.
+  """[n, G, k] float32 features of examples, one of each of their G replicates of draws.
 
   Args:
-    kernel: (operands of `gradient_operands`, rows) → long gradients [B, P], as of `flat_kernel`.
-    params: at which gradients are taken.
+    kernel: (operands of `row_operands`, rows) → long gradients [B, P], such as `FlatGradients`.
+    model: at whose parameters gradients are taken.
     examples: n of them.
-    groups: the draws of one group.
-    num_groups: G.
-    stream_name: of the draws, QUERY or TRAIN.
+    draws: of each.
+    stream: of the draws, QUERY or TRAIN.
     projection: P.
-    batch_size: (image, draw) pairs at a time over all devices.
-    block_mib, devices: as of `FeaturePass`.
+    compute: how.
     partial: where features are kept and, where it has some, gone on from.
   """
-  feature_pass = FeaturePass(projection, max(1, batch_size // groups.size), block_mib, devices)
-  rows = feature_pass(
-    kernel, gradient_operands(params, stream_name), examples.rows(num_groups),
-    label=f"{stream_name.replace('_gradients', '')} features", partial=partial,
-  )  # fmt: skip
-  return rows.reshape(len(examples.ids), num_groups, projection.dim)
+  rows = FeaturePass(projection, compute)(
+    kernel,
+    row_operands(model.params, draws, stream),
+    Rows.of(examples, draws.replicates),
+    batch_size=compute.rows(draws),
+    label=f"{stream.replace('_gradients', '')} features",
+    partial=partial,
+  )
+  return rows.reshape(len(examples), -1, projection.dim)
 
 
 @dataclasses.dataclass(frozen=True)
 class FeaturePass:
-  """How rows of examples become features.
+  """How rows of gradients become features.
 
   Attributes:
     projection: P.
-    batch_size: rows of gradients at a time over all local devices.
-    block_mib: of gradients that wait on the host and are projected at once; the devices share them.
-    devices: local devices; all of them where None.
+    compute: devices, and how much waits on the host to be projected at once.
   """
 
   projection: Projection
-  batch_size: int
-  block_mib: float = 1024
-  devices: Sequence[jax.Device] | None = None
+  compute: Compute
 
   def __call__(
     self,
-    kernel: engine.Kernel,
+    kernel: Kernel,
     operands: PyTree,
-    rows: engine.Rows,
+    rows: Rows,
     *,
+    batch_size: int,
     label: str,
-    partial: engine.PartialRows | None = None,
+    partial: PartialRows | None = None,
   ) -> np.ndarray:
     """[len(rows), k] float32 features; with several processes each makes its share of them.
 
@@ -139,6 +143,7 @@ class FeaturePass:
       kernel: (operands, batch) → long gradients [B, P].
       operands: of the kernel, such as parameters.
       rows: what to go through.
+      batch_size: rows of gradients at a time over all local devices.
       label: what the progress bar says.
       partial: where features are kept and, where it has some, gone on from.
 
@@ -149,10 +154,16 @@ class FeaturePass:
     outputs = [] if partial is None else partial.load()
     saved = len(outputs)
     done = begin + sum(map(len, outputs))
-    stream = engine.stream_batches(
-      kernel, operands, rows, batch_size=self.batch_size, label=label, unit="rows",
-      devices=self.devices, span=(done, end),
-    )  # fmt: skip
+    stream = stream_batches(
+      kernel,
+      operands,
+      rows,
+      batch_size=batch_size,
+      label=label,
+      unit="rows",
+      devices=self.compute.devices,
+      span=(done, end),
+    )
     batches = 0
     for block, num_batches in self._blocks(stream, end - done) if done < end or not outputs else ():
       outputs.append(self._projected(*block))
@@ -166,7 +177,7 @@ class FeaturePass:
     if not np.isfinite(features).all():
       raise ValueError(
         f"Some {label} are not finite: gradients overflow. Check that the model's outputs are "
-        "finite for these images at every timestep."
+        "finite for these examples at every time."
       )
     return features
 
@@ -191,82 +202,69 @@ class FeaturePass:
 
   def _block_rows(self, size: int, total: int) -> int:
     """Rows of a block: as many as fit, in blocks of about equal size, on each device alike."""
-    num_devices = engine.num_devices(self.devices)
-    most = max(1, int(self.block_mib * 2**20) // (4 * size))
+    num = num_devices(self.compute.devices)
+    most = max(1, int(self.compute.block_mib * 2**20) // (4 * size))
     blocks = -(-total // most) or 1
-    return max(1, -(-total // (blocks * num_devices))) * num_devices
+    return max(1, -(-total // (blocks * num))) * num
 
   def _projected(self, block: np.ndarray, filled: int) -> np.ndarray:
-    devices = engine.local_devices(self.devices)
-    key = engine.replicate(jax.random.key_data(self.projection.key), devices)
-    project = mapped(_projection_kernel(self.projection), tuple(devices))
-    projected = np.asarray(project(key, engine.shard(block, devices)))
+    devices = local_devices(self.compute.devices)
+    key = replicate(jax.random.key_data(self.projection.key), devices)
+    kernel = ProjectionKernel(dataclasses.replace(self.projection, seed=0))
+    projected = np.asarray(compiled(kernel, tuple(devices))(key, shard(block, devices)))
     return projected.reshape(-1, self.projection.dim)[:filled]
 
 
-def _projection_kernel(projection: Projection) -> engine.Kernel:
-  """(key data, rows [B, P]) → [B, k]: projections that differ in their seeds share a program."""
-  return _kernel_of(dataclasses.replace(projection, seed=0))
+def projection_of(projection: Projection | int, draws: Draws) -> Projection:
+  """The projection that is asked for; a number is its dimension, with the seed of the draws."""
+  return projection if isinstance(projection, Projection) else Projection(projection, draws.seed)
 
 
-@functools.lru_cache(maxsize=8)  # so that it compiles once
-def _kernel_of(projection: Projection) -> engine.Kernel:
-  def kernel(key: Array, rows: jax.Array) -> jax.Array:
-    return projection(rows, jax.random.wrap_key_data(key))
+def split_draws(draws: Draws, asked: Draws | None) -> tuple[Draws, Draws]:
+  """Those of training examples and of queries, in 2 replicates each where none are asked for.
 
-  return kernel
-
-
-def checked_checkpoints(params: Params, checkpoints: Sequence[Params]) -> tuple[Params, ...]:
-  """The parameters and the checkpoints beside them; ValueError where their trees are not alike."""
-  shape = lambda tree: jax.tree.map(lambda x: (np.shape(x), jnp.asarray(x).dtype), tree)
-  for number, other in enumerate(checkpoints):
-    if shape(other) != shape(params):
-      raise ValueError(
-        f"checkpoints[{number}] is no pytree like the task's parameters, with the same shapes and "
-        "types: give parameters of the same network."
-      )
-  return (params, *checkpoints)
+  Each replicate is projected by itself.
+  """
+  if draws.stop is not None:
+    raise ValueError("Projected methods take a fixed number of draws: Draws(num).")
+  return draws.split(2), draws.of_queries(asked)
 
 
-def split_draws(
-  draws: int, draw_groups: int | None, query_draws: int, query_groups: int | None
-) -> tuple[int, int]:
-  """The numbers of groups, 2 each where it can be and none is given; ValueError for a bad split."""
-  groups = default_groups(draws, most=2) if draw_groups is None else draw_groups
-  asked = default_groups(query_draws, most=2) if query_groups is None else query_groups
-  checked_draws(draws, groups, "draws", "draw_groups")
-  checked_draws(query_draws, asked, "query_draws", "query_groups")
-  return groups, asked
-
-
-def check_pass(
-  query_design: DrawDesign,
-  measurements: Sequence[Measurement],
-  resume: Resume | None,
-  *,
-  batch_size: int,
-  block_mib: float,
-) -> None:
-  """Raises ValueError for sizes that are too small, mirrored queries, or what no key can name."""
-  if batch_size < 1 or not block_mib > 0:
-    raise ValueError(
-      f"batch_size must be at least 1 and block_mib positive; got {batch_size} and {block_mib}."
-    )
-  if query_design.random_flip:
-    raise ValueError("query_design mirrors images, but a query is measured as it is: leave it out.")
-  if resume is not None and any(measurement.name is None for measurement in measurements):
-    raise ValueError("With resume, give the Measurement a name that tells it from others.")
+def check_named(compute: Compute, *measurements: Measurement) -> None:
+  """Raises ValueError where a checkpoint's key could not tell a measurement from others."""
+  if compute.checkpoint is not None and any(m.name is None for m in measurements):
+    raise ValueError("With a checkpoint, give the Measurement a name that tells it from others.")
 
 
 def partial_of(
-  resume: Resume | None, name: str, settings: Mapping[str, Any], task: Task, *examples: Examples
+  compute: Compute, name: str, settings: Mapping[str, Any], model: DiffusionModel, **examples
 ) -> PartialOutputs | None:
-  """Where the features called `name` are kept, of this task with these settings."""
-  if resume is None:
+  """Where the features called `name` are kept, of this model with these settings."""
+  if compute.checkpoint is None:
     return None
-  key = {**settings, "inputs": content_of(task, *examples)}
-  return PartialOutputs(resume.folder / name, key, resume.every)
+  key = {**settings, **content_of(model, **examples)}
+  return PartialOutputs(compute.checkpoint.folder / name, key, compute.checkpoint.every)
+
+
+def settings_of_projected(
+  model: DiffusionModel, draws: Draws, asked: Draws, projection: Projection, train: Examples
+) -> dict[str, Any]:
+  """What projected scores are computed with, as JSON."""
+  return {
+    "process": model.process.settings,
+    "draws": draws.num,
+    "draw_groups": draws.replicates,
+    "query_draws": asked.num,
+    "query_groups": asked.replicates,
+    "seed": draws.seed,
+    "query_seed": asked.seed,
+    "design": draws.design,
+    "query_design": asked.design,
+    "random_flip": train.random_flip,
+    "projection": projection.kind,
+    "projection_dim": projection.dim,
+    "projection_seed": projection.seed,
+  }
 
 
 def finite(scores: np.ndarray) -> np.ndarray:

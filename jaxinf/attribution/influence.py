@@ -7,291 +7,308 @@ and dampings at once, and are never kept.
 
 import dataclasses
 import logging
+import warnings
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any
 
-import jax
 import numpy as np
 
-from jaxinf.attribution.auto import AutoDraws, DrawPlan, merged_rounds
-from jaxinf.attribution.examples import (
-  check_alike,
-  checked_dampings,
-  content_of,
-  curvature_content,
-  examples_of,
-  registered,
-)
-from jaxinf.attribution.kernels import QUERY, DrawGroups, gradient_kernel, gradient_operands
-from jaxinf.attribution.queries import gradient_batches, query_rows
+from jaxinf.attribution.kernels import QUERY, TRAIN, GradientKernel, Replicate, row_operands
+from jaxinf.attribution.queries import QueryRows, gradient_batches, query_rows
+from jaxinf.attribution.rounds import merged_rounds
 from jaxinf.attribution.scoring import ScorePass
 from jaxinf.compression.compression import (
+  DEFAULT,
   Compression,
   Uncompressed,
   compression_named,
   settings_of,
 )
-from jaxinf.core.types import Array, PyTree
+from jaxinf.core.checks import checked_dampings
+from jaxinf.core.draws import Draws
+from jaxinf.core.examples import Examples, check_alike
 from jaxinf.curvature.curvature import Curvature
+from jaxinf.diffusion.content import content_of
 from jaxinf.diffusion.measurements import LOSS, Measurement, measurement_named
-from jaxinf.diffusion.model import Task
-from jaxinf.diffusion.noise import DrawDesign
-from jaxinf.engine.checkpoints import PartialOutputs, Resume
-from jaxinf.layers.per_example import checked_draws, default_groups
-from jaxinf.layers.precision import in_precision
+from jaxinf.engine.checkpoints import PartialOutputs
+from jaxinf.engine.compute import Compute
+from jaxinf.layers.register import layers_of
 from jaxinf.scores.scores import Scores
+from jaxinf.scores.sweep import Sweep
 
 _LOG = logging.getLogger("jaxinf")
 
-# Small dampings raise directions that hardly matter to scores; rounding them drowns those that do.
-_ADVICE = ": the order is not kept; take compression=None, or a larger damping"
 
-
-# fmt: off
-@overload
 def influence(
-  task: Task, curvature: Curvature, queries: Array, train_images: Array, *,
-  damping: float, draws: int | str | AutoDraws, seed: int, measurement: str | Measurement = ...,
-  query_ids: np.ndarray | None = ..., train_ids: np.ndarray | None = ...,
-  query_conditioning: PyTree = ..., train_conditioning: PyTree = ...,
-  draw_groups: int | None = ..., query_draws: int | None = ..., query_groups: int | None = ...,
-  design: DrawDesign = ..., query_design: DrawDesign | None = ...,
-  compression: str | Compression | None = ..., query_blocks: int = ...,
-  precision: str | None = ..., batch_size: int = ...,
-  resume: Resume | None = ..., devices: Sequence[jax.Device] | None = ...,
-) -> Scores: ...
-@overload
-def influence(
-  task: Task, curvature: Curvature, queries: Array, train_images: Array, *,
-  damping: Sequence[float], draws: int | str | AutoDraws, seed: int,
-  measurement: str | Measurement = ...,
-  query_ids: np.ndarray | None = ..., train_ids: np.ndarray | None = ...,
-  query_conditioning: PyTree = ..., train_conditioning: PyTree = ...,
-  draw_groups: int | None = ..., query_draws: int | None = ..., query_groups: int | None = ...,
-  design: DrawDesign = ..., query_design: DrawDesign | None = ...,
-  compression: str | Compression | None = ..., query_blocks: int = ...,
-  precision: str | None = ..., batch_size: int = ...,
-  resume: Resume | None = ..., devices: Sequence[jax.Device] | None = ...,
-) -> tuple[Scores, ...]: ...
-# fmt: on
-def influence(
-  task: Task,
   curvature: Curvature,
-  queries: Array,
-  train_images: Array,
   *,
-  damping: float | Sequence[float],
-  draws: int | str | AutoDraws,
-  seed: int,
+  queries: Examples,
+  train: Examples,
+  damping: float,
+  draws: Draws = Draws(),
+  query_draws: Draws | None = None,
   measurement: str | Measurement = "loss",
-  query_ids: np.ndarray | None = None,
-  train_ids: np.ndarray | None = None,
-  query_conditioning: PyTree = None,
-  train_conditioning: PyTree = None,
-  draw_groups: int | None = None,
-  query_draws: int | None = None,
-  query_groups: int | None = None,
-  design: DrawDesign = DrawDesign(),
-  query_design: DrawDesign | None = None,
-  compression: str | Compression | None = "int8",
-  query_blocks: int = 1,
+  compression: str | Compression | None = DEFAULT,
   precision: str | None = None,
-  batch_size: int = 128,
-  resume: Resume | None = None,
-  devices: Sequence[jax.Device] | None = None,
-) -> Scores | tuple[Scores, ...]:
-  """Scores every training image for every query.
+  compute: Compute = Compute(),
+) -> Scores:
+  """Scores every training example for every query.
 
   Args:
-    task: the model.
-    curvature: fitted at the task's parameters.
-    queries: [Q, H, W, C] images to explain, float32 in [-1, 1] or uint8; [Q, K, H, W, C] float32
-      where the measurement is of trajectories.
-    train_images: [N, H, W, C], likewise.
-    damping: λ > 0, in the units of the curvature (squared gradient of the pixel-mean loss); or
-      several of them, all scored in one pass over the training gradients. Each takes as much
-      memory for the preconditioned query gradients as one.
-    draws: draws of (t, ε) for each training image; "auto" or an AutoDraws goes on until the top of
-      the order is stable, and says in settings["draws"] how many that took.
-    seed: of the draws.
+    curvature: of the model; see `fit_curvature`.
+    queries: what is to be explained; states [Q, K, …] where the measurement is of trajectories.
+    train: the training examples, with random_flip where training mirrored images.
+    damping: λ > 0, in the units of the curvature (squared gradient of the loss, a mean over the
+      elements of an example).
+    draws: of (t, ε) for each training example. `Draws.until_stable()` goes on until the top of the
+      order is stable, and says in settings["draws"] how many that took.
+    query_draws: likewise for each query; as many by the same design where None.
     measurement: what is measured of a query, by name or as an object; see
       jaxinf.diffusion.measurements.
-    query_ids, train_ids: stable ids, which the random keys follow; row numbers where None.
-    query_conditioning, train_conditioning: what a conditional model is given with each image, such
-      as labels: pytrees of arrays [Q, …] and [N, …] of one form; None where it has no such inputs.
-    draw_groups: groups the training draws are split into, for standard errors; divides draws. None:
-      the largest divisor of draws up to 5.
-    query_draws: draws for each query; as many as for a training image where None (256 for "auto",
-      which adds none).
-    query_groups: groups these are split into, whose spread is the queries' part of the standard
-      errors; each takes as much memory as one. None: 2, or 1 where the draws do not split. That
-      part has one degree of freedom less than there are groups, the same for all training images
-      of a query: with 2 it is right on average, and rough for a single query.
-    design: how the draws of a group depend on each other; each group is one complete design, so
-      that few draws a group leave little to stratify. Shared draws are the best for comparing
-      images; a sum of scores over many images is then no less noisy than its terms. With
-      random_flip where training had it (paper, Appendix J.8).
-    query_design: likewise for queries, which are never mirrored; as `design` where None.
-    compression: of the preconditioned query gradients: a name of gradients.compression, or a
+    compression: of the preconditioned query gradients: a name of jaxinf.compression, or a
       Compression. None: float32. What it and `precision` do to scores is measured on a sample of
-      training images and put into settings["check"].
-    query_blocks: parts of the query gradients, of which one is on the devices at a time, with
-      equal results: for more queries than fit.
-    precision: of the network's products in the pass over training images, "bfloat16",
-      "tensorfloat32" or "float32"; as the network is where None. See diffusion.precision. To the
-      rounding of that precision, scores then depend on batch_size.
-    batch_size: (image, draw) pairs at a time over all devices; at least one group of draws on each
-      goes through at once, so that more groups need less memory.
-    resume: keeps scores on disk as they come; None: a killed pass begins again.
-    devices: local devices; all of them where None.
+      training examples first, put into settings["check"], and warned of where the order suffers.
+    precision: of the network's products in the pass over training examples, "bfloat16",
+      "tensorfloat32" or "float32"; as the network is where None. To the rounding of that precision,
+      scores then depend on the batch size.
+    compute: how; with a checkpoint, a killed pass goes on where it was.
 
   Returns:
-    Scores with values [Q, N]; positive: the training image supports the query. A tuple of them, in
-    the order of the dampings, where these are a sequence.
+    Scores with values [Q, N]; positive: the training example supports the query.
 
   Raises:
     ValueError: the arguments don't fit together, or scores are not finite.
   """
-  dampings = checked_dampings(damping)
-  measured = measurement_named(measurement)
-  query = examples_of(queries, query_ids, query_conditioning, "query", measured)
-  train = examples_of(train_images, train_ids, train_conditioning, "train")
-  asked_design = design.without_flips() if query_design is None else query_design
-  if asked_design.random_flip:
-    raise ValueError("query_design mirrors images, but a query is measured as it is: leave it out.")
-  if resume is not None and measured.name is None:
-    raise ValueError("With resume, give the Measurement a name that tells it from others.")
-  plan = _draw_plan(draws, draw_groups, query_draws, query_groups)
-  if isinstance(compression, str) or compression is None:
-    compression = compression_named(compression)
-  if compression.in_eigenbasis or compression.is_costly:
-    raise ValueError(
-      f"{compression.description} cannot be restored batch by batch: take int4, int8, int16, "
-      "bfloat16, svd or None. (jaxinf compress-study compares them all.)"
-    )
-  for value, what in ((batch_size, "batch_size"), (query_blocks, "query_blocks")):
-    if value < 1:
-      raise ValueError(f"{what} must be at least 1; got {value}.")
-  check_alike(query, train)
-  model = registered(task, curvature, train)
+  method = Influence(curvature, (damping,), measurement, compression, precision, query_draws)
+  return method.scores(queries=queries, train=train, draws=draws, compute=compute)[0]
 
-  # 1. Rows of queries: every one's gradients, preconditioned for every damping, and compressed.
-  asked = DrawGroups(seed, plan.query_draws // plan.query_groups, asked_design)
-  num_rows = len(query.ids) * plan.query_groups
-  with jax.default_device(devices[0] if devices else None):
-    rows = query_rows(
-      curvature,
-      gradient_batches(
-        gradient_kernel(model, measured, task.schedule, asked),
-        gradient_operands(task.params, QUERY), query.rows(plan.query_groups),
-        batch_size=max(1, batch_size // asked.size), devices=devices,
-      ),
-      num_rows=num_rows, groups=plan.query_groups, dampings=dampings, compression=compression,
+
+def influence_sweep(
+  curvature: Curvature,
+  *,
+  queries: Examples,
+  train: Examples,
+  dampings: Sequence[float],
+  draws: Draws = Draws(),
+  query_draws: Draws | None = None,
+  measurement: str | Measurement = "loss",
+  compression: str | Compression | None = DEFAULT,
+  precision: str | None = None,
+  compute: Compute = Compute(),
+) -> Sweep:
+  """`influence` at several dampings, all scored in one pass over the training gradients.
+
+  Each damping takes as much memory for the preconditioned query gradients as one.
+  """
+  method = Influence(curvature, tuple(dampings), measurement, compression, precision, query_draws)
+  return method.scores(queries=queries, train=train, draws=draws, compute=compute)
+
+
+@dataclasses.dataclass(frozen=True)
+class Influence:
+  """Influence functions as a method: see `influence` for the fields."""
+
+  curvature: Curvature
+  dampings: tuple[float, ...] = (1e-8,)
+  measurement: str | Measurement = "loss"
+  compression: str | Compression | None = DEFAULT
+  precision: str | None = None
+  query_draws: Draws | None = None
+
+  def scores(
+    self,
+    *,
+    queries: Examples,
+    train: Examples,
+    draws: Draws = Draws(),
+    compute: Compute = Compute(),
+  ) -> Sweep:
+    """Scores at every damping."""
+    return _Question.of(self, queries, train, draws, compute).answer()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Question:
+  """One call of the method: its arguments checked and with their defaults filled in."""
+
+  curvature: Curvature
+  dampings: tuple[float, ...]
+  measurement: Measurement
+  compression: Compression
+  precision: str | None
+  queries: Examples
+  train: Examples
+  draws: Draws
+  asked: Draws
+  compute: Compute
+
+  @classmethod
+  def of(
+    cls, method: Influence, queries: Examples, train: Examples, draws: Draws, compute: Compute
+  ) -> "_Question":
+    """Raises ValueError where arguments don't fit together."""
+    curvature, measured = method.curvature, measurement_named(method.measurement)
+    measured.check(curvature.model.process)
+    check_alike(queries, train, measured.axes)
+    if curvature.settings["conditional"] != (train.conditioning is not None):
+      raise ValueError(
+        "The curvature was fitted with conditioning, or the training examples have it: one of both."
+      )
+    if compute.checkpoint is not None and measured.name is None:
+      raise ValueError("With a checkpoint, give the Measurement a name that tells it from others.")
+    compression = method.compression
+    if isinstance(compression, str) or compression is None:
+      compression = compression_named(compression)
+    if compression.in_eigenbasis or compression.is_costly:
+      raise ValueError(
+        f"{compression.description} cannot be restored batch by batch: take int4, int8, int16, "
+        "bfloat16, svd or None. (jaxinf compress-study compares them all.)"
+      )
+    draws = draws.split()
+    return cls(
+      curvature, checked_dampings(method.dampings), measured, compression, method.precision,
+      queries, train, draws, draws.of_queries(method.query_draws), compute,
     )  # fmt: skip
 
-  # 2. Training gradients, past all of them.
-  groups = DrawGroups(seed, plan.group_size, design)
-  exactly = gradients = gradient_kernel(model, LOSS, task.schedule, groups)
-  if precision is not None:
-    network = in_precision(task.apply_fn, precision)
-    faster = registered(dataclasses.replace(task, apply_fn=network), curvature, train)
-    gradients = gradient_kernel(faster, LOSS, task.schedule, groups)
-  score_pass = ScorePass(
-    gradients, exactly, task.params, train.rows(plan.draw_groups),
-    max(1, batch_size // groups.size), devices, query_blocks,
-  )  # fmt: skip
-  settings = {f"curvature_{name}": value for name, value in curvature.settings.items()} | dict(
-    measurement=measured.name or "custom", draw_groups=plan.draw_groups,
-    query_draws=plan.query_draws, query_groups=plan.query_groups,
-    compression=compression.description, seed=seed, precision=precision,
-    design=dataclasses.asdict(design), query_design=dataclasses.asdict(asked_design),
-  )  # fmt: skip
-  key = settings | {
-    "group_size": plan.group_size, "dampings": dampings,
-    "compression": settings_of(compression),
-  }  # fmt: skip
-  if resume is not None:
-    key |= {"inputs": content_of(task, query, train), "curvature": curvature_content(curvature)}
+  def answer(self) -> Sweep:
+    """The scores."""
+    score_pass = self._score_pass()
+    rows = self._query_rows()
+    if self.compression != Uncompressed() or self.precision is not None:
+      checks = score_pass.check(
+        rows,
+        self.compression,
+        num_dampings=len(self.dampings),
+        replicates=self.asked.replicates or 1,
+      )
+    else:
+      checks = [None] * len(self.dampings)
+    self._warn(checks)
+    return merged_rounds(
+      lambda number: self._round(score_pass, rows, number),
+      lambda products, num: self._sweep(products, num, checks),
+      self.draws,
+    )
 
-  def scored_round(number: int) -> np.ndarray:
-    partial = None
-    if resume is not None:
-      partial = PartialOutputs(resume.folder / f"round-{number:03d}", key, resume.every)
+  def _kernel(self, examples: Examples, measurement: Measurement, draws: Draws, **how: Any):
+    model = self.curvature.model
+    layers = layers_of(model, examples, self.curvature.selection, axes=measurement.axes, **how)
+    if layers.layers != self.curvature.layers:
+      raise ValueError("The curvature has other layers than the model: fit it for this model.")
+    replicate = Replicate.of(draws, examples.random_flip)
+    return GradientKernel(layers, measurement, model.process, replicate)
+
+  def _query_rows(self) -> QueryRows:
+    """Every query's gradients, preconditioned for every damping, and compressed."""
+    replicates = self.asked.replicates or 1
+    return query_rows(
+      self.curvature,
+      gradient_batches(
+        self._kernel(self.queries, self.measurement, self.asked),
+        row_operands(self.curvature.model.params, self.asked, QUERY),
+        self.queries,
+        self.asked,
+        self.compute,
+      ),
+      num_rows=len(self.queries) * replicates,
+      dampings=self.dampings,
+      compression=self.compression,
+      groups=replicates,
+    )
+
+  def _score_pass(self) -> ScorePass:
+    """Training gradients, past all rows of queries."""
+    exactly = gradients = self._kernel(self.train, LOSS, self.draws)
+    if self.precision is not None:
+      gradients = self._kernel(self.train, LOSS, self.draws, precision=self.precision)
+    operands = row_operands(self.curvature.model.params, self.draws, TRAIN)
+    return ScorePass(
+      gradients, exactly, operands, self.train, self.draws, self.curvature, self.compute,
+      len(self.queries),
+    )  # fmt: skip
+
+  @property
+  def _settings(self) -> dict[str, Any]:
+    """What the scores are computed with, as JSON."""
+    return {
+      "curvature": dict(self.curvature.settings),
+      "process": self.curvature.model.process.settings,
+      "measurement": self.measurement.name or "custom",
+      "draws": self.draws.num,
+      "draw_groups": self.draws.replicates,
+      "query_draws": self.asked.num,
+      "query_groups": self.asked.replicates,
+      "seed": self.draws.seed,
+      "query_seed": self.asked.seed,
+      "design": self.draws.design,
+      "query_design": self.asked.design,
+      "random_flip": self.train.random_flip,
+      "compression": self.compression.description,
+      "precision": self.precision,
+    }
+
+  def _round(self, score_pass: ScorePass, rows: QueryRows, number: int) -> np.ndarray:
+    """[N, G, L, Q, A] scores of one round of draws."""
+    partial, checkpoint = None, self.compute.checkpoint
+    replicates = self.draws.replicates or 1
+    if checkpoint is not None:
+      key = self._settings | content_of(
+        self.curvature.model, queries=self.queries, train=self.train
+      )
+      key |= {
+        "curvature_content": self.curvature.content(),
+        "dampings": self.dampings,
+        "compression": settings_of(self.compression),
+      }
+      folder = checkpoint.folder / f"round-{number:03d}"
+      partial = PartialOutputs(folder, key, checkpoint.every)
     products = score_pass.scores(
-      rows, curvature, compression, first_group=number * plan.draw_groups, partial=partial
+      rows, self.compression, first_replicate=number * replicates, partial=partial
     )
     if not np.isfinite(products).all():
       raise ValueError(
         "Some scores are not finite: gradients overflow. Check that the model's outputs are finite "
-        "for these images at every timestep, or raise the damping."
+        "for these examples at every time, or raise the damping."
       )
-    shape = (len(train.ids), plan.draw_groups, len(dampings), len(query.ids), plan.query_groups)
+    shape = len(self.train), replicates, len(self.dampings), len(self.queries), -1
     return products.reshape(shape)
 
-  def scores_of(products: np.ndarray, draws: int) -> tuple[Scores, ...]:
-    found = settings | {"draws": draws}
-    of_groups = np.transpose(products.mean(axis=4), (2, 1, 3, 0))
+  def _sweep(self, products: np.ndarray, num: int, checks: Sequence[dict | None]) -> Sweep:
+    """Scores at each damping from products [N, G, L, Q, A]."""
+    of_draws = np.transpose(products.mean(axis=4), (2, 1, 3, 0))
     of_queries = np.transpose(products.mean(axis=1), (1, 3, 2, 0))
-    return tuple(
-      Scores(
-        of_groups[i], query.ids, train.ids, found | {"damping": value},
-        of_queries[i] if plan.query_groups > 1 else None,
+    settings = self._settings | {"draws": num}
+    return Sweep(
+      tuple(
+        Scores(
+          of_draws[i],
+          self.queries.ids,
+          self.train.ids,
+          settings | {"damping": damping, "check": checks[i]},
+          of_queries[i] if of_queries.shape[1] > 1 else None,
+          self.train.groups,
+        )
+        for i, damping in enumerate(self.dampings)
       )
-      for i, value in enumerate(dampings)
-    )  # fmt: skip
-
-  products, total = merged_rounds(scored_round, scores_of, plan)
-  scores = scores_of(products, total)
-  if compression != Uncompressed() or precision is not None:
-    checks = score_pass.check(
-      rows,
-      curvature,
-      compression,
-      num_dampings=len(dampings),
-      query_groups=plan.query_groups,
-      seed=seed,
     )
-    scores = tuple(map(_with_check, scores, checks))
-  return scores[0] if np.ndim(damping) == 0 else scores
 
-
-def _draw_plan(
-  draws: int | str | AutoDraws,
-  draw_groups: int | None,
-  query_draws: int | None,
-  query_groups: int | None,
-) -> DrawPlan:
-  """The plan, with defaults filled in; ValueError where draws do not split as asked."""
-  if isinstance(draws, int):
-    auto, a_round, per_query = None, draws, draws
-    groups = default_groups(draws) if draw_groups is None else draw_groups
-  elif draws == "auto" or isinstance(draws, AutoDraws):
-    auto = draws if isinstance(draws, AutoDraws) else AutoDraws()
-    groups = auto.num_groups if draw_groups is None else draw_groups
-    a_round, per_query = auto.group_size * groups, 256
-    if a_round > auto.max_draws:
-      raise ValueError(
-        f"A round has {groups} groups of {auto.group_size} = {a_round} draws, more than the most, "
-        f"{auto.max_draws}: allow more draws, or take fewer or smaller groups."
+  def _warn(self, checks: Sequence[dict[str, Any] | None]) -> None:
+    """Says what compression and precision do to the order, and warns where it suffers."""
+    what = f"{self.compression.description} queries" + (
+      f" and {self.precision} products" if self.precision else ""
+    )
+    for damping, check in zip(self.dampings, checks, strict=True):
+      if check is None or check["spearman"] is None:
+        continue
+      found = (
+        f"At λ = {damping:.1e}, {what} against float32 on {check['num_examples']} training examples "
+        f"and {check['num_queries']} queries: rank correlation of scores {check['spearman']:.4f} "
+        f"(least {check['least_spearman']:.4f})"
       )
-  else:
-    raise ValueError(f'draws must be a number, "auto" or an AutoDraws; got {draws!r}.')
-  per_query = per_query if query_draws is None else query_draws
-  asked = default_groups(per_query, most=2) if query_groups is None else query_groups
-  checked_draws(a_round, groups, "draws", "draw_groups")
-  checked_draws(per_query, asked, "query_draws", "query_groups")
-  return DrawPlan(a_round // groups, groups, per_query, asked, auto)
-
-
-def _with_check(scores: Scores, check: dict[str, Any] | None) -> Scores:
-  """The scores, with what compression and precision do to them in their settings, and said."""
-  if check is not None and check["spearman"] is not None:
-    _LOG.info(
-      "attribute: at λ = %.1e, %s queries%s against float32 on %d training images and %d queries: "
-      "rank correlation of scores %.4f (least %.4f)%s", scores.settings["damping"],
-      scores.settings["compression"],
-      f" and {scores.settings['precision']} products" if scores.settings["precision"] else "",
-      check["num_examples"], check["num_queries"], check["spearman"], check["least_spearman"],
-      _ADVICE if check["spearman"] < 0.95 else "",
-    )  # fmt: skip
-  return dataclasses.replace(scores, settings={**scores.settings, "check": check})
+      _LOG.info("attribute: %s", found)
+      if check["spearman"] < 0.95:
+        warnings.warn(
+          f"{found}. The order of training examples is not kept: take compression=None or int16, "
+          "or a larger damping.",
+          stacklevel=4,
+        )

@@ -1,24 +1,23 @@
-"""The kernels of attribution: gradients of (image, group of draws) rows, and inner products.
+"""The kernels of attribution: gradients of (example, replicate) rows, and inner products.
 
-Each gradient is that of a measurement averaged over the draws of one group. Groups are rows of
-their own, from whose spread the noise of the draws is known. Where the design has flips, they are
-draws as well: those of training images, never of queries.
+Each gradient is that of a measurement averaged over the draws of one replicate. Replicates are rows
+of their own, from whose spread the noise of the draws is known.
 """
 
 import dataclasses
-import functools
 
+import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxinf import engine
 from jaxinf.compression.compression import Compression
-from jaxinf.core.random import fold_in_each, stream_number, stream_of
+from jaxinf.core.draws import Draws
+from jaxinf.core.random import draw_keys, fold_in_each, stream_number, stream_of
 from jaxinf.core.types import Array, Batch, Matrices, Params, PyTree
 from jaxinf.diffusion.measurements import Measurement
-from jaxinf.diffusion.noise import DrawDesign
-from jaxinf.diffusion.schedule import Schedule
-from jaxinf.layers.per_example import example_gradients, group_keys
+from jaxinf.diffusion.process import Process
+from jaxinf.layers.per_example import example_gradients
 from jaxinf.layers.register import Registration
 
 # Names of the streams of draws: those of queries and of training examples are independent.
@@ -26,58 +25,90 @@ QUERY, TRAIN = "query_gradients", "train_gradients"
 
 
 @dataclasses.dataclass(frozen=True)
-class DrawGroups:
-  """Groups of `size` draws from `seed`, made by `design`."""
+class Replicate:
+  """One replicate of draws as a kernel makes it, whatever its seed: that is an operand.
 
-  seed: int
-  size: int
-  design: DrawDesign
-
-
-def gradient_kernel(
-  model: Registration, measurement: Measurement, schedule: Schedule, groups: DrawGroups
-) -> engine.Kernel:
-  """Kernel from (image, group) rows to gradients, layer name → [B, …, d_out, d_in].
-
-  Its operands are those of `gradient_operands`.
+  Attributes:
+    draws: of which size and design count.
+    random_flip: whether each draw mirrors its image at random.
   """
 
-  def kernel(operands: PyTree, batch: Batch) -> Matrices:
-    params, number = operands
+  draws: Draws
+  random_flip: bool = False
+
+  @classmethod
+  def of(cls, draws: Draws, random_flip: bool = False) -> "Replicate":
+    """One of the replicates of `draws`."""
+    return cls(Draws(draws.size, 1, **draws.design), random_flip)
+
+  def keys(self, origin: PyTree, batch: Batch) -> jax.Array:
+    """Keys [B, S] of (example, replicate) rows; `origin` is that of `row_operands`."""
+    seed, number = origin
+    keys = fold_in_each(stream_of(seed, number), self.draws.numbers(batch.ids))
+    size = self.draws.num
+    return jax.vmap(lambda key, n: draw_keys(key, size, first=n * size))(keys, batch.draws)
+
+
+def row_operands(params: Params, draws: Draws, stream_name: str) -> PyTree:
+  """Operands of a kernel of rows: parameters, and (seed, stream) where draws come from.
+
+  They are arrays, so that all seeds and both streams share a program.
+  """
+  return params, (np.uint32(draws.seed), np.uint32(stream_number(stream_name)))
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientKernel:
+  """Kernel from (example, replicate) rows to gradients, layer name → [B, …, d_out, d_in].
+
+  Its operands are those of `row_operands`.
+  """
+
+  layers: Registration
+  measurement: Measurement
+  process: Process
+  replicate: Replicate
+
+  def __call__(self, operands: PyTree, batch: Batch) -> Matrices:
+    params, origin = operands
     return example_gradients(
-      model, measurement, schedule, params, images=batch.images,
-      keys=row_keys(groups, number, batch), conditioning=batch.conditioning, design=groups.design,
-    )  # fmt: skip
-
-  return kernel
-
-
-def row_keys(groups: DrawGroups, number: Array, batch: Batch) -> jax.Array:
-  """Keys [B, S] of the draws of (image, group) rows, from the stream of that number."""
-  keys = fold_in_each(stream_of(groups.seed, number), groups.design.numbers(batch.ids))
-  return group_keys(keys, batch.draws, groups.size)
-
-
-def gradient_operands(params: Params, stream_name: str) -> PyTree:
-  """Operands of a gradient kernel; the stream is one, so that both streams share a program."""
-  return params, jnp.uint32(stream_number(stream_name))
+      self.layers,
+      self.measurement,
+      self.process,
+      params,
+      data=batch.data,
+      keys=self.replicate.keys(origin, batch),
+      conditioning=batch.conditioning,
+      draws=self.replicate.draws,
+      random_flip=self.replicate.random_flip,
+    )
 
 
-@functools.lru_cache(maxsize=8)  # so that it compiles once, however many rounds there are
-def score_kernel(compression: Compression) -> engine.Kernel:
+@dataclasses.dataclass(frozen=True)
+class ScoreKernel:
   """Kernel from gradients to their inner products [B, R] with R compressed rows of each layer.
 
   Its operands are, for each layer, (compressed rows, Λ).
   """
 
-  def kernel(rows: dict[str, tuple[PyTree, Array]], grads: Matrices) -> jax.Array:
-    return inner_products(grads, {name: compression.restore(*rows[name]) for name in grads})
+  compression: Compression
 
-  return kernel
+  def __call__(self, rows: dict[str, tuple[PyTree, Array]], grads: Matrices) -> jax.Array:
+    return inner_products(grads, {n: self.compression.restore(*rows[n]) for n in grads})
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainProducts:
+  """Kernel from gradients to their inner products [B, R] with R rows as they are."""
+
+  def __call__(self, rows: Matrices, grads: Matrices) -> jax.Array:
+    return inner_products(grads, jax.tree.map(jnp.asarray, rows))
 
 
 def inner_products(grads: Matrices, rows: Matrices) -> jax.Array:
   """Σ over layers of inner products of grads [B, …, d_out, d_in] and rows [R, …, d_out, d_in]."""
+  for name, grad in grads.items():
+    chex.assert_equal_shape_suffix([grad, rows[name]], grad.ndim - 1)
   with jax.default_matmul_precision("highest"):
     products = [flat(grad) @ flat(rows[name]).T for name, grad in grads.items()]
   return jnp.sum(jnp.stack(products), axis=0)

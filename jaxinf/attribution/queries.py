@@ -12,15 +12,18 @@ import functools
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxinf import engine
 from jaxinf.compression.compression import Compression
-from jaxinf.core.types import Array, Eigenbasis, Matrices, PyTree
+from jaxinf.core.draws import Draws
+from jaxinf.core.examples import Examples
+from jaxinf.core.types import Array, Matrices, PyTree
 from jaxinf.curvature.curvature import Curvature
-from jaxinf.curvature.eigenbasis import precondition
 from jaxinf.engine import processes
+from jaxinf.engine.compute import Compute
+from jaxinf.engine.kernels import Kernel
+from jaxinf.engine.maps import stream_batches
+from jaxinf.engine.worklist import Rows
 
 _CHECKED_QUERIES = 4  # kept uncompressed too, for each damping
 
@@ -61,8 +64,8 @@ def query_rows(
     compression: of the rows.
     groups: A.
   """
-  solves = curvature.exact is not None
-  if solves:
+  solves = not curvature.has_eigenbasis
+  if solves:  # a solve is a computation of all processes' rows
     gradient_batches = iter([_everyones_rows(gradient_batches, num_rows)])
   parts: list[dict[str, list[PyTree]]] = [collections.defaultdict(list) for _ in dampings]
   exact: list[dict[str, list[np.ndarray]]] = [collections.defaultdict(list) for _ in dampings]
@@ -71,8 +74,8 @@ def query_rows(
   done = 0
   for grads in gradient_batches:
     for damping, part, some in zip(dampings, parts, exact, strict=True):
-      for name, rows in _preconditioned(curvature, grads, damping):
-        compressed = _compress(compression, rows, eigenvalues_of(curvature, name))
+      for name, rows in curvature.precondition_rows(grads, damping):
+        compressed = _compress(compression, rows, curvature.eigenvalues(name))
         part[name].append(jax.tree.map(np.asarray, compressed))
         if done < num_checked:
           some[name].append(np.asarray(rows[: num_checked - done]))
@@ -97,48 +100,24 @@ def query_rows(
 
 
 def gradient_batches(
-  kernel: engine.Kernel,
-  operands: PyTree,
-  rows: engine.Rows,
-  *,
-  batch_size: int,
-  devices: Sequence[jax.Device] | None,
+  kernel: Kernel, operands: PyTree, queries: Examples, draws: Draws, compute: Compute
 ) -> Iterator[Matrices]:
-  """The gradients of this process's share of (query, group) rows, as they come."""
-  return engine.stream_batches(
-    kernel, operands, rows, batch_size=batch_size, label="query gradients",
-    unit="(query, group) rows", devices=devices,
-  )  # fmt: skip
-
-
-def eigenvalues_of(curvature: Curvature, name: str) -> np.ndarray:
-  """Λ [(groups,) d_out, d_in] of a layer, float32."""
-  return np.asarray(curvature.bases[name].eigenvalues, np.float32)
-
-
-def _preconditioned(
-  curvature: Curvature, grads: Matrices, damping: float
-) -> Iterator[tuple[str, jax.Array]]:
-  """Yields (layer name, (H + λI)⁻¹ ∇m) layer by layer."""
-  if curvature.exact is not None:
-    solved, _ = curvature.exact.solve(grads, damping, preconditioner=curvature.approximation)
-    for name, matrices in solved.items():
-      yield name, jnp.asarray(matrices, jnp.float32)
-    return
-  for name, matrices in grads.items():
-    yield name, _precondition(matrices, curvature.bases[name], damping)
+  """The gradients of this process's share of (query, replicate) rows, as they come."""
+  return stream_batches(
+    kernel,
+    operands,
+    Rows.of(queries, draws.replicates),
+    batch_size=compute.rows(draws),
+    label="query gradients",
+    unit="(query, replicate) rows",
+    devices=compute.devices,
+  )
 
 
 def _everyones_rows(batches: Iterator[Matrices], num_rows: int) -> Matrices:
-  """All processes' rows at once: a solve is a computation of all of them."""
+  """All processes' rows at once."""
   whole = jax.tree.map(lambda *x: np.concatenate(x), *batches)
   return jax.tree.map(lambda x: processes.gathered(x, num_rows), whole)
-
-
-@jax.jit
-def _precondition(grads: Array, basis: Eigenbasis, damping: float) -> Array:
-  with jax.default_matmul_precision("highest"):
-    return precondition(grads, basis, damping)
 
 
 @functools.partial(jax.jit, static_argnums=0)

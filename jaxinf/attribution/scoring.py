@@ -10,17 +10,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from scipy import stats
 
-from jaxinf import engine
-from jaxinf.attribution.kernels import TRAIN, gradient_operands, inner_products, score_kernel
-from jaxinf.attribution.queries import QueryRows, eigenvalues_of
+from jaxinf.attribution.kernels import PlainProducts, ScoreKernel
+from jaxinf.attribution.queries import QueryRows
 from jaxinf.compression.compression import Compression
-from jaxinf.core.types import Array, Matrices, Params, PyTree
+from jaxinf.core.arrays import read_rows
+from jaxinf.core.draws import Draws
+from jaxinf.core.examples import Examples
+from jaxinf.core.types import Matrices, PyTree
 from jaxinf.curvature.curvature import Curvature
-from jaxinf.engine import processes
+from jaxinf.engine.compute import Compute
+from jaxinf.engine.kernels import Kernel
+from jaxinf.engine.maps import Blocks, PartialRows, map_batches, stream_batches
+from jaxinf.engine.worklist import Rows
+from jaxinf.scores.statistics import pearson, spearman
 
 _SAMPLE = 32  # training examples whose scores are computed both ways, or a batch of rows
 
@@ -32,117 +36,126 @@ class ScorePass:
   Attributes:
     gradients: the kernel of training gradients.
     exactly: the same in the network's own precision, for the check.
-    params: their parameters.
-    rows: (training example, group of draws) rows.
-    batch_size: rows at a time over all local devices.
-    devices: local devices; all of them where None.
-    query_blocks: parts of the query rows, of which one is on the devices at a time.
+    operands: of both.
+    train: the training examples.
+    draws: their draws.
+    curvature: of the query rows.
+    compute: how.
+    num_queries: Q.
   """
 
-  gradients: engine.Kernel
-  exactly: engine.Kernel
-  params: Params
-  rows: engine.Rows
-  batch_size: int
-  devices: Sequence[jax.Device] | None
-  query_blocks: int = 1
+  gradients: Kernel
+  exactly: Kernel
+  operands: PyTree
+  train: Examples
+  draws: Draws
+  curvature: Curvature
+  compute: Compute
+  num_queries: int
 
   def scores(
     self,
     queries: QueryRows,
-    curvature: Curvature,
     compression: Compression,
     *,
-    first_group: int = 0,
-    partial: engine.PartialRows | None = None,
+    first_replicate: int = 0,
+    partial: PartialRows | None = None,
   ) -> np.ndarray:
-    """[N · G, R] scores of all rows, whose groups of draws are numbered from `first_group`."""
+    """[N · G, R] scores of all rows, whose replicates are numbered from `first_replicate`."""
+    names = [layer.name for layer in self.curvature.layers]
     operands = [
-      {
-        layer.name: (block[layer.name], eigenvalues_of(curvature, layer.name))
-        for layer in curvature.layers
-      }
-      for block in split_rows(queries.compressed, self.query_blocks)
+      {name: (block[name], self.curvature.eigenvalues(name)) for name in names}
+      for block in split_rows(queries.compressed, self.compute.query_blocks(self.num_queries))
     ]
-    return engine.map_batches(
-      self.gradients, gradient_operands(self.params, TRAIN),
-      dataclasses.replace(self.rows, first_draw=first_group), batch_size=self.batch_size,
-      label="training gradients", unit="(image, group) rows", devices=self.devices,
-      then=engine.Blocks(score_kernel(compression), operands), partial=partial,
-    )  # fmt: skip
+    rows = Rows.of(self.train, self.draws.replicates)
+    return map_batches(
+      self.gradients,
+      self.operands,
+      dataclasses.replace(rows, first_draw=first_replicate),
+      batch_size=self.compute.rows(self.draws),
+      label="training gradients",
+      unit="(example, replicate) rows",
+      devices=self.compute.devices,
+      then=Blocks(ScoreKernel(compression), operands),
+      partial=partial,
+    )
 
   def check(
-    self,
-    queries: QueryRows,
-    curvature: Curvature,
-    compression: Compression,
-    *,
-    num_dampings: int,
-    query_groups: int,
-    seed: int,
+    self, queries: QueryRows, compression: Compression, *, num_dampings: int, replicates: int
   ) -> Sequence[dict[str, Any] | None]:
     """How scores correlate with uncompressed and exact ones, on a sample, for each damping.
 
-    Returns num_examples, num_queries, and over these queries the mean and the least of Pearson's
-    and Spearman's correlations over the sampled training examples; None for each damping where
-    there is nothing to compare: in processes that are not the primary, or with too few queries.
+    Args:
+      queries: with some rows kept uncompressed.
+      compression: of the rows.
+      num_dampings, replicates: L, and A of the query draws.
+
+    Returns:
+      num_examples, num_queries, and over these queries the mean and the least of Pearson's and
+      Spearman's correlations over the sampled training examples; the same in all processes, from
+      the primary's queries. None for each damping where there is nothing to compare.
     """
-    if not processes.is_primary() or not len(queries.checked):
+    if not len(queries.checked):
       return [None] * num_dampings
-    rows = self._sample(seed)
     restored = {
       layer.name: compression.restore(
         jax.tree.map(lambda x: x[queries.checked], queries.compressed[layer.name]),
-        eigenvalues_of(curvature, layer.name),
+        self.curvature.eigenvalues(layer.name),
       )
-      for layer in curvature.layers
+      for layer in self.curvature.layers
     }
     both = jax.tree.map(lambda *x: np.concatenate(x), queries.exact, jax.device_get(restored))
-
-    def scores(gradients: engine.Kernel) -> list[np.ndarray]:
-      """[L · C, n] for the exact rows, and for the compressed ones; means over groups of draws."""
-      found = engine.stream_batches(
-        gradients, gradient_operands(self.params, TRAIN), rows, batch_size=self.batch_size,
-        label=None, devices=self.devices, span=(0, len(rows)),
-        then=engine.Blocks(_plain_products, [both]),
-      )  # fmt: skip
-      products = np.concatenate(list(found))
-      split = products.reshape(
-        len(rows.ids), -1, 2, len(queries.checked) // query_groups, query_groups
-      )
-      exact, compressed = np.transpose(split.mean(axis=(1, 4)), (1, 2, 0))
-      return [exact, compressed]
-
-    exact, ours = scores(self.gradients)
-    if self.exactly is not self.gradients:
-      exact, _ = scores(self.exactly)
+    sample = self._sample()
+    exact, ours = self._sampled(self.gradients, sample, both, replicates)
+    if self.exactly != self.gradients:
+      exact, _ = self._sampled(self.exactly, sample, both, replicates)
     split = (np.split(found, num_dampings) for found in (exact, ours))
     return [
-      correlations(*pair) | {"num_examples": len(rows.ids)} for pair in zip(*split, strict=True)
+      correlations(*pair) | {"num_examples": len(sample.ids)} for pair in zip(*split, strict=True)
     ]
 
-  def _sample(self, seed: int) -> engine.Rows:
+  def _sampled(
+    self, gradients: Kernel, sample: Rows, both: Matrices, replicates: int
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """[L · C, n] for the exact rows, and for the compressed ones; means over replicates."""
+    found = stream_batches(
+      gradients,
+      self.operands,
+      sample,
+      batch_size=self.compute.rows(self.draws),
+      label=None,
+      devices=self.compute.devices,
+      span=(0, len(sample)),
+      then=Blocks(PlainProducts(), [both]),
+    )
+    products = np.concatenate(list(found))
+    split = products.reshape(len(sample.ids), self.draws.replicates, 2, -1, replicates)
+    exact, compressed = np.transpose(split.mean(axis=(1, 4)), (1, 2, 0))
+    return exact, compressed
+
+  def _sample(self) -> Rows:
     """Random training examples, at least a batch of rows, so that nothing compiles anew."""
-    num = min(len(self.rows.ids), max(_SAMPLE, -(-self.batch_size // (self.rows.draws or 1))))
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(self.rows.ids))[:num])
-    take = lambda x: x[chosen]
-    return dataclasses.replace(
-      self.rows, images=take(self.rows.images), ids=take(self.rows.ids),
-      conditioning=jax.tree.map(take, self.rows.conditioning),
-    )  # fmt: skip
+    replicates = self.draws.replicates or 1
+    a_batch = -(-self.compute.rows(self.draws) // replicates)
+    num = min(len(self.train), max(_SAMPLE, a_batch))
+    order = np.random.default_rng(self.draws.seed).permutation(len(self.train))
+    chosen = np.sort(order[:num])
+    return Rows(
+      read_rows(self.train.data, chosen),
+      self.train.numbers[chosen],
+      replicates,
+      jax.tree.map(lambda x: read_rows(x, chosen), self.train.conditioning),
+    )
 
 
 def correlations(exact: np.ndarray, others: np.ndarray) -> dict[str, Any]:
   """How scores [C, n] correlate with exact ones, row by row: means and least over the C rows."""
-  pairs = [pair for pair in zip(exact, others, strict=True) if np.ptp(pair[0]) and np.ptp(pair[1])]
-  found = {
-    "pearson": [float(np.corrcoef(*pair)[0, 1]) for pair in pairs],
-    "spearman": [float(stats.spearmanr(*pair).statistic) for pair in pairs],
-  }
+  kept = [i for i, pair in enumerate(zip(exact, others, strict=True)) if all(map(np.ptp, pair))]
   summary: dict[str, Any] = {"num_queries": len(exact)}
-  for name, values in found.items():
-    summary[name] = float(np.mean(values)) if values else None
-    summary[f"least_{name}"] = min(values, default=None)
+  for name, correlation in (("pearson", pearson), ("spearman", spearman)):
+    values = correlation(exact[kept], others[kept]) if kept else np.array([])
+    summary[name] = float(values.mean()) if kept else None
+    summary[f"least_{name}"] = float(values.min()) if kept else None
   return summary
 
 
@@ -153,7 +166,3 @@ def split_rows(tree: Mapping[str, PyTree], num: int) -> list[Mapping[str, PyTree
   ends = [round(i * total / num) for i in range(num + 1)]
   cut = lambda begin, end: jax.tree.map(lambda x: x[begin:end], tree)
   return [cut(begin, end) for begin, end in itertools.pairwise(ends)]
-
-
-def _plain_products(rows: Matrices, grads: Matrices) -> Array:
-  return inner_products(grads, jax.tree.map(jnp.asarray, rows))

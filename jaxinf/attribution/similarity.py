@@ -5,6 +5,7 @@ taken to support a query. Their values have no units of a measurement: only thei
 the same for all queries the order of sums over removed examples, means anything.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,74 +14,53 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf.attribution.examples import check_alike, examples_of
-from jaxinf.core.random import example_numbers, fold_in_each, stream
+from jaxinf.core.arrays import blocks, read_rows
+from jaxinf.core.checks import checked_seed
+from jaxinf.core.examples import Examples, check_alike, checked_data
+from jaxinf.core.random import fold_in_each, stream
+from jaxinf.core.registry import named
 from jaxinf.core.types import Array
-from jaxinf.diffusion.model import checked_ids, checked_images
 from jaxinf.scores.scores import Scores
+from jaxinf.scores.sweep import Sweep
 
-_ROWS = 1024  # training examples at a time: a float64 copy of all CIFAR-10 pixels is 1.2 GB
 
-
-def pixel_similarity(
-  queries: Array,
-  train_images: Array,
-  *,
-  metric: str = "cosine",
-  query_ids: np.ndarray | None = None,
-  train_ids: np.ndarray | None = None,
-) -> Scores:
+def pixel_similarity(*, queries: Examples, train: Examples, metric: str = "cosine") -> Scores:
   """Similarity of raw pixels, in [-1, 1] as the model sees them (uint8 x is x / 127.5 − 1).
 
   Args:
-    queries: [Q, H, W, C], float32 in [-1, 1] or uint8.
-    train_images: [N, H, W, C], likewise.
+    queries, train: both.
     metric: "cosine" of the angle at mid-grey, 0 for an image that is mid-grey throughout; or "l2",
       minus the Euclidean distance.
-    query_ids, train_ids: stable ids; row numbers where None.
 
   Raises:
-    ValueError: shapes differ, ids don't fit, or another metric.
+    ValueError: shapes differ, or another metric.
   """
-  query = examples_of(queries, query_ids, None, "query")
-  train = examples_of(train_images, train_ids, None, "train")
-  check_alike(query, train)
-  if metric not in METRICS:
-    raise ValueError(f"unknown metric {metric!r}; the metrics are {', '.join(METRICS)}.")
-  values = METRICS[metric](_pixels(query.images), map(_pixels, _chunks(train.images)))
-  return _scores(values, query.ids, train.ids, {"method": "pixel", "metric": metric})
+  check_alike(queries, train)
+  of_rows = named(METRICS, metric, "metric")
+  pixels = map(_pixels, blocks(train.data))
+  values = of_rows(_pixels(read_rows(queries.data, np.arange(len(queries)))), pixels)
+  return _scores(values, queries, train, {"method": "pixel", "metric": metric})
 
 
-def embedding_similarity(
-  query_embeddings: Array,
-  train_embeddings: Array,
-  *,
-  query_ids: np.ndarray | None = None,
-  train_ids: np.ndarray | None = None,
-  name: str = "embedding",
-) -> Scores:
-  """Cosine of embeddings [Q, E] and [N, E], of CLIP or any other network; 0 for a zero embedding.
+def embedding_similarity(*, queries: Examples, train: Examples, name: str = "embedding") -> Scores:
+  """Cosine of embeddings, of CLIP or any other network; 0 for a zero embedding.
 
   Args:
-    query_embeddings, train_embeddings: finite numbers.
-    query_ids, train_ids: stable ids; row numbers where None.
+    queries, train: whose data are embeddings [Q, E] and [N, E] of one network.
     name: of the method, for the settings.
 
   Raises:
-    ValueError: shapes or ids don't fit, or numbers are not finite.
+    ValueError: shapes don't fit.
   """
-  query, train = np.asarray(query_embeddings), np.asarray(train_embeddings)
-  if query.ndim != 2 or train.ndim != 2 or not query.size or query.shape[1:] != train.shape[1:]:
+  shapes = queries.data.shape, train.data.shape
+  if len(shapes[0]) != 2 or shapes[0][1:] != shapes[1][1:]:
     raise ValueError(
-      "Embeddings must be arrays [Q, E] and [N, E] from one network; "
-      f"got shapes {query.shape} and {train.shape}."
+      f"Embeddings must be arrays [Q, E] and [N, E] from one network; got shapes {shapes[0]} and "
+      f"{shapes[1]}."
     )
-  if not (np.isfinite(query).all() and np.isfinite(train).all()):
-    raise ValueError("Embeddings must be finite; got NaN or infinite ones.")
-  query_ids = checked_ids(query_ids, len(query), "query_ids")
-  train_ids = checked_ids(train_ids, len(train), "train_ids")
-  values = _cosine(query.astype(float), (x.astype(float) for x in _chunks(train)))
-  return _scores(values, query_ids, train_ids, {"method": name, "metric": "cosine"})
+  asked = read_rows(queries.data, np.arange(len(queries))).astype(float)
+  values = _cosine(asked, (x.astype(float) for x in blocks(train.data)))
+  return _scores(values, queries, train, {"method": name, "metric": "cosine"})
 
 
 def clip_embeddings(images: Array, folder: str | Path, *, batch_size: int = 64) -> np.ndarray:
@@ -98,12 +78,13 @@ def clip_embeddings(images: Array, folder: str | Path, *, batch_size: int = 64) 
     ValueError: transformers or PyTorch is not installed, the folder holds no CLIP, or the images
       have other channels.
   """
-  images = checked_images(images)
-  if images.shape[3] not in (1, 3):
-    raise ValueError(f"CLIP sees grey or RGB images; got {images.shape[3]} channels.")
+  images = np.asarray(checked_data(images))
+  if images.ndim != 4 or images.shape[3] not in (1, 3):
+    raise ValueError(f"CLIP sees grey or RGB images [B, H, W, C]; got shape {images.shape}.")
   torch, model, preprocess = _load_clip(Path(folder).expanduser())
   parts = []
-  for batch in _chunks(images, batch_size):
+  for begin in range(0, len(images), batch_size):
+    batch = images[begin : begin + batch_size]
     rgb = np.broadcast_to(_bytes(batch), (*batch.shape[:3], 3))
     inputs = preprocess(images=list(rgb), return_tensors="pt", input_data_format="channels_last")
     with torch.no_grad():
@@ -112,21 +93,59 @@ def clip_embeddings(images: Array, folder: str | Path, *, batch_size: int = 64) 
   return np.concatenate(parts)
 
 
-def random_scores(query_ids: np.ndarray, train_ids: np.ndarray, *, seed: int) -> Scores:
+def random_scores(*, queries: Examples, train: Examples, seed: int = 0) -> Scores:
   """Independent N(0, 1) scores: what no information is worth.
 
   A score belongs to its pair of ids, whatever others are scored beside it.
   """
-  query_ids = checked_ids(query_ids, len(query_ids), "query_ids")
-  train_ids = checked_ids(train_ids, len(train_ids), "train_ids")
-  keys = fold_in_each(stream(seed, "random_scores"), jnp.asarray(example_numbers(train_ids)))
+  keys = fold_in_each(stream(checked_seed(seed), "random_scores"), jnp.asarray(train.numbers))
 
   @jax.jit
   def row(keys: jax.Array, query: jax.Array) -> jax.Array:
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, query)))(keys)
 
-  values = np.stack([row(keys, number) for number in example_numbers(query_ids)])
-  return _scores(values, query_ids, train_ids, {"method": "random", "seed": seed})
+  values = np.stack([row(keys, number) for number in queries.numbers])
+  return _scores(values, queries, train, {"method": "random", "seed": seed})
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelSimilarity:
+  """`pixel_similarity` as a method."""
+
+  metric: str = "cosine"
+
+  def scores(self, *, queries: Examples, train: Examples, **how: Any) -> Sweep:
+    """One set of scores; there are no draws, and nothing to damp."""
+    return Sweep((pixel_similarity(queries=queries, train=train, metric=self.metric),))
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingSimilarity:
+  """`embedding_similarity` as a method.
+
+  Attributes:
+    embed: examples → their embeddings [n, E].
+    name: of the method.
+  """
+
+  embed: Callable[[Examples], Array]
+  name: str = "embedding"
+
+  def scores(self, *, queries: Examples, train: Examples, **how: Any) -> Sweep:
+    """One set of scores."""
+    both = (Examples(self.embed(each), each.ids) for each in (queries, train))
+    return Sweep((embedding_similarity(queries=next(both), train=next(both), name=self.name),))
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomScores:
+  """`random_scores` as a method."""
+
+  seed: int = 0
+
+  def scores(self, *, queries: Examples, train: Examples, **how: Any) -> Sweep:
+    """One set of scores."""
+    return Sweep((random_scores(queries=queries, train=train, seed=self.seed),))
 
 
 def _cosine(query: np.ndarray, train: Iterator[np.ndarray]) -> np.ndarray:
@@ -149,14 +168,12 @@ def _negative_l2(query: np.ndarray, train: Iterator[np.ndarray]) -> np.ndarray:
 
 
 def _scores(
-  values: np.ndarray, query_ids: np.ndarray, train_ids: np.ndarray, settings: dict[str, Any]
+  values: np.ndarray, queries: Examples, train: Examples, settings: dict[str, Any]
 ) -> Scores:
-  """Scores without noise: one group of draws."""
-  return Scores(values[None].astype(np.float32), query_ids, train_ids, settings)
-
-
-def _chunks(rows: np.ndarray, size: int = _ROWS) -> Iterator[np.ndarray]:
-  return (rows[start : start + size] for start in range(0, len(rows), size))
+  """Scores without noise: one replicate of draws."""
+  return Scores(
+    values[None].astype(np.float32), queries.ids, train.ids, settings, train_groups=train.groups
+  )
 
 
 def _pixels(images: np.ndarray) -> np.ndarray:

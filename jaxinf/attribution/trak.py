@@ -19,183 +19,222 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxinf.attribution.examples import check_alike, checked_dampings, examples_of
 from jaxinf.attribution.features import (
-  check_pass,
-  checked_checkpoints,
+  FlatGradients,
+  all_layers,
+  check_named,
   features_of,
   finite,
-  flat_kernel,
   partial_of,
-  register_everything,
+  projection_of,
+  settings_of_projected,
   split_draws,
 )
 from jaxinf.attribution.fisher import fisher_of, group_scores
-from jaxinf.attribution.kernels import QUERY, TRAIN, DrawGroups, gradient_kernel
+from jaxinf.attribution.kernels import QUERY, TRAIN, GradientKernel, Replicate
 from jaxinf.compression.projection import Projection
-from jaxinf.core.types import Array, Params, PyTree
+from jaxinf.core.checks import checked_dampings
+from jaxinf.core.draws import Draws
+from jaxinf.core.examples import Examples, check_alike
 from jaxinf.diffusion.measurements import Measurement, measurement_named
-from jaxinf.diffusion.model import Task
-from jaxinf.diffusion.noise import DrawDesign
-from jaxinf.engine.checkpoints import Resume
+from jaxinf.diffusion.model import DiffusionModel
+from jaxinf.engine.compute import Compute
 from jaxinf.scores.scores import Scores
+from jaxinf.scores.sweep import Sweep
+
+Models = DiffusionModel | Sequence[DiffusionModel]
 
 
 def trak(
-  task: Task,
-  queries: Array,
-  train_images: Array,
+  model: Models,
   *,
-  damping: float | Sequence[float],
-  draws: int,
-  seed: int,
-  projection_dim: int,
-  projection: str = "rademacher",
+  queries: Examples,
+  train: Examples,
+  damping: float,
+  projection: Projection | int,
+  draws: Draws = Draws(),
+  query_draws: Draws | None = None,
   measurement: str | Measurement = "loss",
   train_measurement: str | Measurement = "loss",
-  projection_seed: int | None = None,
-  checkpoints: Sequence[Params] = (),
-  query_ids: np.ndarray | None = None,
-  train_ids: np.ndarray | None = None,
-  query_conditioning: PyTree = None,
-  train_conditioning: PyTree = None,
-  draw_groups: int | None = None,
-  query_draws: int | None = None,
-  query_groups: int | None = None,
-  design: DrawDesign = DrawDesign(),
-  query_design: DrawDesign | None = None,
-  batch_size: int = 128,
-  block_mib: float = 1024,
-  resume: Resume | None = None,
-  devices: Sequence[jax.Device] | None = None,
-) -> Scores | tuple[Scores, ...]:
-  """Scores every training image for every query in the projected empirical Fisher.
+  compute: Compute = Compute(),
+) -> Scores:
+  """Scores every training example for every query in the projected empirical Fisher.
 
   Args:
-    task: the model.
-    queries: [Q, H, W, C] images to explain, float32 in [-1, 1] or uint8; [Q, K, H, W, C] float32
-      where the measurement is of trajectories or predictions.
-    train_images: [N, H, W, C], likewise.
-    damping: λ > 0, in squared gradients of the training measurement; or several of them, at the
-      cost of one: features and eigendecomposition are shared.
-    draws: draws of (t, ε) for each training image.
-    seed: of the draws.
-    projection_dim: k, rows of P. The paper has 32,768.
-    projection: entries of P: "rademacher" (±1/√k) or "normal" (N(0, 1/k)). P is made anew for each
-      block of gradients; signs are several times faster to make.
+    model: the model; or several with parameters of one network, such as those of other training
+      runs, over which scores are means. The c-th has the projection of seed + c.
+    queries: what is to be explained; states [Q, K, …] where the measurement is of trajectories or
+      predictions.
+    train: the training examples.
+    damping: λ > 0, in squared gradients of the training measurement.
+    projection: P, or its dimension k, the rows of P, whose seed is then that of the draws. The
+      paper has 32,768.
+    draws: of (t, ε) for each training example.
+    query_draws: likewise for each query; as many by the same design where None.
     measurement: what is measured of a query, by name or as an object.
     train_measurement: what stands for the training loss in H and φ_n, likewise.
-    projection_seed: of P, as `seed` where None.
-    checkpoints: further parameters of the same network, such as those of other training runs;
-      scores are the means over the task's own and these. The c-th has the projection of
-      projection_seed + c, the task's own that of projection_seed.
-    query_ids, train_ids: stable ids, which the random keys follow; row numbers where None.
-    query_conditioning, train_conditioning: pytrees of arrays [Q, …] and [N, …] where the model
-      takes them.
-    draw_groups: groups the training draws are split into, for standard errors; divides draws. Each
-      is projected by itself. None: 2, or 1 where the draws do not split.
-    query_draws: draws for each query; as `draws` where None.
-    query_groups: groups these are split into; None: 2, or 1 where they do not split.
-    design: how the draws of a group depend on each other; with random_flip where training had it.
-    query_design: likewise for queries, which are never mirrored; as `design` where None.
-    batch_size: (image, draw) pairs at a time over all devices; at least one group of draws on each.
-    block_mib: of gradients that wait on the host and are projected at once: the more, the less
-      often P is made. The devices share them.
-    resume: keeps features on disk as they come; None: a killed pass begins again.
-    devices: local devices; all of them where None.
+    compute: how.
 
   Returns:
-    Scores with values [Q, N]; positive: the training image supports the query. A tuple of them, in
-    the order of the dampings, where these are a sequence. The groups of training draws say by how
-    much the scores move with them to first order, H moving as well; they average to the scores.
+    Scores with values [Q, N]; positive: the training example supports the query. The replicates of
+    training draws say by how much the scores move with them to first order, H moving as well; they
+    average to the scores.
 
   Raises:
     ValueError: the arguments don't fit together, a parameter is in no layer, or features or scores
       are not finite.
   """
-  # 1. What is asked for.
-  dampings = checked_dampings(damping)
-  measured, train_measured = measurement_named(measurement), measurement_named(train_measurement)
-  query = examples_of(queries, query_ids, query_conditioning, "query", measured)
-  train = examples_of(train_images, train_ids, train_conditioning, "train", train_measured)
-  check_alike(query, train)
-  query_draws = draws if query_draws is None else query_draws
-  draw_groups, query_groups = split_draws(draws, draw_groups, query_draws, query_groups)
-  query_design = design.without_flips() if query_design is None else query_design
-  check_pass(
-    query_design, (measured, train_measured), resume, batch_size=batch_size, block_mib=block_mib
-  )
-  models = checked_checkpoints(task.params, checkpoints)
-  first_seed = seed if projection_seed is None else projection_seed
-  settings = dict(
-    method="trak", measurement=measured.name or "custom",
-    train_measurement=train_measured.name or "custom", draws=draws, draw_groups=draw_groups,
-    query_draws=query_draws, query_groups=query_groups, seed=seed,
-    projection=projection, projection_dim=projection_dim, projection_seed=first_seed,
-    design=dataclasses.asdict(design), query_design=dataclasses.asdict(query_design),
-  )  # fmt: skip
-
-  # 2. Kernels of gradients, the same for all parameters.
-  model = register_everything(task, train.image_shape, train.conditioning)
-  parts = [
-    (name, examples, num, groups, flat_kernel(gradient_kernel(model, of, task.schedule, groups)))
-    for name, examples, num, groups, of in (
-      (TRAIN, train, draw_groups, DrawGroups(seed, draws // draw_groups, design), train_measured),
-      (QUERY, query, query_groups, DrawGroups(seed, query_draws // query_groups, query_design),
-       measured),
-    )
-  ]  # fmt: skip
-
-  def features(number: int, params: Params) -> list[np.ndarray]:
-    """Those of training images [N, G, k] and of queries [Q, A, k]."""
-    projected = Projection(projection_dim, first_seed + number, projection)
-    found = []
-    for name, examples, num_groups, groups, kernel in parts:
-      model_task = dataclasses.replace(task, params=params)
-      kept = partial_of(resume, f"model-{number:03d}/{name}", settings, model_task, query, train)
-      found.append(
-        features_of(
-          kernel, params, examples, groups, num_groups=num_groups, stream_name=name,
-          projection=projected, batch_size=batch_size, block_mib=block_mib, devices=devices,
-          partial=kept,
-        )
-      )  # fmt: skip
-    return found
-
-  # 3. Scores of each model, and their means.
-  total: list[np.ndarray] = []
-  for number, params in enumerate(models):
-    trained, asked = features(number, params)
-    fisher = fisher_of(trained.mean(axis=1, dtype=np.float32))
-    pairs = [group_scores(fisher, trained, asked, value) for value in dampings]
-    found = [np.stack(part) / len(models) for part in zip(*pairs, strict=True)]
-    total = [a + b for a, b in zip(total, found, strict=True)] if total else found
-  of_groups, of_queries = total
-  settings["num_checkpoints"] = len(checkpoints)
-  scores = tuple(
-    Scores(
-      finite(of_groups[i]), query.ids, train.ids, settings | {"damping": value},
-      finite(of_queries[i]) if query_groups > 1 else None,
-    )
-    for i, value in enumerate(dampings)
-  )  # fmt: skip
-  return scores[0] if np.ndim(damping) == 0 else scores
+  method = TRAK(model, projection, (damping,), measurement, train_measurement, query_draws)
+  return method.scores(queries=queries, train=train, draws=draws, compute=compute)[0]
 
 
 def dtrak(
-  task: Task, queries: Array, train_images: Array, **settings: Any
-) -> Scores | tuple[Scores, ...]:
+  model: Models,
+  *,
+  queries: Examples,
+  train: Examples,
+  damping: float,
+  projection: Projection | int,
+  draws: Draws = Draws(),
+  query_draws: Draws | None = None,
+  compute: Compute = Compute(),
+) -> Scores:
   """D-TRAK: `trak` with the squared norm of the network's output for both measurements.
 
   Reference: Zheng et al. 2024, "Intriguing properties of data attribution on diffusion models".
+  """
+  method = d_trak(model, projection, (damping,), query_draws)
+  return method.scores(queries=queries, train=train, draws=draws, compute=compute)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class TRAK:
+  """TRAK as a method: see `trak` for the fields. All dampings share features, at the cost of one."""
+
+  model: Models
+  projection: Projection | int
+  dampings: tuple[float, ...] = (1e-9,)
+  measurement: str | Measurement = "loss"
+  train_measurement: str | Measurement = "loss"
+  query_draws: Draws | None = None
+
+  def scores(
+    self,
+    *,
+    queries: Examples,
+    train: Examples,
+    draws: Draws = Draws(),
+    compute: Compute = Compute(),
+  ) -> Sweep:
+    """Scores at every damping."""
+    # 1. What is asked for.
+    dampings = checked_dampings(self.dampings)
+    models = _checked_models(self.model)
+    measured = measurement_named(self.measurement)
+    train_measured = measurement_named(self.train_measurement)
+    for each in (measured, train_measured):
+      each.check(models[0].process)
+    check_alike(queries, train, measured.axes)
+    check_named(compute, measured, train_measured)
+    draws, asked = split_draws(draws, self.query_draws)
+    projection = projection_of(self.projection, draws)
+    settings = settings_of_projected(models[0], draws, asked, projection, train) | {
+      "method": "trak",
+      "measurement": measured.name or "custom",
+      "train_measurement": train_measured.name or "custom",
+    }
+
+    # 2. Kernels of gradients, the same for all parameters.
+    sides = [
+      (TRAIN, train, draws, self._kernel(models[0], train_measured, train, draws)),
+      (QUERY, queries, asked, self._kernel(models[0], measured, queries, asked)),
+    ]
+
+    # 3. Scores of each model, and their means.
+    total: list[np.ndarray] = []
+    for number, model in enumerate(models):
+      own = dataclasses.replace(projection, seed=projection.seed + number)
+      trained, queried = (
+        features_of(
+          kernel, model, examples, of, name, projection=own, compute=compute,
+          partial=partial_of(
+            compute, f"model-{number:03d}/{name}", settings, model, queries=queries, train=train
+          ),
+        )
+        for name, examples, of, kernel in sides
+      )  # fmt: skip
+      fisher = fisher_of(trained.mean(axis=1, dtype=np.float32))
+      pairs = [group_scores(fisher, trained, queried, value) for value in dampings]
+      found = [np.stack(part) / len(models) for part in zip(*pairs, strict=True)]
+      total = [a + b for a, b in zip(total, found, strict=True)] if total else found
+    settings["num_checkpoints"] = len(models) - 1
+    return projected_sweep(
+      *total, dampings=dampings, queries=queries, train=train, settings=settings
+    )
+
+  def _kernel(
+    self, model: DiffusionModel, measured: Measurement, examples: Examples, draws: Draws
+  ) -> FlatGradients:
+    layers = all_layers(model, examples, measured.axes)
+    replicate = Replicate.of(draws, examples.random_flip)
+    return FlatGradients(GradientKernel(layers, measured, model.process, replicate))
+
+
+def d_trak(
+  model: Models,
+  projection: Projection | int,
+  dampings: tuple[float, ...] = (1e-9,),
+  query_draws: Draws | None = None,
+) -> TRAK:
+  """D-TRAK as a method."""
+  return TRAK(model, projection, dampings, "square_norm", "square_norm", query_draws)
+
+
+def projected_sweep(
+  of_draws: np.ndarray,
+  of_queries: np.ndarray,
+  *,
+  dampings: Sequence[float],
+  queries: Examples,
+  train: Examples,
+  settings: dict[str, Any],
+) -> Sweep:
+  """Scores at each damping from those by replicate of training draws and of query draws.
 
   Args:
-    task, queries, train_images: as for `trak`.
-    settings: the other arguments of `trak` but the two measurements.
+    of_draws, of_queries: [L, G, Q, N] and [L, A, Q, N].
+    dampings: the L values of λ.
+    queries, train: both.
+    settings: of the scores.
   """
-  return trak(
-    task, queries, train_images,
-    measurement="square_norm", train_measurement="square_norm", **settings,
-  )  # fmt: skip
+  return Sweep(
+    tuple(
+      Scores(
+        finite(of_draws[i]),
+        queries.ids,
+        train.ids,
+        settings | {"damping": damping},
+        finite(of_queries[i]) if len(of_queries[i]) > 1 else None,
+        train.groups,
+      )
+      for i, damping in enumerate(dampings)
+    )
+  )
+
+
+def _checked_models(model: Models) -> tuple[DiffusionModel, ...]:
+  """The model or models; ValueError where their parameters are not alike."""
+  models = (model,) if isinstance(model, DiffusionModel) else tuple(model)
+  if not models:
+    raise ValueError("There is no model: give one or several.")
+  shape = lambda tree: jax.tree.map(lambda x: (np.shape(x), jnp.asarray(x).dtype), tree)
+  for number, other in enumerate(models):
+    if shape(other.params) != shape(models[0].params) or other.process != models[0].process:
+      raise ValueError(
+        f"Model {number} has parameters of other shapes or types than the first, or another "
+        "process: give models of the same network."
+      )
+  return models

@@ -11,6 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# Said here, so that jax_default_prng_impl changes no draw. Others (rbg) would besides make the draws
+# of a vmapped batch of keys from its first key, so that they depended on the batch.
+_GENERATOR = "threefry2x32"
+
 
 def stream(seed: int | jax.Array, name: str) -> jax.Array:
   """The key of one named source of randomness, such as "train_gradients"."""
@@ -19,7 +23,7 @@ def stream(seed: int | jax.Array, name: str) -> jax.Array:
 
 def stream_of(seed: int | jax.Array, number: int | jax.Array) -> jax.Array:
   """The key of the named source of randomness with that `stream_number`; both may be traced."""
-  return jax.random.fold_in(jax.random.key(seed), number)
+  return jax.random.fold_in(jax.random.key(seed, impl=_GENERATOR), number)
 
 
 def substreams(keys: jax.Array, name: str) -> jax.Array:
@@ -29,6 +33,11 @@ def substreams(keys: jax.Array, name: str) -> jax.Array:
   made by splitting and by folding in small numbers would be one and the same.
   """
   return fold_in_each(keys, jnp.full(keys.shape, stream_number(name), jnp.uint32))
+
+
+def wrapped(key_data: jax.Array) -> jax.Array:
+  """The key whose data, as of jax.random.key_data, went through a program's arguments."""
+  return jax.random.wrap_key_data(key_data, impl=_GENERATOR)
 
 
 def fold_in_each(keys: jax.Array, numbers: jax.Array) -> jax.Array:

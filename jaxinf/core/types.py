@@ -16,8 +16,8 @@ Params = PyTree
 Arrays = tuple[jax.Array, jax.Array]  # a layer's input x and the gradient dy at its output
 Matrices = dict[str, Array]  # layer name -> [..., (groups,) d_out, d_in]
 
-# apply_fn(params, x_t [B, H, W, C], t [B]) -> predicted noise [B, H, W, C]; a conditional model is
-# apply_fn(params, x_t, t, conditioning), with a pytree of arrays [B, …]. See objective.predict.
+# apply_fn(params, inputs [B, …], time [B]) -> prediction [B, …]; a conditional model is
+# apply_fn(params, inputs, time, conditioning), with a pytree of arrays [B, …]. See noise.predict.
 ApplyFn = Callable[..., jax.Array]
 
 
@@ -26,7 +26,7 @@ class Batch:
   """Rows of examples as a kernel sees them.
 
   Attributes:
-    images: [B, H, W, C], float32 in [-1, 1] or uint8 in 0…255; None where rows have no image yet.
+    data: [B, …], floating-point numbers or uint8 in 0…255; None where rows have no data yet.
     ids: [B] uint32 example numbers, from which each example's random keys derive.
     draws: [B] int32, which draw of (t, ε), or group of draws, a row is; None: all of them.
     mask: [B] float32, 1 for an example and 0 for padding.
@@ -34,7 +34,7 @@ class Batch:
       where the model has no further inputs.
   """
 
-  images: Array
+  data: Array
   ids: Array
   draws: Array
   mask: Array

@@ -1,53 +1,62 @@
-"""The fitted curvature of a model, in eigenbases."""
+"""The fitted curvature of a model, in eigenbases; and the exact one, which they precondition."""
 
 import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxinf.core.types import Eigenbasis, Params
-from jaxinf.curvature.eigenbasis import checked_damping, multiply, precondition
+from jaxinf.core.arrays import fingerprint
+from jaxinf.core.checks import checked_damping
+from jaxinf.core.types import Array, Eigenbasis, Matrices, Params
+from jaxinf.curvature.eigenbasis import multiply, precondition
 from jaxinf.curvature.ggn import GGN
-from jaxinf.diffusion.model import Task
+from jaxinf.curvature.kinds import Kind
+from jaxinf.diffusion.model import DiffusionModel
 from jaxinf.layers.coverage import Coverage, Selection
 from jaxinf.layers.specs import Layer, from_matrices, to_matrices
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Curvature:
   """The fitted curvature H ≈ GGN: block-diagonal over layers, diagonal in each one's eigenbasis.
 
   Attributes:
+    model: what it was fitted for.
+    kind: what of the GGN it keeps.
     layers: the covered layers.
     bases: layer name → its eigenbasis.
     coverage: what became of every parameter.
-    task: what it was fitted for.
-    settings: how it was fitted.
+    selection: which parameters it covers, and how.
+    settings: how it was fitted, as JSON.
     diagnostics: layer name → its negative eigenvalues, clipped to zero, where there were any.
-    exact: the GGN itself, which then solves for `precondition` with the bases as preconditioner
-      (method "cg"); None for the approximations.
   """
 
+  model: DiffusionModel
+  kind: Kind
   layers: tuple[Layer, ...]
-  bases: dict[str, Eigenbasis]
+  bases: Mapping[str, Eigenbasis]
   coverage: Coverage
-  task: Task
-  settings: dict
-  diagnostics: dict = dataclasses.field(default_factory=dict)
-  exact: GGN | None = None
+  selection: Selection
+  settings: Mapping[str, Any]
+  diagnostics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __repr__(self) -> str:
-    return f"Curvature({len(self.layers)} layers: {self.coverage.summary()}; {self.settings})"
+    return (
+      f"{type(self).__name__}({self.kind}, {len(self.layers)} layers: {self.coverage.summary()})"
+    )
 
   @property
-  def selection(self) -> Selection:
-    """Which parameters it covers, and how."""
-    return Selection(*(self.settings[field.name] for field in dataclasses.fields(Selection)))
+  def has_eigenbasis(self) -> bool:
+    """Whether H is diagonal in the bases, so that gradients can be kept there for any damping."""
+    return True
 
-  @property
-  def approximation(self) -> "Curvature":
-    """The curvature of the bases alone, which preconditions the exact one."""
-    return dataclasses.replace(self, exact=None)
+  def content(self) -> str:
+    """A hash of what (H + λI)⁻¹ is made from."""
+    return fingerprint(self._arrays())
 
   def multiply(self, grads: Params, damping: float) -> Params:
     """(H + λI) · grads for a pytree shaped like the parameters; zeros outside the curvature.
@@ -55,22 +64,34 @@ class Curvature:
     In float64 on the host, and so returned: at a damping far below the largest eigenvalue, float32
     could not tell the small eigendirections from the rounding of the large ones.
     """
-    if self.exact is not None:
-      return self.exact.multiply(grads, damping)
     return self._apply(multiply, grads, damping)
 
   def precondition(self, grads: Params, damping: float) -> Params:
     """(H + λI)⁻¹ · grads; otherwise as `multiply`, whose inverse it is inside the curvature."""
-    if self.exact is None:
-      return self._apply(precondition, grads, damping)
-    one_row = {name: matrix[None] for name, matrix in to_matrices(self.layers, grads).items()}
-    solved, _ = self.exact.solve(one_row, damping, preconditioner=self.approximation)
-    zeros = jax.tree.map(np.zeros_like, grads)
-    return from_matrices(self.layers, {name: m[0] for name, m in solved.items()}, zeros)
+    return self._apply(precondition, grads, damping)
+
+  def precondition_rows(self, grads: Matrices, damping: float) -> Iterator[tuple[str, jax.Array]]:
+    """Yields (layer name, (H + λI)⁻¹ ∇) for gradients [B, …, d_out, d_in], layer by layer."""
+    for name, matrices in grads.items():
+      yield name, _precondition(matrices, self.bases[name], damping)
+
+  def eigenvalues(self, name: str) -> np.ndarray:
+    """Λ [(groups,) d_out, d_in] of a layer, float32."""
+    return np.asarray(self.bases[name].eigenvalues, np.float32)
+
+  def save(self, folder: str | Path) -> None:
+    """Writes it to a folder, which `jaxinf.load_curvature(folder, model)` reads."""
+    from jaxinf.curvature.saving import save_curvature
+
+    save_curvature(Path(folder), self)
+
+  def _arrays(self) -> dict[str, Any]:
+    leaves = jax.tree.leaves(self.bases)
+    return {str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)}
 
   def _apply(self, function, grads: Params, damping: float) -> Params:
     checked_damping(damping)
-    expected, got = (jax.tree.map(np.shape, tree) for tree in (self.task.params, grads))
+    expected, got = (jax.tree.map(np.shape, tree) for tree in (self.model.params, grads))
     if expected != got:
       raise ValueError("grads must be a pytree with the structure and shapes of the parameters.")
     grads = jax.tree.map(lambda x: np.asarray(x, np.float64), grads)
@@ -79,3 +100,47 @@ class Curvature:
       name: function(matrix, self.bases[name], damping) for name, matrix in matrices.items()
     }
     return from_matrices(self.layers, applied, grads)
+
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class ExactCurvature(Curvature):
+  """The GGN itself; the bases precondition its solves.
+
+  Attributes:
+    ggn: products with it and solves.
+  """
+
+  ggn: GGN = None  # type: ignore[assignment]
+
+  @property
+  def has_eigenbasis(self) -> bool:
+    return False
+
+  @property
+  def approximation(self) -> Curvature:
+    """The curvature of the bases alone."""
+    fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Curvature)}
+    return Curvature(**fields)
+
+  def multiply(self, grads: Params, damping: float) -> Params:
+    return self.ggn.multiply(grads, damping)
+
+  def precondition(self, grads: Params, damping: float) -> Params:
+    one_row = {name: matrix[None] for name, matrix in to_matrices(self.layers, grads).items()}
+    solved, _ = self.ggn.solve(one_row, damping, preconditioner=self.approximation)
+    zeros = jax.tree.map(lambda x: np.zeros(np.shape(x)), grads)
+    return from_matrices(self.layers, {name: m[0] for name, m in solved.items()}, zeros)
+
+  def precondition_rows(self, grads: Matrices, damping: float) -> Iterator[tuple[str, jax.Array]]:
+    solved, _ = self.ggn.solve(grads, damping, preconditioner=self.approximation)
+    for name, matrices in solved.items():
+      yield name, jnp.asarray(matrices, jnp.float32)
+
+  def _arrays(self) -> dict[str, Any]:
+    return super()._arrays() | self.ggn.content
+
+
+@jax.jit
+def _precondition(grads: Array, basis: Eigenbasis, damping: float) -> Array:
+  with jax.default_matmul_precision("highest"):
+    return precondition(grads, basis, damping)

@@ -1,8 +1,8 @@
 """The exact GGN, by products with vectors: the referee of all approximations.
 
-Over M (example, draw) pairs the GGN of the pixel-mean loss is H = (1/M) Σ (2/D) JᵀJ, with D = H·W·C
-and J = ∂ε_θ/∂θ over the parameters of all covered layers together: nothing between layers is
-dropped, nothing is sampled but (t, ε), and those draws are the ones of `fit_curvature`. A product
+Over M (example, draw) pairs the GGN is H = (1/M) Σ (2 w_t/D) JᵀJ, with D the number of the
+network's outputs, w_t the weight of the loss, and J = ∂output/∂θ over the parameters of all covered
+layers together: nothing between layers is dropped, nothing is sampled but (t, ε), and those draws are the ones of `fit_curvature`. A product
 H v is a forward-mode and a reverse-mode derivative of each batch; (H + λI) x = b is solved by
 conjugate gradients, preconditioned by a fitted curvature. A product costs a pass over all pairs, a
 solve dozens of them for each query: this is for small sets, to measure the others against.
@@ -14,20 +14,25 @@ import itertools
 import logging
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from scipy.linalg import eigvalsh_tridiagonal
 from scipy.sparse.linalg import LinearOperator, cg
 
-from jaxinf.core.types import Array, Matrices, Params
-from jaxinf.curvature.eigenbasis import checked_damping
+from jaxinf.core.checks import checked_damping
+from jaxinf.core.draws import Draws
+from jaxinf.core.examples import Examples
+from jaxinf.core.types import Matrices, Params
 from jaxinf.curvature.nystrom import Nystrom, nystrom
-from jaxinf.curvature.products import product_kernel
-from jaxinf.diffusion.model import Task
-from jaxinf.engine import Reduction, Rows
+from jaxinf.curvature.products import ProductKernel
+from jaxinf.diffusion.model import DiffusionModel
+from jaxinf.engine.compute import Compute
+from jaxinf.engine.kernels import numerics
 from jaxinf.engine.progress import Progress
+from jaxinf.engine.reductions import reduce_batches
+from jaxinf.engine.worklist import Rows
 from jaxinf.layers.specs import Layer, from_matrices, to_matrices
 
 _LOG = logging.getLogger("jaxinf")
@@ -91,46 +96,47 @@ class GGN:
   """H over (example, draw) rows, restricted to the parameters of `layers`.
 
   Args:
-    task: the model; forward-mode derivatives must pass through its apply_fn (no jax.custom_vjp).
+    model: the model; forward-mode derivatives must pass through its network (no jax.custom_vjp).
     layers: the covered layers, as in `Curvature.layers`; other parameters are constants.
-    rows: (example, draw) pairs.
-    seed, random_flip: of the draws; those of a fitted curvature give its draws.
-    batch_size: pairs at a time over all devices.
-    devices: local devices; all of them where None.
+    train: the training examples.
+    draws: of (t, ε), num for each example from its seed, as of a fitted curvature.
     solver: how systems are solved, and the precision of products.
+    compute: batch_size and devices.
   """
 
   def __init__(
     self,
-    task: Task,
+    model: DiffusionModel,
     layers: Sequence[Layer],
-    rows: Rows,
+    train: Examples,
     *,
-    seed: int,
-    batch_size: int,
-    devices: Sequence[jax.Device] | None = None,
+    draws: Draws,
     solver: Solver | None = None,
-    random_flip: bool = False,
+    compute: Compute = Compute(),
   ):
-    self._solver = Solver() if solver is None else solver
-    if rows.draws is None:
-      raise ValueError("The GGN is a mean over (example, draw) pairs: give Rows their draws.")
     if not layers:
       raise ValueError("layers is empty: there are no parameters to take the GGN of.")
-    self._params, self._layers = task.params, tuple(layers)
+    self._solver = Solver() if solver is None else solver
+    self._params, self._layers = model.params, tuple(layers)
     self._dtype = np.dtype(self._solver.precision)
-    self._rows, self._batch_size = rows, batch_size
-    self._zeros = [np.zeros(leaf.shape) for leaf in jax.tree.leaves(task.params)]
+    self._train, self._rows = train, Rows.of(train, draws.num)
+    self._seed, self._compute = np.uint32(draws.seed), compute
+    self._zeros = [np.zeros(leaf.shape) for leaf in jax.tree.leaves(model.params)]
     self._ends = np.cumsum([math.prod(layer.matrix_shape) for layer in layers])
     marked = self._leaves(np.ones(self._ends[-1]))
-    self._covered = tuple(i for i, leaf in enumerate(marked) if leaf.any())
-    kernel = product_kernel(task, self._covered, seed, random_flip)
-    self._sums = Reduction(kernel, label=None, devices=devices)
+    self._covered = tuple(i for i, leaf in enumerate(marked) if np.any(leaf))
+    self._kernel = ProductKernel(
+      model.apply_fn,
+      model.process,
+      self._covered,
+      random_flip=train.random_flip,
+      x64=self._dtype == np.float64,
+    )
 
   @property
-  def content(self) -> list[Array]:
-    """The images and ids that it is a mean over."""
-    return [self._rows.images, self._rows.ids, *jax.tree.leaves(self._rows.conditioning)]
+  def content(self) -> dict[str, Any]:
+    """The examples that it is a mean over."""
+    return self._train.arrays("train")
 
   def multiply(self, grads: Params, damping: float) -> Params:
     """(H + λI) · grads for a pytree shaped like the parameters, as `Curvature.multiply`.
@@ -258,9 +264,16 @@ class GGN:
   def _product(self, vector: np.ndarray) -> np.ndarray:
     """H v for v [P], float64."""
     leaves = self._leaves(vector)
-    operand = [leaves[i].astype(self._dtype) for i in self._covered]
-    with jax.enable_x64(self._dtype == np.float64):
-      sums = self._sums((self._params, operand), self._rows, batch_size=self._batch_size)
+    operand = [np.asarray(leaves[i], self._dtype) for i in self._covered]
+    with numerics(self._kernel.x64):
+      sums = reduce_batches(
+        self._kernel,
+        (self._params, operand, self._seed),
+        self._rows,
+        batch_size=self._compute.batch_size,
+        label=None,
+        devices=self._compute.devices,
+      )
     product = list(self._zeros)
     for i, leaf in zip(self._covered, sums, strict=True):
       product[i] = leaf.astype(np.float64)

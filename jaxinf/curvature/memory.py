@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf.core.types import Params, PyTree
-from jaxinf.diffusion.objective import Noised
+from jaxinf.core.types import Batch, PyTree
+from jaxinf.curvature.kinds import Kind
+from jaxinf.curvature.targets import curvature_pairs
+from jaxinf.diffusion.model import DiffusionModel
 from jaxinf.layers.register import Registration
 from jaxinf.layers.specs import Layer
 
@@ -38,43 +40,45 @@ class LayerMemory:
 
 
 def layer_memory(
-  model: Registration,
-  params: Params,
-  image_shape: tuple[int, ...],
+  layers: Registration,
+  model: DiffusionModel,
+  row: Batch,
+  kind: Kind,
   *,
   batch_size: int,
-  method: str,
-  sharing: str = "expand",
-  targets: int = 1,
-  conditioning: PyTree = None,
 ) -> tuple[LayerMemory, ...]:
   """The bytes of every layer, from shapes alone.
 
   Args:
-    model: the registered layers.
-    params: the parameters, or their shapes.
-    image_shape: (H, W, C).
-    batch_size: (image, draw) pairs at a time on one device.
-    method, sharing, targets: as of `fit_curvature`; targets is D for the exact estimator.
-    conditioning: arrays [N, …] whose rows are further inputs of the network; or None.
+    layers: the registered layers.
+    model: the model; shapes of its parameters count.
+    row: a batch of one example, of which shapes count.
+    kind: of the curvature.
+    batch_size: (example, draw) pairs at a time on one device.
   """
   struct: Any = jax.ShapeDtypeStruct
-  rows = lambda x: struct((batch_size, *np.shape(x)[1:]), np.asarray(x).dtype)
-  images = struct((batch_size, *image_shape), jnp.float32)
-  pairs = Noised(images, struct((batch_size,), jnp.int32), images, jax.tree.map(rows, conditioning))
-  cotangents = lambda out: jnp.broadcast_to(out, (targets, *out.shape))
+  rows = lambda x: struct((batch_size, *np.shape(x)[1:]), x.dtype)
+  batch = jax.tree.map(rows, row)
+  num = math.prod(row.data.shape[1:]) if kind.fisher == "exact" else kind.samples
 
-  def sums(params, pairs):
-    return model.factor_sums(params, pairs, cotangents, jnp.ones(batch_size), sharing=sharing)
+  def sums(params, batch):
+    pairs, _ = curvature_pairs(model.process, 0, batch)
+    cotangents = lambda out: jnp.broadcast_to(out, (num, *out.shape))
+    return layers.factor_sums(params, pairs, cotangents, jnp.ones(batch_size), approx=kind.approx)
 
-  shapes = jax.eval_shape(sums, params, pairs)
-  positions = model.positions(params, pairs)
-  second_pass = method in ("ekfac", "cg")
+  shapes = jax.eval_shape(sums, model.params, batch)
+  pairs = jax.eval_shape(lambda batch: curvature_pairs(model.process, 0, batch)[0], batch)
+  positions = layers.positions(model.params, pairs)
   return tuple(
-    _of_layer(layer, _bytes(shapes[layer.name]), positions[layer.name] * batch_size, batch_size,
-              second_pass)
-    for layer in model.layers
-  )  # fmt: skip
+    _of_layer(
+      layer,
+      _bytes(shapes[layer.name]),
+      positions[layer.name] * batch_size,
+      batch_size,
+      kind.corrects,
+    )
+    for layer in layers.layers
+  )
 
 
 def memory_table(memory: Sequence[LayerMemory], partitions: Sequence[Sequence[str]]) -> str:

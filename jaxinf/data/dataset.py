@@ -4,12 +4,14 @@ Loaders (the other modules of this package) make one `Dataset` from a `DataConfi
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterable
 
 import numpy as np
 
+from jaxinf.core.examples import Examples, checked_data, checked_ids
 from jaxinf.runs.sections import DataConfig
 
 # Fields of DataConfig that only some loaders read.
@@ -22,7 +24,7 @@ class Dataset:
 
   Attributes:
     name: what reports call the data set.
-    images: [N, H, W, C] with 1 to 4 channels, uint8 in 0…255 or float32 in [-1, 1].
+    images: [N, …], as of `Examples`: pixels [N, H, W, C], latents, series, vectors or volumes.
     ids: [N] unique strings; an example keeps its id whatever else is loaded beside it.
     labels: [N] integers, or None.
     label_names: name of each label 0, 1, …; empty where labels have no names.
@@ -40,19 +42,28 @@ class Dataset:
   random_flip: bool = False
 
   def __post_init__(self):
-    _check_images(self.images)
-    _check_ids(self.ids, len(self.images))
+    checked_data(self.images)
+    if self.ids is None or np.asarray(self.ids).dtype.kind != "U":
+      raise ValueError(
+        f"ids must be strings, one an example; got {getattr(self.ids, 'dtype', type(self.ids))}. "
+        "Convert with np.array([str(i) for i in ids])."
+      )
+    checked_ids(self.ids, len(self.images))
     if self.labels is not None:
       _check_labels(self.labels, self.label_names, len(self.images))
+
+  @functools.cached_property
+  def examples(self) -> Examples:
+    """The training examples; their groups are the labels."""
+    return Examples(self.images, self.ids, groups=self.labels, random_flip=self.random_flip)
 
   def __len__(self) -> int:
     return len(self.images)
 
   @property
-  def image_shape(self) -> tuple[int, int, int]:
-    """(H, W, C)."""
-    height, width, channels = self.images.shape[1:]
-    return height, width, channels
+  def image_shape(self) -> tuple[int, ...]:
+    """The shape of an example, (H, W, C) of images."""
+    return tuple(self.images.shape[1:])
 
   def take(self, indices: Iterable[int] | np.ndarray) -> "Dataset":
     """The examples at `indices`, in that order; each in [0, N) and named at most once."""
@@ -154,49 +165,6 @@ def check_options(config: DataConfig, *, reads: tuple[str, ...] = ()) -> None:
       f"data set {config.name!r} does not read data.{', data.'.join(unread)}; "
       f"got {', '.join(repr(getattr(config, f)) for f in unread)}. Set to None, or check data.name."
     )
-
-
-def _check_images(images: np.ndarray) -> None:
-  if not isinstance(images, np.ndarray) or images.ndim != 4:
-    raise ValueError(
-      "images must be a NumPy array [N, H, W, C]; "
-      f"got {type(images).__name__} of shape {np.shape(images)}. "
-      "Give one-channel images a last axis with images[..., None]."
-    )
-  if images.dtype not in (np.uint8, np.float32):
-    raise ValueError(
-      f"images must be uint8 in 0…255 or float32 in [-1, 1]; got {images.dtype}. "
-      "Bring them into one of these ranges, then convert with images.astype(np.float32)."
-    )
-  if images.size == 0:
-    raise ValueError(f"images must hold at least one image and pixel; got shape {images.shape}.")
-  if images.shape[3] > 4:
-    raise ValueError(
-      f"images must be [N, H, W, C] with 1 to 4 channels; got shape {images.shape}. "
-      "Move the channels last with images.transpose(0, 2, 3, 1)."
-    )
-  if images.dtype == np.float32:
-    low, high = images.min(), images.max()  # NaN where any pixel is
-    if not np.isfinite([low, high]).all():
-      raise ValueError("images must be finite; got NaN or infinite pixels. Mend or drop them.")
-    if low < -1 or high > 1:
-      raise ValueError(
-        f"float32 images must lie in [-1, 1]; got {low:g}…{high:g}. "
-        "Rescale them (2 * x - 1 for 0…1, x / 127.5 - 1 for 0…255) or pass uint8."
-      )
-
-
-def _check_ids(ids: np.ndarray, num_images: int) -> None:
-  if not isinstance(ids, np.ndarray) or ids.dtype.kind != "U" or ids.shape != (num_images,):
-    raise ValueError(
-      f"ids must be a NumPy array of {num_images} strings, one an image; "
-      f"got shape {np.shape(ids)}, {getattr(ids, 'dtype', type(ids).__name__)}. "
-      "Convert with np.array([str(i) for i in ids])."
-    )
-  values, counts = np.unique(ids, return_counts=True)
-  if len(values) < len(ids):
-    repeated = _some(values[counts > 1])
-    raise ValueError(f"ids must be unique; got {repeated} more than once. Rename or drop them.")
 
 
 def _check_labels(labels: np.ndarray, label_names: tuple[str, ...], num_images: int) -> None:

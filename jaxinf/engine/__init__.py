@@ -1,12 +1,12 @@
-"""Everything is a map or a reduce over examples: the drivers, and the only pmap.
+"""Everything is a map or a reduce over examples and draws: the drivers, and the only pmap.
 
-A kernel is pure and sees one unsharded batch: `kernel(operands, batch)`, where `operands` (such as
-parameters) are the same for every batch. The drivers own looping, padding, devices, processes,
-progress and resuming. Padded rows repeat the last one and have mask 0.
+Kernels (kernels.py) are pure and see one unsharded batch: kernel(operands, batch), where `operands`
+(such as parameters) are the same for every batch. The drivers own looping, padding, devices,
+processes, progress and resuming. Padded rows repeat the last one and have mask 0.
 """
 
+from jaxinf.engine.compute import Compute
 from jaxinf.engine.devices import (
-  Kernel,
   first,
   local_devices,
   num_devices,
@@ -17,17 +17,19 @@ from jaxinf.engine.devices import (
   shard,
   shard_of_step,
 )
+from jaxinf.engine.kernels import Kernel, compiled
 from jaxinf.engine.maps import Blocks, PartialRows, map_batches, spread, stream_batches
-from jaxinf.engine.reductions import Partial, Reduction, reduce_batches
+from jaxinf.engine.reductions import Partial, reduce_batches
 from jaxinf.engine.worklist import Rows
 
 __all__ = [
   "Blocks",
+  "Compute",
   "Kernel",
   "Partial",
   "PartialRows",
-  "Reduction",
   "Rows",
+  "compiled",
   "first",
   "local_devices",
   "map_batches",

@@ -16,7 +16,7 @@ from jaxinf.engine.artifacts import plain, refuse_stale
 
 
 @dataclasses.dataclass(frozen=True)
-class Resume:
+class Checkpointing:
   """Where a computation keeps what it has so far, so that a killed one goes on from there.
 
   Attributes:
@@ -29,7 +29,7 @@ class Resume:
 
 
 class PartialSums:
-  """The sums of an unfinished reduction (a `parallel.Partial`), in one file written atomically.
+  """The sums of an unfinished reduction (an `engine.Partial`), in one file written atomically.
 
   With several processes each keeps a file of its own.
 
@@ -72,7 +72,7 @@ class PartialSums:
 
 
 class PartialOutputs:
-  """Rows of an unfinished map (a `parallel.PartialRows`): files that are written once, atomically.
+  """Rows of an unfinished map (an `engine.PartialRows`): files that are written once, atomically.
 
   Args:
     folder: of the files; each process keeps its own there.

@@ -1,35 +1,23 @@
-"""The local devices: kernels mapped over them, and arrays that go to and from them.
+"""The local devices: steps mapped over them, and arrays that go to and from them.
 
-The package `parallel` is the only place with pmap and a device axis. A kernel is pure and sees one
-unsharded batch.
+The package `engine` is the only place with pmap and a device axis.
 """
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
 from jaxinf.core.types import PyTree
 from jaxinf.engine import processes
+from jaxinf.engine.kernels import AXIS, Program, copying
 
-AXIS = "devices"
 IN_FLIGHT = 2  # results a device may be ahead of the host
 
-Kernel = Callable[[PyTree, Any], PyTree]
 
-
-@functools.lru_cache(maxsize=16)  # so that a kernel compiles once, however often it is driven
-def mapped(kernel: Kernel, devices: tuple[jax.Device, ...]) -> Callable:
-  """kernel(operands, value) on each device, for replicated operands and sharded values."""
-  return jax.pmap(kernel, axis_name=AXIS, devices=devices)
-
-
-def on_all(function: Callable, devices: Sequence[jax.Device], donate: bool = False) -> Callable:
+def on_all(function: Callable, devices: Sequence[jax.Device], donate: bool = False) -> Program:
   """A function of arrays with a device axis, mapped; the first argument is donated on request."""
-  donated = (0,) if donate else ()
-  return jax.pmap(function, axis_name=AXIS, devices=devices, donate_argnums=donated)
+  return Program(function, devices, donate)
 
 
 def parallel_step(
@@ -47,7 +35,7 @@ def parallel_step(
     return update(state, jax.lax.psum(sums(state, batch), AXIS))
 
   everywhere = None if _spans_processes(devices) else local_devices(devices)
-  return jax.pmap(step, axis_name=AXIS, devices=everywhere, donate_argnums=0)
+  return Program(step, everywhere, donate=True)
 
 
 def num_step_devices(devices: Sequence[jax.Device] | None = None) -> int:
@@ -66,13 +54,7 @@ def shard_of_step(batch: PyTree, devices: Sequence[jax.Device] | None = None) ->
 
 def replicate(tree: PyTree, devices: Sequence[jax.Device] | None = None) -> PyTree:
   """Copies a pytree of arrays to every local device: a leading device axis is added."""
-  devices = local_devices(devices)
-  return _copy_to(tuple(devices))(np.arange(len(devices)), tree)
-
-
-@functools.cache  # so that it compiles once for trees of the same shapes
-def _copy_to(devices: tuple[jax.Device, ...]) -> Callable:
-  return jax.pmap(lambda _, x: x, axis_name=AXIS, in_axes=(0, None), devices=devices)
+  return copying(tuple(local_devices(devices)))(tree)
 
 
 def shard(batch: PyTree, devices: Sequence[jax.Device] | None = None) -> PyTree:

@@ -10,7 +10,8 @@ import numpy as np
 
 from jaxinf.core.types import Array, PyTree
 from jaxinf.engine import processes
-from jaxinf.engine.devices import IN_FLIGHT, Kernel, local_devices, mapped, replicate, shard
+from jaxinf.engine.devices import IN_FLIGHT, local_devices, replicate, shard
+from jaxinf.engine.kernels import Kernel, compiled, on_one_device
 from jaxinf.engine.progress import Progress
 from jaxinf.engine.worklist import Rows
 
@@ -108,7 +109,7 @@ def stream_batches(
   devices = local_devices(devices)
   begin, end = processes.share(len(rows)) if span is None else span
   operands = replicate(operands, devices)
-  first_step = mapped(kernel, tuple(devices))
+  first_step = compiled(kernel, tuple(devices))
   then_all = _applied_in_blocks(then, devices) if then is not None else lambda values: values
   window = 1 if then is None else len(then.operands)
   waiting: list[tuple[PyTree, int]] = []
@@ -139,7 +140,7 @@ def stream_batches(
 
 def _applied_in_blocks(then: Blocks, devices: list[jax.Device]) -> Callable:
   """The second kernel on several values at once, so that each block is moved once for all."""
-  second_step = mapped(then.kernel, tuple(devices))
+  second_step = compiled(then.kernel, tuple(devices))
   if len(then.operands) == 1:
     placed = replicate(then.operands[0], devices)
     return lambda values: [second_step(placed, value) for value in values]
@@ -173,13 +174,13 @@ def spread(
   Returns:
     Name → result as NumPy arrays.
   """
-  devices, compiled = local_devices(devices), jax.jit(function)
+  devices, program = local_devices(devices), on_one_device(function)
   load = [0.0] * len(devices)
   results = {}
   for name in sorted(items, key=lambda name: -cost(items[name])):
     least = load.index(min(load))
     load[least] += cost(items[name])
-    results[name] = compiled(jax.device_put(items[name], devices[least]))
+    results[name] = program(jax.device_put(items[name], devices[least]))
   return {name: jax.tree.map(np.asarray, results[name]) for name in items}
 
 
@@ -191,7 +192,7 @@ def sharded_batches(
   Where there are none, one batch of padding, from which the shapes of outputs are known.
   """
   if not len(rows):
-    raise ValueError("There are no examples to go through: the set of images is empty.")
+    raise ValueError("There are no examples to go through: the set is empty.")
   if batch_size < 1:
     raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
   size = math.ceil(min(batch_size, len(rows)) / len(devices)) * len(devices)

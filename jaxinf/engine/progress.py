@@ -21,7 +21,7 @@ class Progress:
     self._done, self._start = start, start
     self._began = self._spoke = time.monotonic()
     self._bar = None
-    if label is not None and sys.stderr.isatty() and _LOG.isEnabledFor(logging.INFO):
+    if label is not None and sys.stderr.isatty():
       self._bar = tqdm.tqdm(
         total=total, initial=start, desc=label, unit=f" {unit}", leave=False, dynamic_ncols=True
       )

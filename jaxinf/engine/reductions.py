@@ -5,31 +5,15 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxinf.core.types import PyTree
 from jaxinf.engine import processes
-from jaxinf.engine.devices import AXIS, IN_FLIGHT, Kernel, first, local_devices, on_all, replicate
+from jaxinf.engine.devices import IN_FLIGHT, first, local_devices, replicate
+from jaxinf.engine.kernels import Kernel, Program, summing
 from jaxinf.engine.maps import sharded_batches
 from jaxinf.engine.progress import Progress
 from jaxinf.engine.worklist import Rows
-
-
-def reduce_batches(
-  kernel: Kernel,
-  operands: PyTree,
-  rows: Rows,
-  *,
-  batch_size: int,
-  label: str | None,
-  unit: str = "examples",
-  devices: Sequence[jax.Device] | None = None,
-  partial: "Partial | None" = None,
-) -> PyTree:
-  """Sums `kernel` over all batches, once; the arguments are those of `Reduction`."""
-  reduction = Reduction(kernel, label=label, unit=unit, devices=devices)
-  return reduction(operands, rows, batch_size=batch_size, partial=partial)
 
 
 class Partial(Protocol):
@@ -46,95 +30,83 @@ class Partial(Protocol):
   def save(self, rows_done: int, sums: list[np.ndarray]) -> None: ...
 
 
-class Reduction:
-  """Sums a kernel over all batches; compiled for the first rows, not again for more of that shape.
+def reduce_batches(
+  kernel: Kernel,
+  operands: PyTree,
+  rows: Rows,
+  *,
+  batch_size: int,
+  label: str | None,
+  unit: str = "examples",
+  devices: Sequence[jax.Device] | None = None,
+  partial: Partial | None = None,
+) -> PyTree:
+  """Sums `kernel` over all batches; returns the sums as NumPy arrays, over rows of all processes.
 
   Args:
     kernel: kernel(operands, batch) → pytree of sums over the batch, with padding (mask 0) left out.
-    label, unit, devices: as for `map_batches`; no progress is shown where label is None.
+    operands, rows, batch_size, unit, devices: as for `map_batches`.
+    label: what the progress bar says; None for none.
+    partial: where sums are kept and, where it has some, gone on from: bitwise as without a stop on
+      as many devices and in batches as large, up to rounding otherwise.
+
+  Raises:
+    ValueError: there are no rows, or `partial` holds the sums of something else.
   """
+  devices = local_devices(devices)
+  programs = summing(kernel, tuple(devices))
+  operands = replicate(operands, devices)
+  done, end = processes.share(len(rows))
+  first_batch, _ = next(sharded_batches(rows, batch_size, devices, done, end))
+  sums = programs.zeros(operands, first_batch)
+  if partial is not None and (saved := partial.load()) is not None:
+    done, sums = saved[0], _resumed(sums, *saved, end, len(devices), programs.place)
+  pending: collections.deque = collections.deque()
 
-  def __init__(
-    self,
-    kernel: Kernel,
-    *,
-    label: str | None,
-    unit: str = "examples",
-    devices: Sequence[jax.Device] | None = None,
-  ):
-    self._label, self._unit, self._devices = label, unit, local_devices(devices)
+  def finish(progress):
+    marker, count = pending.popleft()
+    marker.block_until_ready()
+    progress.advance(count)
 
-    def zeros(operands, batch):
-      shapes = jax.eval_shape(kernel, operands, batch)
-      return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-    def accumulate(sums, operands, batch):
-      sums = jax.tree.map(jnp.add, sums, kernel(operands, batch))
-      # A number to wait for: the sums themselves are donated to the next batch.
-      return sums, jax.tree.leaves(sums)[0].ravel()[:1]
-
-    self._zeros = on_all(zeros, self._devices)
-    self._accumulate = on_all(accumulate, self._devices, donate=True)
-    self._total = on_all(lambda x: jax.lax.psum(x, AXIS), self._devices)
-    self._place = on_all(lambda x: x, self._devices)
-
-  def __call__(
-    self, operands: PyTree, rows: Rows, *, batch_size: int, partial: Partial | None = None
-  ) -> PyTree:
-    """The sums as NumPy arrays, over the rows of all processes.
-
-    Args:
-      operands, rows, batch_size: as for `map_batches`.
-      partial: where sums are kept and, where it has some, gone on from: bitwise as without a stop
-        on as many devices and in batches as large, up to rounding otherwise.
-
-    Raises:
-      ValueError: there are no rows, or `partial` holds the sums of something else.
-    """
-    operands = replicate(operands, self._devices)
-    done, end = processes.share(len(rows))
-    first_batch, _ = next(sharded_batches(rows, batch_size, self._devices, done, end))
-    sums = self._zeros(operands, first_batch)
-    if partial is not None and (saved := partial.load()) is not None:
-      done, sums = saved[0], self._resumed(sums, *saved, end)
-    pending: collections.deque = collections.deque()
-
-    def finish(progress):
-      marker, count = pending.popleft()
-      marker.block_until_ready()
-      progress.advance(count)
-
-    with Progress(processes.label(self._label), end, self._unit, start=done) as progress:
-      batches = sharded_batches(rows, batch_size, self._devices, done, end)
-      for number, (batch, count) in enumerate(batches if done < end else (), start=1):
-        sums, marker = self._accumulate(sums, operands, batch)
-        done += count
-        pending.append((marker, count))
-        if len(pending) > IN_FLIGHT:
-          finish(progress)
-        last = done == end  # so that a later pass, when stopped, need not repeat this one
-        if partial is not None and (last or number % partial.every == 0):
-          partial.save(done, [np.asarray(leaf) for leaf in jax.tree.leaves(sums)])
-      while pending:
+  with Progress(processes.label(label), end, unit, start=done) as progress:
+    batches = sharded_batches(rows, batch_size, devices, done, end)
+    for number, (batch, count) in enumerate(batches if done < end else (), start=1):
+      sums, marker = programs.accumulate(sums, operands, batch)
+      done += count
+      pending.append((marker, count))
+      if len(pending) > IN_FLIGHT:
         finish(progress)
-    leaves, structure = jax.tree.flatten(first(self._total(sums)))
-    return jax.tree.unflatten(structure, processes.summed(leaves))
+      last = done == end  # so that a later pass, when stopped, need not repeat this one
+      if partial is not None and (last or number % partial.every == 0):
+        partial.save(done, [np.asarray(leaf) for leaf in jax.tree.leaves(sums)])
+    while pending:
+      finish(progress)
+  leaves, structure = jax.tree.flatten(first(programs.total(sums)))
+  return jax.tree.unflatten(structure, processes.summed(leaves))
 
-  def _resumed(self, like: PyTree, done: int, saved: list[np.ndarray], num_rows: int) -> PyTree:
-    """Saved sums with the structure of `like`, on our devices: moved to the first if those differ.
 
-    Raises:
-      ValueError: they are other sums than `like`, or of more rows than there are.
-    """
-    leaves, structure = jax.tree.flatten(like)
-    expected, found = ([(*a.shape[1:], str(a.dtype)) for a in arrays] for arrays in (leaves, saved))
-    if expected != found or not 0 < done <= num_rows:
-      raise ValueError(
-        f"The partial sums are those of another computation: {found} over {done} rows, where "
-        f"{expected} over at most {num_rows} are expected. Discard them to start again."
-      )
-    if len(saved[0]) != len(self._devices):
-      padding = ((0, len(self._devices) - 1),)
-      totals = [np.sum(a, axis=0, keepdims=True, dtype=a.dtype) for a in saved]
-      saved = [np.pad(a, padding + ((0, 0),) * (a.ndim - 1)) for a in totals]
-    return self._place(jax.tree.unflatten(structure, saved))
+def _resumed(
+  like: PyTree,
+  done: int,
+  saved: list[np.ndarray],
+  num_rows: int,
+  num_devices: int,
+  place: Program,
+) -> PyTree:
+  """Saved sums with the structure of `like`, on our devices: moved to the first if those differ.
+
+  Raises:
+    ValueError: they are other sums than `like`, or of more rows than there are.
+  """
+  leaves, structure = jax.tree.flatten(like)
+  expected, found = ([(*a.shape[1:], str(a.dtype)) for a in arrays] for arrays in (leaves, saved))
+  if expected != found or not 0 < done <= num_rows:
+    raise ValueError(
+      f"The partial sums are those of another computation: {found} over {done} rows, where "
+      f"{expected} over at most {num_rows} are expected. Discard them to start again."
+    )
+  if len(saved[0]) != num_devices:
+    padding = ((0, num_devices - 1),)
+    totals = [np.sum(a, axis=0, keepdims=True, dtype=a.dtype) for a in saved]
+    saved = [np.pad(a, padding + ((0, 0),) * (a.ndim - 1)) for a in totals]
+  return place(jax.tree.unflatten(structure, saved))

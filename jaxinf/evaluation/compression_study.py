@@ -10,32 +10,34 @@ with ⟨v, ∇ℓ_n⟩.
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from scipy.stats import rankdata
 
 from jaxinf.attribution.kernels import (
   QUERY,
   TRAIN,
-  DrawGroups,
-  gradient_kernel,
-  gradient_operands,
-  inner_products,
+  GradientKernel,
+  PlainProducts,
+  Replicate,
+  row_operands,
 )
-from jaxinf.attribution.queries import eigenvalues_of, gradient_batches, query_rows
+from jaxinf.attribution.queries import gradient_batches, query_rows
 from jaxinf.compression.compression import Compression, Uncompressed
-from jaxinf.core.random import example_numbers
+from jaxinf.core.checks import checked_damping
+from jaxinf.core.draws import Draws
+from jaxinf.core.examples import Examples, check_alike
 from jaxinf.core.types import Array, Eigenbasis, Matrices
 from jaxinf.curvature.curvature import Curvature
-from jaxinf.curvature.eigenbasis import checked_damping, from_eigenbasis, to_eigenbasis
+from jaxinf.curvature.eigenbasis import from_eigenbasis, to_eigenbasis
 from jaxinf.diffusion.measurements import LOSS
-from jaxinf.diffusion.model import Task, checked_ids, checked_images
-from jaxinf.diffusion.noise import DrawDesign
-from jaxinf.engine import Blocks, Rows, map_batches
-from jaxinf.layers.register import register
+from jaxinf.engine.compute import Compute
+from jaxinf.engine.maps import Blocks, map_batches
+from jaxinf.engine.worklist import Rows
+from jaxinf.layers.register import layers_of
+from jaxinf.scores.statistics import pearson, spearman
 
 _LOG = logging.getLogger("jaxinf")
 
@@ -74,19 +76,14 @@ class CompressionStudy:
 
 
 def compression_study(
-  task: Task,
   curvature: Curvature,
-  train_images: Array,
-  queries: Array,
   *,
+  queries: Examples,
+  train: Examples,
   damping: float,
-  draws: int,
-  seed: int,
+  draws: Draws,
   variants: Mapping[str, Compression],
-  train_ids: np.ndarray | None = None,
-  query_ids: np.ndarray | None = None,
-  batch_size: int = 128,
-  devices: Sequence[jax.Device] | None = None,
+  compute: Compute = Compute(),
 ) -> CompressionStudy:
   """Compares compressions of query gradients by the scores they give.
 
@@ -94,107 +91,87 @@ def compression_study(
   devices one variant's at a time, and V + 1 batches of training gradients.
 
   Args:
-    task: the model.
-    curvature: fitted for it, in eigenbases.
-    train_images: [N, H, W, C] that are scored; a few hundred.
-    queries: [Q, H, W, C]; a few.
+    curvature: in eigenbases.
+    queries: a few.
+    train: those that are scored; a few hundred.
     damping: λ > 0.
-    draws: of (t, ε) for each query and each training image.
-    seed: of the draws.
+    draws: of (t, ε) for each query and each training example, in one replicate.
     variants: name → compression.
-    train_ids, query_ids: stable ids; row numbers where None.
-    batch_size: (image, draw) pairs at a time over all devices.
-    devices: local devices; all of them where None.
+    compute: how.
 
   Raises:
     ValueError: the arguments don't fit together, or scores are not finite.
   """
   checked_damping(damping)
-  train_images, queries = checked_images(train_images), checked_images(queries)
-  train = Rows(
-    train_images, example_numbers(checked_ids(train_ids, len(train_images), "train_ids")), draws=1
-  )
-  asked = Rows(queries, example_numbers(checked_ids(query_ids, len(queries), "query_ids")), draws=1)
-  _check(task, curvature, train, asked, draws=draws, variants=variants)
-  model = register(task.apply_fn, task.params, train_images.shape[1:], curvature.selection)
-  kernel = gradient_kernel(model, LOSS, task.schedule, DrawGroups(seed, draws, DrawDesign()))
-  images_at_once = max(1, batch_size // draws)
+  check_alike(queries, train)
+  _check(curvature, train, variants)
+  draws = dataclasses.replace(draws, replicates=1)
+  model = curvature.model
+  layers = layers_of(model, train, curvature.selection)
+  kernel = GradientKernel(layers, LOSS, model.process, Replicate.of(draws))
 
   # 1. The rows of queries as they are, and as every variant gives them back.
-  with jax.default_device(devices[0] if devices else None):
-    exact = query_rows(
-      curvature,
-      gradient_batches(
-        kernel, gradient_operands(task.params, QUERY), asked,
-        batch_size=images_at_once, devices=devices,
-      ),
-      num_rows=len(queries), dampings=[damping], compression=Uncompressed(),
-    ).compressed  # fmt: skip
-    restored = []
-    for name, compression in variants.items():
-      _LOG.info("compression study: %s", name)
-      restored.append(_round_trip(compression, exact, curvature))
+  operands = row_operands(model.params, draws, QUERY)
+  exact = query_rows(
+    curvature,
+    gradient_batches(kernel, operands, queries, draws, compute),
+    num_rows=len(queries),
+    dampings=[damping],
+    compression=Uncompressed(),
+  ).compressed
+  restored = []
+  for name, compression in variants.items():
+    _LOG.info("compression study: %s", name)
+    restored.append(_round_trip(compression, exact, curvature))
 
   # 2. Training gradients, past all of them.
   products = map_batches(
-    kernel, gradient_operands(task.params, TRAIN), train, label="training gradients",
-    batch_size=images_at_once, devices=devices,
-    then=Blocks(lambda rows, grads: inner_products(grads, rows), [exact, *restored]),
-  )  # fmt: skip
+    GradientKernel(layers, LOSS, model.process, Replicate.of(draws, train.random_flip)),
+    row_operands(model.params, draws, TRAIN),
+    Rows.of(train, 1),
+    label="training gradients",
+    batch_size=compute.rows(draws),
+    devices=compute.devices,
+    then=Blocks(PlainProducts(), [exact, *restored]),
+  )
   if not np.isfinite(products).all():
     raise ValueError(
       "Some scores are not finite: gradients overflow. Check that the model's outputs are finite "
-      "for these images at every timestep, or raise the damping."
+      "for these examples at every time, or raise the damping."
     )
-  reference, *others = products.T.astype(np.float64).reshape(-1, len(queries), len(train_images))
-  pearson = np.stack([_pearson(reference, scores) for scores in others])
-  ranks = lambda scores: rankdata(scores, axis=-1)
-  spearman = np.stack([_pearson(ranks(reference), ranks(scores)) for scores in others])
+  reference, *others = products.T.astype(np.float64).reshape(-1, len(queries), len(train))
   shapes = [rows.shape[1:] for rows in exact.values()]
   num_bytes = lambda compression: sum(map(compression.num_bytes, shapes))
   return CompressionStudy(
     names=tuple(variants),
     sizes=np.array([num_bytes(c) / num_bytes(Uncompressed()) for c in variants.values()]),
     errors=np.stack([_relative_errors(rows, exact) for rows in restored]),
-    pearson=pearson,
-    spearman=spearman,
-    settings=dict(
-      num_images=len(train_images), num_queries=len(queries), damping=damping, draws=draws,
-      seed=seed, num_parameters=sum(map(math.prod, shapes)),
-      curvature=curvature.settings["method"],
-    ),
-  )  # fmt: skip
+    pearson=np.stack([pearson(reference, scores) for scores in others]),
+    spearman=np.stack([spearman(reference, scores) for scores in others]),
+    settings={
+      "num_images": len(train),
+      "num_queries": len(queries),
+      "damping": damping,
+      "draws": draws.num,
+      "seed": draws.seed,
+      "num_parameters": sum(map(math.prod, shapes)),
+      "curvature": curvature.kind.name,
+    },
+  )
 
 
-def _check(
-  task: Task,
-  curvature: Curvature,
-  train: Rows,
-  asked: Rows,
-  *,
-  draws: int,
-  variants: Mapping[str, Compression],
-) -> None:
+def _check(curvature: Curvature, train: Examples, variants: Mapping[str, Compression]) -> None:
   """Raises ValueError unless the arguments of a study fit together."""
-  if curvature.exact is not None:
+  if not curvature.has_eigenbasis:
     raise ValueError(
-      "The study needs a curvature in eigenbases, not the exact one (method 'cg'): pass its "
-      ".approximation, or fit one with the method ekfac or kfac."
+      "The study needs a curvature in eigenbases, not the exact one: pass its .approximation, or "
+      "fit EKFAC or KFAC."
     )
-  if curvature.task is not task:
-    raise ValueError("The curvature was fitted for another task: fit it for this one.")
-  if not variants or draws < 1 or len(train) < 2 or len(asked) < 1:
+  if not variants or len(train) < 2:
     raise ValueError(
-      "The study needs at least one variant, one draw, one query and two training images; got "
-      f"{len(variants)}, {draws}, {len(asked)} and {len(train)}."
+      "The study needs at least one variant and two training examples; got "
+      f"{len(variants)} and {len(train)}."
     )
-  assert train.images is not None and asked.images is not None
-  shapes = train.images.shape[1:], asked.images.shape[1:]
-  if shapes[0] != shapes[1]:
-    raise ValueError(
-      f"Queries of shape {shapes[1]} do not match training images of shape {shapes[0]}."
-    )
-  task.check_images(shapes[0])
 
 
 def _round_trip(compression: Compression, rows: Matrices, curvature: Curvature) -> Matrices:
@@ -203,7 +180,7 @@ def _round_trip(compression: Compression, rows: Matrices, curvature: Curvature) 
   compress, restore = jax.jit(compression.compress), jax.jit(compression.restore)
   found = {}
   for name, matrices in rows.items():
-    eigenvalues, basis = eigenvalues_of(curvature, name), curvature.bases[name]
+    eigenvalues, basis = curvature.eigenvalues(name), curvature.bases[name]
     if compression.in_eigenbasis:
       matrices = _to_eigenbasis(matrices, basis)
     matrices = restore(compress(matrices, eigenvalues), eigenvalues)
@@ -230,14 +207,6 @@ def _relative_errors(rows: Matrices, exact: Matrices) -> np.ndarray:
   squares = lambda x: np.square(x, dtype=np.float64).reshape(len(x), -1).sum(axis=1)
   wrong = sum(squares(rows[name] - exact[name]) for name in exact)
   return np.sqrt(wrong / sum(squares(x) for x in exact.values()))
-
-
-def _pearson(exact: np.ndarray, others: np.ndarray) -> np.ndarray:
-  """[Q] correlations of numbers [Q, N] with others [Q, N], row by row."""
-  centred = [x - x.mean(axis=-1, keepdims=True) for x in (exact, others)]
-  norms = np.prod([np.linalg.norm(x, axis=-1) for x in centred], axis=0)
-  with np.errstate(invalid="ignore"):
-    return np.prod(centred, axis=0).sum(axis=-1) / norms
 
 
 def _cell(text: str) -> str:

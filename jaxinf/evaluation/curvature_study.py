@@ -13,43 +13,44 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
-from scipy.stats import spearmanr
 
 from jaxinf.attribution.kernels import (
   QUERY,
   TRAIN,
-  DrawGroups,
-  gradient_kernel,
-  gradient_operands,
-  inner_products,
+  GradientKernel,
+  PlainProducts,
+  Replicate,
+  row_operands,
 )
-from jaxinf.core.random import example_numbers
-from jaxinf.core.types import Array, Matrices
-from jaxinf.curvature.curvature import Curvature
-from jaxinf.curvature.eigenbasis import checked_damping, precondition
-from jaxinf.curvature.fit import SKIP_NORMALISATION, fit_curvature
+from jaxinf.core.checks import checked_dampings
+from jaxinf.core.draws import Draws
+from jaxinf.core.examples import Examples, check_alike
+from jaxinf.core.types import Matrices
+from jaxinf.curvature.curvature import Curvature, ExactCurvature
+from jaxinf.curvature.eigenbasis import precondition
+from jaxinf.curvature.fit import fit_curvature
 from jaxinf.curvature.ggn import Residuals, Solver
+from jaxinf.curvature.kinds import EKFAC, KFAC, Diagonal, ExactGGN, Identity, Kind
 from jaxinf.diffusion.measurements import LOSS
-from jaxinf.diffusion.model import Task, checked_ids, checked_images
-from jaxinf.diffusion.noise import DrawDesign
-from jaxinf.engine import Blocks, map_batches
+from jaxinf.diffusion.model import DiffusionModel
+from jaxinf.engine.compute import Compute
+from jaxinf.engine.maps import Blocks, map_batches
 from jaxinf.engine.worklist import Rows
-from jaxinf.layers.register import register
+from jaxinf.layers.register import layers_of
+from jaxinf.scores.statistics import spearman
 
 _LOG = logging.getLogger("jaxinf")
 
-# Name → arguments of fit_curvature.
-APPROXIMATIONS: Mapping[str, Mapping[str, Any]] = {
-  "EK-FAC": dict(method="ekfac"),
-  "EK-FAC, 8 targets": dict(method="ekfac", targets=8),
-  "EK-FAC, reduce": dict(method="ekfac", sharing="reduce"),
-  "K-FAC": dict(method="kfac"),
-  "K-FAC, reduce": dict(method="kfac", sharing="reduce"),
-  "K-FAC, empirical": dict(method="kfac", estimator="empirical"),
-  "diagonal": dict(method="diagonal"),
-  "identity": dict(method="identity"),
+APPROXIMATIONS: Mapping[str, Kind] = {
+  "EK-FAC": EKFAC(),
+  "EK-FAC, 8 targets": EKFAC(samples=8),
+  "EK-FAC, reduce": EKFAC("reduce"),
+  "K-FAC": KFAC(),
+  "K-FAC, reduce": KFAC("reduce"),
+  "K-FAC, empirical": KFAC(fisher="empirical"),
+  "diagonal": Diagonal(),
+  "identity": Identity(),
 }
 
 # Keeps arrays by name: (name, compute) → compute(), or what it gave before.
@@ -96,102 +97,103 @@ class CurvatureStudy:
 
 
 def curvature_study(
-  task: Task,
-  images: Array,
-  queries: Array,
+  model: DiffusionModel,
   *,
+  queries: Examples,
+  train: Examples,
   dampings: Sequence[float],
-  draws: int,
-  gradient_draws: int,
-  seed: int,
-  approximations: Mapping[str, Mapping[str, Any]] = APPROXIMATIONS,
-  ids: np.ndarray | None = None,
-  query_ids: np.ndarray | None = None,
-  skip: Sequence[str] = SKIP_NORMALISATION,
-  solver: Solver | None = None,
-  batch_size: int = 128,
-  devices: Sequence[jax.Device] | None = None,
+  draws: Draws,
+  gradient_draws: Draws,
+  kinds: Mapping[str, Kind] = APPROXIMATIONS,
+  solver: Solver = Solver(),
+  compute: Compute = Compute(),
   keep: Keep | None = None,
 ) -> CurvatureStudy:
-  """Compares approximations with the exact GGN; a few hundred images and a few queries.
+  """Compares approximations with the exact GGN; a few hundred examples and a few queries.
 
   Args:
-    task: the model.
-    images: [N, H, W, C] training images: the curvatures are of them, and they are scored.
-    queries: [Q, H, W, C].
+    model: the model.
+    queries: a few.
+    train: the curvatures are of them, and they are scored.
     dampings: λ > 0.
-    draws: of (t, ε) for each image, in the curvatures.
-    gradient_draws: of (t, ε) for the gradients of queries and images.
-    seed: of all draws.
-    approximations: name → arguments of `fit_curvature`.
-    ids, query_ids: stable ids; row numbers where None.
-    skip: regular expressions on parameter paths to leave out.
+    draws: of (t, ε) for each training example, in the curvatures.
+    gradient_draws: likewise for the gradients of queries and training examples.
+    kinds: name → kind of curvature that is compared.
     solver: of the conjugate gradients.
-    batch_size: (image, draw) pairs at a time over all devices.
-    devices: local devices; all of them where None.
+    compute: how.
     keep: keeps solutions, for a study that may be stopped.
 
   Raises:
     ValueError: the arguments don't fit together.
   """
-  dampings = [float(damping) for damping in dampings]
-  if not dampings or gradient_draws < 1:
-    raise ValueError("The study needs at least one damping and one draw for the gradients.")
-  for damping in dampings:
-    checked_damping(damping)
-  images, queries = checked_images(images), checked_images(queries)
-  train = Rows(images, example_numbers(checked_ids(ids, len(images), "ids")))
-  asked = Rows(queries, example_numbers(checked_ids(query_ids, len(queries), "query_ids")))
-  shared: dict[str, Any] = dict(
-    draws=draws, seed=seed, ids=train.ids, skip=skip, batch_size=batch_size, devices=devices
-  )
-  reference = fit_curvature(task, images, method="cg", solver=solver, **shared)
-  model = register(task.apply_fn, task.params, images.shape[1:], reference.selection)
-  kernel = gradient_kernel(
-    model, LOSS, task.schedule, DrawGroups(seed, gradient_draws, DrawDesign())
-  )
-  grads = map_batches(
-    kernel, gradient_operands(task.params, QUERY), dataclasses.replace(asked, draws=1),
-    batch_size=max(1, batch_size // gradient_draws), label="query gradients", devices=devices,
-  )  # fmt: skip
-  assert reference.exact is not None
-  largest = reference.exact.largest_eigenvalue()
+  dampings = checked_dampings(dampings)
+  check_alike(queries, train)
+  fit = functools.partial(fit_curvature, model, train, draws=draws, compute=compute)
+  reference = fit(ExactGGN(solver))
+  assert isinstance(reference, ExactCurvature)
+  one = dataclasses.replace(gradient_draws, replicates=1)
+  gradients = _Gradients(reference, one, compute)
+  grads = gradients.of(queries, QUERY, "query gradients")
+  largest = reference.ggn.largest_eigenvalue()
   _LOG.info("curvature study: the largest eigenvalue of the exact GGN is about %.2g", largest)
   exact, residuals = _exact_solutions(reference, grads, dampings, keep)
   rows = [exact]  # each layer name → [L, Q, ...]
-  for name, options in approximations.items():
+  for name, kind in kinds.items():
     _LOG.info("curvature study: %s", name)
-    fitted = fit_curvature(task, images, **shared, **options)
-    rows.append(_approximate_solutions(fitted, grads, dampings))
+    rows.append(_approximate_solutions(fit(kind), grads, dampings))
   stacked = {name: np.stack([solutions[name] for solutions in rows]) for name in grads}
   errors = np.stack([_relative_errors(solutions, exact) for solutions in rows[1:]])
   del rows
   matrices = {name: x.reshape(math.prod(x.shape[:3]), -1) for name, x in stacked.items()}
-  scores = map_batches(
-    kernel, gradient_operands(task.params, TRAIN), dataclasses.replace(train, draws=1),
-    label="training gradients", batch_size=max(1, batch_size // gradient_draws), devices=devices,
-    then=Blocks(lambda rows, grads: inner_products(grads, rows), [matrices]),
-  )  # fmt: skip
-  shape = (len(approximations) + 1, len(dampings), len(queries))
-  correlations = _rank_correlations(scores.T.reshape(*shape, len(images)))
+  scores = gradients.of(train, TRAIN, "training gradients", Blocks(PlainProducts(), [matrices]))
+  shape = (len(kinds) + 1, len(dampings), len(queries), len(train))
+  reference_scores, *others = scores.T.reshape(shape)
   return CurvatureStudy(
-    names=tuple(approximations),
+    names=tuple(kinds),
     dampings=np.array(dampings),
     errors=errors,
-    correlations=correlations,
+    correlations=np.stack([spearman(reference_scores, other) for other in others]),
     residuals=np.stack([r.relative for r in residuals]),
     iterations=np.stack([r.iterations for r in residuals]),
     largest_eigenvalue=largest,
-    settings=dict(
-      num_images=len(images), num_queries=len(queries), draws=draws, seed=seed,
-      gradient_draws=gradient_draws, solver=reference.settings["solver"],
-      num_parameters=reference.coverage.num_covered,
-    ),
-  )  # fmt: skip
+    settings={
+      "num_images": len(train),
+      "num_queries": len(queries),
+      "draws": draws.num,
+      "seed": draws.seed,
+      "gradient_draws": gradient_draws.num,
+      "solver": dataclasses.asdict(solver),
+      "num_parameters": reference.coverage.num_covered,
+    },
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gradients:
+  """Gradients of examples, one replicate each."""
+
+  curvature: Curvature
+  draws: Draws
+  compute: Compute
+
+  def of(self, examples: Examples, stream: str, label: str, then: Blocks | None = None) -> Any:
+    """Layer name → [n, …], or what a second kernel makes of them."""
+    model = self.curvature.model
+    layers = layers_of(model, examples, self.curvature.selection)
+    replicate = Replicate.of(self.draws, examples.random_flip)
+    return map_batches(
+      GradientKernel(layers, LOSS, model.process, replicate),
+      row_operands(model.params, self.draws, stream),
+      Rows.of(examples, 1),
+      batch_size=self.compute.rows(self.draws),
+      label=label,
+      devices=self.compute.devices,
+      then=then,
+    )
 
 
 def _exact_solutions(
-  curvature: Curvature, grads: Matrices, dampings: Sequence[float], keep: Keep | None
+  curvature: ExactCurvature, grads: Matrices, dampings: Sequence[float], keep: Keep | None
 ) -> tuple[Matrices, list[Residuals]]:
   """Layer name → x [L, Q, ...] float32, and how well they solve."""
   found, residuals = [], []
@@ -208,10 +210,9 @@ def _exact_solutions(
   return {name: np.stack([x[name] for x in found]) for name in grads}, residuals
 
 
-def _solve(curvature: Curvature, grads: Matrices, damping: float) -> Matrices:
+def _solve(curvature: ExactCurvature, grads: Matrices, damping: float) -> Matrices:
   """Layer name → x [Q, ...] float32, and the fields of their residuals."""
-  assert curvature.exact is not None
-  found, residuals = curvature.exact.solve(grads, damping, preconditioner=curvature.approximation)
+  found, residuals = curvature.ggn.solve(grads, damping, preconditioner=curvature.approximation)
   single = {name: np.asarray(x, np.float32) for name, x in found.items()}
   fields = dataclasses.asdict(residuals)
   return single | {f"residuals.{name}": values for name, values in fields.items()}
@@ -238,18 +239,3 @@ def _relative_errors(solutions: Matrices, exact: Matrices) -> np.ndarray:
   squares = lambda x: np.sum(np.square(x, dtype=np.float64), axis=rest(x))
   wrong = sum(squares(solutions[name] - exact[name]) for name in exact)
   return np.sqrt(wrong / sum(squares(x) for x in exact.values()))
-
-
-def _rank_correlations(scores: np.ndarray) -> np.ndarray:
-  """[A, L, Q] Spearman's correlations of scores [1 + A, L, Q, N] with the first of them."""
-  reference, *others = scores
-  correlate = lambda a, b: spearmanr(a, b).statistic
-  return np.array(
-    [
-      [
-        [correlate(*pair) for pair in zip(one, other, strict=True)]
-        for one, other in zip(reference, approximation, strict=True)
-      ]
-      for approximation in others
-    ]
-  )

@@ -89,6 +89,8 @@ class Selection:
         )
       for pattern in patterns or ():
         _check_expression(name, pattern)
+      if patterns is not None:  # hashable: a selection is part of a key
+        object.__setattr__(self, name, tuple(patterns))
 
   def as_dict(self) -> dict:
     """The fields as plain lists."""

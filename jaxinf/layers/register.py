@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import kfac_jax
 import numpy as np
 
+from jaxinf.core.examples import Examples
 from jaxinf.core.types import (
   ApplyFn,
   Arrays,
@@ -25,17 +26,22 @@ from jaxinf.core.types import (
   Params,
   PyTree,
 )
-from jaxinf.diffusion.objective import Noised
+from jaxinf.diffusion.model import DiffusionModel
+from jaxinf.diffusion.noise import Noised, losses
+from jaxinf.engine.kernels import numerics
 from jaxinf.layers.blocks import BLOCKS, Uncovered
 from jaxinf.layers.coverage import ADVICE, Coverage, Selection, cover
 from jaxinf.layers.find import find_batches, tagged
+from jaxinf.layers.precision import in_precision
 from jaxinf.layers.specs import Layer, layer_of
 
-# From the network's output [B, H, W, C] to the gradient there of what is differentiated.
+# From the network's output [B, …] to the gradient there of what is differentiated.
 Cotangents = Callable[[jax.Array], jax.Array]
 
+LOSSES = "losses"  # beside the names of layers, which are paths of modules
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, eq=False)  # itself a key, as of compiled kernels
 class Registration:
   """A model's covered layers, and kernels on them.
 
@@ -50,11 +56,14 @@ class Registration:
   blocks: Mapping[str, Any]
   _layer_arrays: Callable[..., dict[str, Arrays]]
   _network: Callable[..., jax.Array]
+  _parts: dict[tuple[str, ...], "Registration"] = dataclasses.field(default_factory=dict)
 
   def only(self, names: Sequence[str]) -> "Registration":
     """The registration of some of the layers: its kernels compute nothing for the others."""
-    layers = tuple(layer for layer in self.layers if layer.name in names)
-    return dataclasses.replace(self, layers=layers)
+    if tuple(names) not in self._parts:
+      layers = tuple(layer for layer in self.layers if layer.name in names)
+      self._parts[tuple(names)] = dataclasses.replace(self, layers=layers, _parts={})
+    return self._parts[tuple(names)]
 
   def positions(self, params: Params, pairs: Noised) -> dict[str, int]:
     """Layer name → positions R of each pair, from shapes alone."""
@@ -71,20 +80,31 @@ class Registration:
     cotangents: Cotangents,
     weights: jax.Array,
     *,
-    sharing: str = "expand",
+    approx: str = "expand",
   ) -> dict[str, PyTree]:
     """Layer name → sums over pairs, of which `factors` makes A and G; eigenvalues if diagonal.
+
+    LOSSES → [3]: the sum of weights, and those of the losses of the network and of zero.
 
     Args:
       params: the parameters.
       pairs: B (example, draw) pairs.
-      cotangents: network outputs → [K, B, H, W, C] gradients there, K targets a pair, whose second
+      cotangents: network outputs → [K, B, …] gradients there, K targets a pair, whose second
         moment is the loss's Hessian there.
       weights: [B].
-      sharing: "expand" or "reduce".
+      approx: over positions, "expand" or "reduce".
     """
-    arrays = self._layer_arrays(params, pairs, cotangents)
-    sums: dict[str, PyTree] = {}
+    seen: list[jax.Array] = []
+
+    def watched(out):
+      seen.append(out)
+      return cotangents(out)
+
+    arrays = self._layer_arrays(params, pairs, watched)
+    both = losses(seen[0], pairs), losses(jnp.zeros_like(seen[0]), pairs)
+    sums: dict[str, PyTree] = {
+      LOSSES: jnp.stack([jnp.sum(weights), *(jnp.sum(weights * loss) for loss in both)])
+    }
     for layer in self.layers:
       block, (x, dy) = self.blocks[layer.name], arrays[layer.name]
       if layer.structure == "diagonal":
@@ -92,8 +112,8 @@ class Registration:
         continue
       each = jnp.tile(weights / len(dy), len(dy))
       sums[layer.name] = {
-        "a": block.input_sums(x, weights, sharing),
-        "g": block.gradient_sums(dy.reshape(-1, *dy.shape[2:]), each, sharing),
+        "a": block.input_sums(x, weights, approx),
+        "g": block.gradient_sums(dy.reshape(-1, *dy.shape[2:]), each, approx),
       }
     return sums
 
@@ -128,9 +148,10 @@ class Registration:
   ) -> Matrices:
     """Layer name → gradients [rows, ..., d_out, d_in], each summed over B / rows pairs in turn.
 
-    cotangents: network outputs → [B, H, W, C].
+    cotangents: network outputs → [B, …].
     """
-    if rows == 1:  # an ordinary backward pass, which taps would only slow down
+    single = all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+    if rows == 1 and single:  # an ordinary backward pass, which taps would only slow down
       network = lambda params: self._network(params, *_as_inputs(pairs))
       out, pull_back = jax.vjp(network, params)
       leaves = [leaf[None] for leaf in jax.tree.leaves(pull_back(cotangents(out)))]
@@ -160,46 +181,90 @@ def _eigenvalue_sums(
   return total / len(dy)
 
 
-def register(
-  apply_fn: ApplyFn,
-  params: Params,
-  image_shape: tuple[int, ...],
+def layers_of(
+  model: DiffusionModel,
+  examples: Examples,
   selection: Selection,
   *,
+  axes: int = 0,
+  precision: str | None = None,
+) -> Registration:
+  """The layers of a model for such examples, found once and kept in the model's cache.
+
+  Args:
+    model: the model.
+    examples: of which the shapes and types of a row count.
+    selection: which parameters to leave out, and which are diagonal.
+    axes: axes of the data that the network does not see, such as states of a trajectory.
+    precision: of the network's products; see layers.precision.
+
+  Raises:
+    ValueError: the network does not take such examples, or a parameter is in no layer.
+  """
+  shape = tuple(examples.data.shape[1 + axes :])
+  structs = examples.conditioning_structs
+  leaves, structure = jax.tree.flatten(structs)
+  given = (structure, *((leaf.shape, str(leaf.dtype)) for leaf in leaves))
+  key = (shape, given, selection, precision)
+  if key not in model.cache:
+    model.check_inputs(shape, examples.conditioning)
+    model.cache[key] = register(model, shape, selection, structs, precision)
+  return model.cache[key]
+
+
+def register(
+  model: DiffusionModel,
+  shape: tuple[int, ...],
+  selection: Selection,
   conditioning: PyTree = None,
+  precision: str | None = None,
 ) -> Registration:
   """Registers the layers of a model; ValueError with the coverage table where that fails.
 
   Args:
-    apply_fn: the network, with the batch on the first axis of everything.
-    params: the parameters.
-    image_shape: (H, W, C).
+    model: whose network has the batch on the first axis of everything.
+    shape: of an example.
     selection: which parameters to leave out, and which are diagonal.
-    conditioning: further inputs of the network, arrays [N, …] of which the shapes matter; or None.
+    conditioning: structs of a row of further inputs of the network; or None.
+    precision: of the network's products.
   """
+  apply_fn, params = in_precision(model.apply_fn, precision), model.params
+  inputs_of = lambda size: _inputs(model, size, shape, conditioning)
   try:
-    batches, reasons = find_batches(
-      apply_fn, params, *(_inputs(size, image_shape, conditioning) for size in (3, 5))
-    )
+    with numerics():
+      batches, reasons = find_batches(apply_fn, params, inputs_of(3), inputs_of(5))
   except Exception as error:  # of many kinds, raised in the network
     raise ValueError(f"The model cannot be traced: {error}") from error
   network = tagged(apply_fn, batches)
 
   def tagged_loss(params, *inputs):
-    kfac_jax.register_squared_error_loss(network(params, *inputs))
+    outputs = network(params, *inputs)
+    kfac_jax.register_squared_error_loss(outputs.astype(jnp.float32))
     return jnp.zeros(())
 
   # Two pairs: with one, kfac-jax could not tell a batch axis from an axis of size 1.
-  inputs = _inputs(2, image_shape, conditioning)
   options: dict[str, Any] = dict(graph_patterns=())  # all tags are ours
   estimator = kfac_jax.BlockDiagonalCurvature(
     tagged_loss, params_index=0, layer_tag_to_block_ctor=BLOCKS, auto_register_kwargs=options
   )
   try:
-    estimator.finalize((params, *inputs))
+    with numerics():
+      estimator.finalize((params, *inputs_of(2)))
   except Exception as error:  # of many kinds, raised deep in kfac-jax
     raise ValueError(f"The model's layers cannot be registered: {error} {ADVICE}") from error
   layer_vjp, _ = kfac_jax.layer_tags_vjp(tagged_loss, params_index=0, **options)
+  return _registration(estimator, layer_vjp, apply_fn, params, selection, reasons)
+
+
+def _registration(
+  estimator: Any,
+  layer_vjp: Callable,
+  apply_fn: ApplyFn,
+  params: Params,
+  selection: Selection,
+  reasons: Mapping[int, str],
+) -> Registration:
+  """What kfac-jax has found, as layers with their taps."""
   indices = estimator.jaxpr.layer_indices
   found = _distinct(
     [
@@ -220,7 +285,8 @@ def register(
 
   kfac_blocks = estimator.blocks or ()
   blocks = {layer.name: kfac_blocks[places[layer.kernel]] for layer in layers}
-  return Registration(layers, coverage, blocks, layer_arrays, apply_fn)
+  network = lambda *inputs: apply_fn(*inputs).astype(jnp.float32)
+  return Registration(layers, coverage, blocks, layer_arrays, network)
 
 
 def _split(mapped: Callable, vjp: Callable, cotangents: jax.Array) -> list[Arrays]:
@@ -234,22 +300,27 @@ def _split(mapped: Callable, vjp: Callable, cotangents: jax.Array) -> list[Array
 
 
 def _arrays(data: kfac_jax.LayerVjpData, dy: jax.Array) -> Arrays:
+  """x and dy, in float32 where the network computes in less."""
   inputs = data.primals.inputs
-  return (inputs[0] if inputs else jnp.zeros(0), dy)
+  x = inputs[0] if inputs else jnp.zeros(0)
+  single = lambda a: a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a
+  return single(x), single(dy)
 
 
 def _as_inputs(pairs: Noised) -> tuple:
   """What the network is called with besides its parameters."""
-  return (pairs.x_t, pairs.t, pairs.conditioning)[: 2 + (pairs.conditioning is not None)]
+  given = () if pairs.conditioning is None else (pairs.conditioning,)
+  return (pairs.inputs, pairs.time, *given)
 
 
-def _inputs(size: int, image_shape: tuple[int, ...], conditioning: PyTree) -> tuple:
+def _inputs(
+  model: DiffusionModel, size: int, shape: tuple[int, ...], conditioning: PyTree
+) -> tuple:
   """Zeros for the network's inputs, `size` pairs."""
-  images, t = jnp.zeros((size, *image_shape)), jnp.zeros(size, jnp.int32)
-  if conditioning is None:
-    return images, t
-  like = lambda x: jnp.zeros((size, *np.shape(x)[1:]), jnp.asarray(x).dtype)
-  return images, t, jax.tree.map(like, conditioning)
+  time = jnp.int32 if model.process.is_discrete else jnp.float32
+  given = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), conditioning)
+  found = jnp.zeros((size, *shape)), jnp.zeros(size, time)
+  return found if conditioning is None else (*found, given)
 
 
 def _distinct(layers: list[Layer]) -> list[Layer]:

@@ -62,12 +62,12 @@ class Layer:
     xp = jnp if isinstance(leaves[self.kernel], jax.Array) else np
     kernel = xp.asarray(leaves[self.kernel])
     lead = kernel.ndim - len(self.kernel_shape)
-    kernel = kernel.transpose(*range(lead), *(axis + lead for axis in self.order))
+    kernel = kernel.transpose((*range(lead), *(axis + lead for axis in self.order)))
     batch, rows = kernel.shape[:lead], self.matrix_shape[:-1]
-    matrix = kernel.reshape(*batch, *rows, -1)
+    matrix = kernel.reshape((*batch, *rows, -1))
     if self.bias is None:
       return matrix
-    bias = xp.asarray(leaves[self.bias]).reshape(*batch, *rows, 1)
+    bias = xp.asarray(leaves[self.bias]).reshape((*batch, *rows, 1))
     return xp.concatenate([matrix, bias], axis=-1)
 
   def from_matrix(self, matrix: np.ndarray) -> dict[int, np.ndarray]:
@@ -75,13 +75,13 @@ class Layer:
     leaves, batch = {}, matrix.shape[: matrix.ndim - len(self.matrix_shape)]
     if self.bias is not None:
       assert self.bias_shape is not None
-      leaves[self.bias] = matrix[..., -1].reshape(*batch, *self.bias_shape)
+      leaves[self.bias] = matrix[..., -1].reshape((*batch, *self.bias_shape))
       matrix = matrix[..., :-1]
     shape = [self.kernel_shape[axis] for axis in self.order]
     inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
     lead = len(batch)
-    kernel = matrix.reshape(*batch, *shape)
-    leaves[self.kernel] = kernel.transpose(*range(lead), *(axis + lead for axis in inverse))
+    kernel = matrix.reshape((*batch, *shape))
+    leaves[self.kernel] = kernel.transpose((*range(lead), *(axis + lead for axis in inverse)))
     return leaves
 
 

@@ -6,14 +6,13 @@ gradient U in that basis, the score is the sum over layers and entries of
   row_i · U_i √(Λ_i + ε) / (Λ_i + λ).
 """
 
-import functools
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf import engine
 from jaxinf.attribution.kernels import inner_products
 from jaxinf.compression.compression import Blockwise
 from jaxinf.core.types import Array, Eigenbasis, Matrices, PyTree
@@ -41,19 +40,19 @@ def widths_of(eigenvalues: Array) -> Array:
   return jnp.sqrt(eigenvalues + floor)
 
 
-@functools.lru_cache(maxsize=8)  # so that it compiles once, however often rows are appended
-def pack_kernel(packing: Packing) -> engine.Kernel:
+@dataclasses.dataclass(frozen=True)
+class PackKernel:
   """Kernel from gradients to the arrays [B, W_k] of the store; its operands are the rotations."""
 
-  def kernel(bases: dict[str, Eigenbasis], grads: Matrices) -> list[jax.Array]:
+  packing: Packing
+
+  def __call__(self, bases: dict[str, Eigenbasis], grads: Matrices) -> list[jax.Array]:
     with jax.default_matmul_precision("highest"):
       rows = {
         name: to_eigenbasis(grad, bases[name]) / widths_of(bases[name].eigenvalues)
         for name, grad in grads.items()
       }
-    return packing.pack(rows, {name: basis.eigenvalues for name, basis in bases.items()})
-
-  return kernel
+    return self.packing.pack(rows, {name: basis.eigenvalues for name, basis in bases.items()})
 
 
 def query_vectors(
@@ -83,20 +82,26 @@ def query_vectors(
   return {name: np.concatenate([joined(p) for p in of_layer]) for name, of_layer in parts.items()}
 
 
-def product_kernel(packing: Packing, layers: Sequence[str]) -> engine.Kernel:
+@dataclasses.dataclass(frozen=True)
+class ProductKernel:
   """Kernel from the arrays of a store [B, W_k] to products [B, R] with R query vectors.
 
   Its operands are those of `product_operands`.
+
+  Attributes:
+    packing: of the rows.
+    layers: names of those that count.
   """
-  compression = packing.compression
-  if isinstance(compression, Blockwise):
-    return lambda vectors, arrays: flat_products(compression, vectors, arrays)
 
-  def kernel(operands: tuple[Matrices, Matrices], arrays: Sequence[Array]) -> jax.Array:
+  packing: Packing
+  layers: tuple[str, ...]
+
+  def __call__(self, operands: PyTree, arrays: Sequence[Array]) -> jax.Array:
+    compression = self.packing.compression
+    if isinstance(compression, Blockwise):
+      return flat_products(compression, operands, arrays)
     vectors, eigenvalues = operands
-    return inner_products(packing.unpack(arrays, eigenvalues, layers), vectors)
-
-  return kernel
+    return inner_products(self.packing.unpack(arrays, eigenvalues, self.layers), vectors)
 
 
 def product_operands(

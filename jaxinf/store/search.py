@@ -17,8 +17,9 @@ import numpy as np
 from jaxinf.core.types import Matrices
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.engine import local_devices, processes
+from jaxinf.engine.kernels import on_one_device
 from jaxinf.scores.scores import Ranking, Scores
-from jaxinf.store.eigenrows import product_kernel, product_operands
+from jaxinf.store.eigenrows import ProductKernel, product_operands
 from jaxinf.store.flat import bits_of
 from jaxinf.store.packing import Packing
 from jaxinf.store.rows import RowStore
@@ -31,6 +32,10 @@ def matching_layers(names: Iterable[str], patterns: Sequence[str] | None) -> tup
   names = tuple(names)
   if patterns is None:
     return names
+  if isinstance(patterns, str):
+    raise ValueError(
+      f"layers must be a sequence of regular expressions; write layers=({patterns!r},)."
+    )
   found = tuple(n for n in names if any(re.search(p, n) for p in patterns))
   if not found:
     raise ValueError(f"No layer matches {list(patterns)}. There are: {', '.join(names)}.")
@@ -96,8 +101,8 @@ class Search:
     groups = self.rows.ledger.groups
     devices, names = local_devices(self.devices), tuple(self.vectors)
     columns = self.packing.columns(names)
-    kernel = _kernel(self.packing, names)
-    eigenvalues = {n: np.asarray(self.curvature.bases[n].eigenvalues, np.float32) for n in names}
+    kernel = on_one_device(ProductKernel(self.packing, names))
+    eigenvalues = {name: self.curvature.eigenvalues(name) for name in names}
     operands = product_operands(self.packing, self.vectors, eigenvalues)
     placed = [jax.device_put(operands, device) for device in devices]
     pending: collections.deque = collections.deque()
@@ -108,9 +113,9 @@ class Search:
       if not np.isfinite(products).all():
         bad = row + int(np.argmin(np.isfinite(products).all(axis=1)))
         raise ValueError(
-          "Some scores are not finite, first those of the training image "
+          "Some scores are not finite, first those of the training example "
           f"{self.rows.ledger.ids[bad // groups].item()!r}: its gradients overflow, or those of a "
-          "query. Check that the model's outputs are finite for these images, or raise the damping."
+          "query. Check that the model's outputs are finite for these examples, or raise the damping."
         )
       return row // groups, products.reshape(
         -1, groups, products.shape[1] // self.query_groups, self.query_groups
@@ -175,8 +180,3 @@ class Best:
   @property
   def _arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return self.values, self.std_errors, self.positions
-
-
-@functools.lru_cache(maxsize=8)
-def _kernel(packing: Packing, names: tuple[str, ...]):
-  return jax.jit(product_kernel(packing, names))

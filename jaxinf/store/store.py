@@ -1,38 +1,33 @@
 """Kept training gradients that answer new queries.
 
-`Store` holds a row for each (training example, group of draws); see eigenrows.py. Examples are
+`Store` holds a row for each (training example, replicate of draws); see eigenrows.py. Examples are
 added and deleted, and new samples scored at any damping, without a backward pass over the others.
 """
 
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxinf import engine
-from jaxinf.attribution.examples import Examples, examples_of, registered
-from jaxinf.attribution.kernels import (
-  QUERY,
-  TRAIN,
-  DrawGroups,
-  gradient_kernel,
-  gradient_operands,
-)
+from jaxinf.attribution.kernels import QUERY, TRAIN, GradientKernel, Replicate, row_operands
 from jaxinf.attribution.queries import gradient_batches
-from jaxinf.core.types import Array, PyTree
+from jaxinf.core.arrays import blocks
+from jaxinf.core.checks import checked_damping
+from jaxinf.core.draws import Draws
+from jaxinf.core.examples import Examples
 from jaxinf.curvature.curvature import Curvature
-from jaxinf.curvature.eigenbasis import checked_damping
 from jaxinf.diffusion.measurements import LOSS, Measurement, measurement_named
-from jaxinf.diffusion.model import Task
-from jaxinf.diffusion.noise import DrawDesign
 from jaxinf.engine import processes
-from jaxinf.layers.per_example import checked_draws, default_groups
+from jaxinf.engine.compute import Compute
+from jaxinf.engine.maps import Blocks, stream_batches
+from jaxinf.engine.worklist import Rows
+from jaxinf.layers.register import layers_of
 from jaxinf.scores.scores import Ranking, Scores
-from jaxinf.store.eigenrows import pack_kernel, query_vectors, rotations
+from jaxinf.store.eigenrows import PackKernel, query_vectors, rotations
 from jaxinf.store.packing import Packing
 from jaxinf.store.rows import RowStore
 from jaxinf.store.search import Search, matching_layers
@@ -44,25 +39,28 @@ RESERVE_BYTES = 2**30  # left free on the disk
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-  """A store with the model and curvature that its rows belong to.
+  """A store with the curvature that its rows belong to.
 
   Attributes:
     rows: on disk.
-    task: the model.
-    curvature: whose eigenbasis they are in.
+    curvature: whose eigenbasis they are in, and which knows the model.
     packing: how the layers lie in a row.
   """
 
   rows: RowStore
-  task: Task
   curvature: Curvature
   packing: Packing
-  _models: dict = dataclasses.field(default_factory=dict, repr=False)
 
   @property
   def settings(self) -> Mapping[str, Any]:
     """How the gradients were made: draws, draw_groups, design, seed, compression."""
     return self.rows.ledger.key["settings"]
+
+  @property
+  def draws(self) -> Draws:
+    """Those of every training example."""
+    found = self.settings
+    return Draws(found["draws"], found["draw_groups"], seed=found["seed"], **found["design"])
 
   @property
   def num_bytes(self) -> int:
@@ -75,53 +73,45 @@ class Store:
 
   def append(
     self,
-    images: Array,
-    ids: np.ndarray,
+    train: Examples,
     *,
-    conditioning: PyTree = None,
-    batch_size: int = 128,
     reserve_bytes: int = RESERVE_BYTES,
-    devices: Sequence[jax.Device] | None = None,
+    compute: Compute = Compute(),
   ) -> None:
     """Adds training examples; one that was stopped goes on where it was, given the same again.
 
     Args:
-      images: [N, H, W, C] float32 in [-1, 1] or uint8.
-      ids: [N] stable ids, which the random keys follow; none may be in the store.
-      conditioning: pytree of arrays [N, …] where the model takes it.
-      batch_size: (image, draw) pairs at a time over all devices.
+      train: the examples, none of whose ids may be in the store.
       reserve_bytes: of the disk that are left free.
-      devices: local devices; all of them where None.
+      compute: how.
 
     Raises:
       ValueError: ids are taken, or the rows do not fit on the disk: what is written stays.
     """
-    train = examples_of(images, ids, conditioning, "train")
-    settings, store, size = self.settings, self.rows, self.rows.ledger.groups
-    groups = DrawGroups(
-      settings["seed"], settings["draws"] // size, DrawDesign(**settings["design"])
-    )
+    if train.random_flip != self.settings["random_flip"]:
+      raise ValueError(
+        f"The store was made with random_flip={self.settings['random_flip']}: give the examples "
+        "the same."
+      )
+    store, draws = self.rows, self.draws
     # What cannot be computed is refused before the store waits for it.
-    rows, kernel = train.rows(size), self._gradients(train, LOSS, groups)
+    kernel = self._gradients(train, LOSS, draws)
     if processes.is_primary():
       needed = store.plan(train.ids, hashes_of(train), reserve_bytes)
       _LOG.info("%s: %.1f MiB more on disk, in whole chunks", store.folder, needed / 2**20)
-    processes.wait_for_all("index planned")
+    processes.wait_for_all("store planned")
     store.reload()
-    last = len(store.ledger.ids) * size
-    first = last - len(rows)  # row of the first of them
-    blocks = list(store.blocks(first, last))
-    begin, end = processes.share(len(blocks))
-    mine = blocks[begin:end]
-    if mine:
-      self._write_rows(
-        mine[0][0], mine[-1][1], first, rows, kernel,
-        batch_size=max(1, batch_size // groups.size), reserve_bytes=reserve_bytes, devices=devices,
-      )  # fmt: skip
-    processes.wait_for_all("index written")
+    rows = Rows.of(train, draws.replicates)
+    first = len(store.ledger.ids) * store.ledger.groups - len(rows)  # row of the first of them
+    chunks = list(store.blocks(first, first + len(rows)))
+    begin, end = processes.share(len(chunks))
+    if mine := chunks[begin:end]:
+      self._write_rows(mine[0][0], mine[-1][1], self._packed(kernel, rows, first, compute, mine),
+                       reserve_bytes)  # fmt: skip
+    processes.wait_for_all("store written")
     if processes.is_primary():
       store.finish()
-    processes.wait_for_all("index finished")
+    processes.wait_for_all("store finished")
     store.reload()
 
   def delete(self, ids: Sequence) -> None:
@@ -131,7 +121,7 @@ class Store:
     """
     if processes.is_primary():
       self.rows.delete(ids)
-    processes.wait_for_all("index deleted")
+    processes.wait_for_all("store deleted")
     self.rows.reload()
 
   def verify(self) -> int:
@@ -140,112 +130,148 @@ class Store:
 
   def query(
     self,
-    queries: Array,
+    queries: Examples,
     *,
     damping: float,
-    draws: int,
-    seed: int,
+    draws: Draws = Draws(),
     measurement: str | Measurement = "loss",
-    query_ids: np.ndarray | None = None,
-    query_conditioning: PyTree = None,
-    query_groups: int | None = None,
     layers: Sequence[str] | None = None,
-    top_k: int | None = None,
-    batch_size: int = 128,
-    devices: Sequence[jax.Device] | None = None,
-  ) -> Scores | Ranking:
+    compute: Compute = Compute(),
+  ) -> Scores:
     """Scores the examples of the store for new queries, without a backward pass over them.
 
     Equal to `influence` over the same examples and draws but for compression. The query vectors are
-    held in float32, Q · query_groups rows of the parameters: ask many queries of a large model in
+    held in float32, Q · replicates rows of the parameters: ask many queries of a large model in
     several calls, which need not read the store again.
 
     Args:
-      queries: [Q, H, W, C] float32 in [-1, 1] or uint8; or trajectories, as for `influence`.
+      queries: what is to be explained; trajectories as for `influence`.
       damping: λ > 0, in the units of the curvature; any, at no cost.
-      draws: of (t, ε) for each query, by the store's design but without flips.
-      seed: of them.
+      draws: of (t, ε) for each query.
       measurement: what is measured of a query, by name or as an object.
-      query_ids: stable ids, which the random keys follow; row numbers where None.
-      query_conditioning: pytree of arrays [Q, …] where the model takes it.
-      query_groups: groups the draws are split into, for standard errors; 2 where None and even.
       layers: regular expressions on layer names, of which only the matching count; None: all.
-      top_k: keeps only the best examples of each query, and never holds Q × N scores.
-      batch_size: (query, draw) pairs at a time over all devices.
-      devices: local devices; all of them where None.
+      compute: how.
 
     Returns:
-      Scores [Q, N] of the examples in the order of the store; or their Ranking, where top_k is
-      given, with rows of the store as positions.
+      Scores [Q, N] of the examples in the order of the store.
 
     Raises:
       ValueError: the arguments don't fit together or the store is damaged.
     """
-    checked_damping(damping)
+    asked = draws.of_queries(draws)
     measured = measurement_named(measurement)
-    query = examples_of(queries, query_ids, query_conditioning, "query", measured)
+    search = self._search(queries, damping, asked, measured, layers, compute)
+    settings = {
+      **self.settings,
+      "damping": damping,
+      "layers": tuple(search.vectors),
+      "measurement": measured.name or "custom",
+      "query_draws": asked.num,
+      "query_groups": asked.replicates,
+      "query_seed": asked.seed,
+    }
+    return search.scores(queries.ids, settings)
+
+  def top(
+    self,
+    queries: Examples,
+    k: int,
+    *,
+    damping: float,
+    draws: Draws = Draws(),
+    measurement: str | Measurement = "loss",
+    layers: Sequence[str] | None = None,
+    compute: Compute = Compute(),
+  ) -> Ranking:
+    """The k best examples of each query, otherwise as `query`; never holds Q × N scores.
+
+    The positions in the ranking are rows of the store.
+    """
+    asked = draws.of_queries(draws)
+    measured = measurement_named(measurement)
+    return self._search(queries, damping, asked, measured, layers, compute).best(k)
+
+  def _search(
+    self,
+    queries: Examples,
+    damping: float,
+    draws: Draws,
+    measurement: Measurement,
+    layers: Sequence[str] | None,
+    compute: Compute,
+  ) -> Search:
+    """The query vectors, to be compared with the rows."""
+    checked_damping(damping)
     self.rows.refresh()
     names = matching_layers(self.packing.shapes, layers)
-    design = DrawDesign(**self.settings["design"]).without_flips()
-    if query_groups is None:
-      query_groups = default_groups(draws, most=2)
-    checked_draws(draws, query_groups, "draws", "query_groups")
-    groups = DrawGroups(seed, draws // query_groups, design)
+    grads = gradient_batches(
+      self._gradients(queries, measurement, draws),
+      row_operands(self.curvature.model.params, draws, QUERY),
+      queries,
+      draws,
+      compute,
+    )
+    replicates = draws.replicates or 1
     vectors = query_vectors(
       self.curvature,
-      gradient_batches(
-        self._gradients(query, measured, groups),
-        gradient_operands(self.task.params, QUERY), query.rows(query_groups),
-        batch_size=max(1, batch_size // groups.size), devices=devices,
-      ),
-      num_rows=len(query.ids) * query_groups, dampings=(damping,), layers=names,
-    )  # fmt: skip
-    search = Search(self.rows, self.packing, self.curvature, vectors, query_groups, devices)
-    if top_k is not None:
-      return search.best(top_k)
-    settings = {**self.settings, "damping": damping, "layers": names,
-                "measurement": measured.name or "custom", "query_draws": draws,
-                "query_groups": query_groups, "query_seed": seed}  # fmt: skip
-    return search.scores(query.ids, settings)
+      grads,
+      num_rows=len(queries) * replicates,
+      dampings=(damping,),
+      layers=names,
+    )
+    return Search(self.rows, self.packing, self.curvature, vectors, replicates, compute.devices)
 
   def _gradients(
-    self, examples: Examples, measurement: Measurement, groups: DrawGroups
-  ) -> engine.Kernel:
-    """The gradient kernel for such examples, made once, so that it compiles once."""
-    image_shape = examples.image_shape
-    expected = tuple(self.settings["image_shape"])
-    if image_shape != expected:
-      raise ValueError(f"The store is of images {expected}; got {image_shape}. Resize them.")
-    given = jax.tree.map(lambda x: (x.shape[1:], str(x.dtype)), examples.conditioning)
-    inputs = (image_shape, str(given))
-    if inputs not in self._models:
-      self._models[inputs] = registered(self.task, self.curvature, examples)
-    kernel = (inputs, measurement, groups)
-    if kernel not in self._models:
-      self._models[kernel] = gradient_kernel(
-        self._models[inputs], measurement, self.task.schedule, groups
-      )
-    return self._models[kernel]
+    self, examples: Examples, measurement: Measurement, draws: Draws
+  ) -> GradientKernel:
+    """The gradient kernel for such examples."""
+    model = self.curvature.model
+    measurement.check(model.process)
+    shape, expected = examples.data.shape[1 + measurement.axes :], tuple(self.settings["shape"])
+    if tuple(shape) != expected:
+      raise ValueError(f"The store is of examples {expected}; got {tuple(shape)}. Resize them.")
+    layers = layers_of(model, examples, self.curvature.selection, axes=measurement.axes)
+    replicate = Replicate.of(draws, examples.random_flip)
+    return GradientKernel(layers, measurement, model.process, replicate)
 
-  def _write_rows(
-    self, begin: int, end: int, first: int, rows: engine.Rows, kernel: engine.Kernel,
-    *, batch_size: int, reserve_bytes: int, devices: Sequence[jax.Device] | None,
-  ) -> None:  # fmt: skip
-    """Computes and writes the rows [begin, end) of the store, from where it was stopped.
+  def _packed(
+    self,
+    kernel: GradientKernel,
+    rows: Rows,
+    first: int,
+    compute: Compute,
+    chunks: Sequence[tuple[int, int]],
+  ) -> Iterator[list[np.ndarray]]:
+    """The rows of these chunks as the store keeps them, from where it was stopped.
 
     `rows` are the new ones, of which the first is row `first` of the store.
     """
+    begin, end = self._left(chunks[0][0], chunks[-1][1])
+    return stream_batches(
+      kernel,
+      row_operands(self.curvature.model.params, self.draws, TRAIN),
+      rows,
+      batch_size=compute.rows(self.draws),
+      label="training gradients",
+      unit="(example, replicate) rows",
+      devices=compute.devices,
+      span=(begin - first, end - first),
+      then=Blocks(PackKernel(self.packing), [rotations(self.curvature)]),
+    )
+
+  def _left(self, begin: int, end: int) -> tuple[int, int]:
+    """The rows of this process's share [begin, end) that are still to be written."""
+    done = self.rows.progress(processes.suffix())
+    return (done if begin <= done <= end else begin), end
+
+  def _write_rows(
+    self, begin: int, end: int, stream: Iterator[list[np.ndarray]], reserve_bytes: int
+  ) -> None:
+    """Writes the rows [begin, end) of the store as they come, whole chunks at a time."""
     store, worker = self.rows, processes.suffix()
-    done = store.progress(worker)
-    done = done if begin <= done <= end else begin
+    done, end = self._left(begin, end)
     if done == end:
       return
-    stream = engine.stream_batches(
-      kernel, gradient_operands(self.task.params, TRAIN), rows, batch_size=batch_size,
-      label="training gradients", unit="(image, group) rows", devices=devices,
-      span=(done - first, end - first),
-      then=engine.Blocks(pack_kernel(self.packing), [rotations(self.curvature)]),
-    )  # fmt: skip
     waiting: list[list[np.ndarray]] = []
     computed = done
     for arrays in stream:
@@ -263,12 +289,14 @@ class Store:
 
 
 def hashes_of(examples: Examples) -> np.ndarray:
-  """[N] a hash of each example's image and conditioning."""
-  leaves = [examples.images, *jax.tree.leaves(examples.conditioning)]
-  kinds = str([(leaf.dtype, leaf.shape[1:]) for leaf in leaves]).encode()
-
-  def of(n: int) -> str:
-    parts = (np.ascontiguousarray(leaf[n]).tobytes() for leaf in leaves)
-    return hashlib.blake2b(kinds + b"".join(parts), digest_size=8).hexdigest()
-
-  return np.array([of(n) for n in range(len(examples.ids))])
+  """[N] a hash of each example's data and conditioning."""
+  leaves = [examples.data, *jax.tree.leaves(examples.conditioning)]
+  kinds = str([(np.dtype(leaf.dtype), tuple(leaf.shape[1:])) for leaf in leaves]).encode()
+  digests = [hashlib.blake2b(kinds, digest_size=8) for _ in range(len(examples))]
+  for leaf in leaves:
+    row = 0
+    for block in blocks(leaf):
+      for part in block:
+        digests[row].update(np.ascontiguousarray(part).tobytes())
+        row += 1
+  return np.array([digest.hexdigest() for digest in digests])

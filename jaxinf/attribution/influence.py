@@ -100,7 +100,8 @@ def influence_sweep(
 
   Each damping takes as much memory for the preconditioned query gradients as one.
   """
-  method = Influence(curvature, tuple(dampings), measurement, compression, precision, query_draws)
+  several = checked_dampings(dampings)
+  method = Influence(curvature, several, measurement, compression, precision, query_draws)
   return method.scores(queries=queries, train=train, draws=draws, compute=compute)
 
 
@@ -310,5 +311,5 @@ class _Question:
         warnings.warn(
           f"{found}. The order of training examples is not kept: take compression=None or int16, "
           "or a larger damping.",
-          stacklevel=4,
+          stacklevel=5,
         )

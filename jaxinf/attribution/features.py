@@ -49,7 +49,7 @@ def all_layers(model: DiffusionModel, examples: Examples, axes: int = 0) -> Regi
     layers = layers_of(model, examples, _EVERYTHING, axes=axes)
   except ValueError as error:
     raise ValueError(
-      f"Projected gradients are those of all parameters, but not all are in layers: {error}"
+      f"{error}\nProjected gradients are those of all parameters: none of them can be skipped here."
     ) from error
   covered = sum(math.prod(layer.matrix_shape) for layer in layers.layers)
   if covered != (num := sum(leaf.size for leaf in jax.tree.leaves(model.params))):

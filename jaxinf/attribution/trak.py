@@ -137,6 +137,11 @@ class TRAK:
     train_measured = measurement_named(self.train_measurement)
     for each in (measured, train_measured):
       each.check(models[0].process)
+    if train_measured.axes:
+      raise ValueError(
+        f"train_measurement is of training examples as they are; {train_measured.name or 'this one'} "
+        f"is of {train_measured.of}."
+      )
     check_alike(queries, train, measured.axes)
     check_named(compute, measured, train_measured)
     draws, asked = split_draws(draws, self.query_draws)

@@ -2,6 +2,10 @@
 
 import logging
 
+from jaxinf.core.versions import check_versions
+
+check_versions()
+
 _root = logging.getLogger()
 _before = list(_root.handlers), _root.level
 

@@ -42,6 +42,18 @@ class PairedTest:
   p_value: float
 
 
+def mean_and_error(values: np.ndarray, axis: int = -1) -> tuple[np.ndarray, np.ndarray]:
+  """Means along an axis and their standard errors std(ddof=1) / √n, both without that axis.
+
+  The errors are those of n independent values. They are NaN where n = 1.
+  """
+  num = values.shape[axis]
+  means = values.mean(axis=axis)
+  if num < 2:
+    return means, np.full_like(means, np.nan)
+  return means, values.std(axis=axis, ddof=1) / num**0.5
+
+
 def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
   """Spearman's rank correlation of columns: [..., M, Q] twice gives [..., Q].
 

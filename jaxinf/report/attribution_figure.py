@@ -43,7 +43,7 @@ def attribution_figure(rows: list[Row], unit: Unit, noun: str = "image") -> byte
     _title(axes, left, group_width, TITLES[name], COLOURS[name])
   for i, row in enumerate(rows):
     top = i * step
-    _draw(axes, row.picture, row.id, left=0, top=top, tall=tall)
+    _draw(axes, row.picture, "", left=0, top=top, tall=tall)
     _caption(axes, 0, top + tall, row.id, "#374151")
     for name, left in zip(TITLES, lefts, strict=True):
       for j, neighbour in enumerate(row.groups[name]):
@@ -67,7 +67,7 @@ def _draw(
   """A picture, or the end of a name in its place."""
   if picture is None:
     text = name if len(name) <= _LONGEST_NAME else "…" + name[1 - _LONGEST_NAME :]
-    axes.text(left + _IMAGE / 2, top + tall / 2, text, fontsize=7, ha="center", va="center")
+    _caption(axes, left, top + tall / 2, text, INK)
     return
   sharp = picture.shape[1] < _IMAGE * DPI
   axes.imshow(
@@ -89,7 +89,16 @@ def _note(unit: Unit, noun: str) -> str:
 
 
 def _caption(axes: Axes, left: float, top: float, text: str, colour: str) -> None:
-  axes.text(left + _IMAGE / 2, top + 0.05, text, color=colour, fontsize=7, ha="center", va="top")
+  axes.text(
+    left + _IMAGE / 2,
+    top + 0.05,
+    text,
+    color=colour,
+    fontsize=7,
+    ha="center",
+    va="top",
+    parse_math=False,  # ids may hold dollar signs
+  )
 
 
 def _scores(

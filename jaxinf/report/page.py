@@ -34,7 +34,7 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """A table of text.
+  """A table of text; not shown where it has no rows.
 
   Attributes:
     header: heads of the columns.

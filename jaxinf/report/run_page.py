@@ -117,10 +117,14 @@ def _introduction(answer: _Answer) -> list[str]:
   article = "An" if noun[0] in "aeiou" else "A"
   best = first.groups["supporting"][0]
   change = best.score / num
+  groups = scores.query_group_values
+  whose = "(those of the sample itself are not in it)"
+  if groups is not None and len(groups) > 1:
+    whose = "and for the sample itself"
   errors = Markup(
-    "± is one standard error over the random draws of noise for the training {noun}s (those of the "
-    "sample itself are not in it); a score smaller than twice its ± can hardly be told from zero."
-  )
+    "± is one standard error over the random draws of noise for the training {noun}s {whose}; a "
+    "score smaller than twice its ± can hardly be told from zero."
+  ).format(noun=noun, whose=whose)
   if np.isnan(scores.std_errors).all():
     errors = Markup(
       "The scores come without standard errors, which need at least two groups of draws "
@@ -148,7 +152,7 @@ def _introduction(answer: _Answer) -> list[str]:
       query=first.id,
       change=scientific(abs(change)),
     ),
-    units + errors.format(noun=noun),
+    units + errors,
   ]
 
 
@@ -228,13 +232,13 @@ def _rounding(settings: Mapping[str, Any], noun: str) -> list[str]:
   return [
     Markup(
       "<strong>Rounding changed the order of these scores, and a comparison of halves of the draws "
-      "cannot see it.</strong> Gradients are compressed or computed in low precision{done}, with "
-      "one rounding error that is common to both halves: it repeats from half to half as signal "
-      "does, and it is not part of any ±. Scores in float32, on {num_train} of the training "
-      "{noun}s, order them differently: the rank correlation of these scores with them is "
-      "{mean:.4f} on average over {num_queries} samples and {least:.4f} for the worst sample, "
-      "where 1 is the same order. Scores with attribute.compression=None and "
-      "attribute.precision=None are free of this error; a larger damping makes it smaller."
+      "cannot see it.</strong> The gradients are rounded{done}, and the rounding error is common "
+      "to both halves: it repeats from half to half as signal does, and it is not part of any ±. "
+      "Scores in float32, on {num_train} of the training {noun}s, order them differently: the rank "
+      "correlation of these scores with them is {mean:.4f} on average over {num_queries} samples "
+      "and {least:.4f} for the worst sample, where 1 is the same order. Scores with "
+      "attribute.compression=None and attribute.precision=None are free of this error; a larger "
+      "damping makes it smaller."
     ).format(
       done=f" ({', '.join(map(str, done))})" if done else "",
       num_train=num_train,

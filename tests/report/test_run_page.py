@@ -151,6 +151,17 @@ def test_one_group_of_draws_shows_no_errors_and_says_what_is_missing(tmp_path):
   assert "it has one group of draws only" in text
 
 
+def test_errors_are_of_the_draws_that_had_groups(tmp_path):
+  dataset = dataset_of()
+  scores = scores_of(dataset)
+  alone, both = "(those of the sample itself are not in it)", "and for the sample itself;"
+  text = write(tmp_path / "train", dataset, scores).text
+  assert alone in text and both not in text
+  grouped = dataclasses.replace(scores, query_group_values=scores.group_values[:2])
+  text = write(tmp_path / "both", dataset, grouped).text
+  assert both in text and alone not in text
+
+
 def test_the_check_says_whether_the_ranking_repeats(tmp_path):
   dataset = dataset_of()
   noise = scores_of(dataset)
@@ -246,6 +257,13 @@ def test_examples_of_any_shape_have_a_page(tmp_path, shape, pictures, sentence):
     assert "The examples" not in page.text
   else:
     assert sentence in page.text and "training image" not in page.text
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 1), (2, 4, 4, 1)])
+def test_ids_may_hold_what_a_figure_takes_for_mathematics(tmp_path, shape):
+  dataset = AnyData("any", np.zeros((3, *shape), np.uint8), np.array(["$^$", "$_$", "\\$"]))
+  scores = dataclasses.replace(scores_of(dataset), query_ids=np.array(["$\\x$", "b"]))
+  assert "$_$" in write(tmp_path, dataset, scores, samples=dataset.images[:2]).text
 
 
 def test_wrong_inputs_are_named(tmp_path):

@@ -23,9 +23,9 @@ from jaxinf.benchmark.scoring import at_damping, at_default, is_scored, row_of, 
 from jaxinf.engine import artifacts
 from jaxinf.engine.resources import measured
 from jaxinf.networks.retraining import Member
-from jaxinf.report.canvas import mean_and_error
 from jaxinf.runs.config import as_dict
 from jaxinf.runs.run import Run
+from jaxinf.scores.statistics import mean_and_error
 
 _LOG = logging.getLogger("jaxinf")
 

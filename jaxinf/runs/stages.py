@@ -30,7 +30,7 @@ from jaxinf.engine.checkpoints import PartialOutputs, Resume
 from jaxinf.engine.progress import clock
 from jaxinf.engine.resources import measured
 from jaxinf.networks import training
-from jaxinf.report.page import write_report
+from jaxinf.report.run_page import write_report
 from jaxinf.runs import serving, studies
 from jaxinf.runs.config import as_dict
 from jaxinf.runs.run import (

@@ -17,8 +17,7 @@ from jaxinf.evaluation.compression_study import compression_study
 from jaxinf.evaluation.curvature_study import curvature_study as evaluate_curvatures
 from jaxinf.layers.coverage import Selection
 from jaxinf.layers.register import register
-from jaxinf.report.compression_page import write_compression_study
-from jaxinf.report.study import write_study
+from jaxinf.report.studies import write_compression_study, write_curvature_study
 from jaxinf.runs.config import as_dict
 from jaxinf.runs.run import Outcome, Run, fresh_task, load_curvature, load_task
 from jaxinf.runs.sections import CompressStudyConfig
@@ -58,8 +57,9 @@ def curvature_study(run: Run) -> Outcome:
     batch_size=config.batch_size, devices=run.devices, keep=Kept(folder / "sums"),
   )  # fmt: skip
   arrays = _arrays(study, "dampings", "errors", "correlations", "residuals", "iterations")
+  files = _shown(folder, study, write_curvature_study)
   notes = {
-    "files": _shown(folder, study, write_study), "names": study.names, "settings": study.settings,
+    "files": files, "names": study.names, "settings": study.settings,
     "largest_eigenvalue": study.largest_eigenvalue,
   }  # fmt: skip
   return arrays, notes, f"a comparison of {len(study.names)} approximations"

@@ -18,7 +18,7 @@ from jaxinf.benchmark import scoring
 from jaxinf.benchmark.figures import EVERY, STUDIES, observations, rounded, study, sweeps
 from jaxinf.benchmark.figures.common import plain_name, truth_of
 from jaxinf.engine import artifacts
-from jaxinf.report.proof_figures import GROUPS
+from jaxinf.report.method_figures import GROUPS
 from jaxinf.runs import run as runs
 from jaxinf.runs import stages
 from jaxinf.runs.config import typed

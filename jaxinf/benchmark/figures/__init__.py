@@ -15,7 +15,7 @@ from jaxinf.engine import artifacts
 from jaxinf.engine.artifacts import write_bytes
 from jaxinf.engine.progress import clock
 from jaxinf.engine.resources import measured
-from jaxinf.report.proof_page import Section, write_page
+from jaxinf.report.page import Figure, Section, Table, write_page
 from jaxinf.runs.config import as_dict
 from jaxinf.runs.run import Run
 
@@ -46,7 +46,7 @@ def study(run: Run, name: str) -> None:
   place.mkdir(parents=True, exist_ok=True)
   write_bytes(place / "figure.png", drawn.figure)
   artifacts.write(place, key, drawn.arrays, notes={**drawn.notes, "shown": shown}, cost=cost)
-  write_page(place / "index.html", drawn.title, [_section(run, name)])
+  write_page(place, drawn.title, [_section(run, name)])
   print(drawn.caption)
   _LOG.info("study: %s in %s; wrote %s", name, clock(cost["seconds"]), place / "index.html")
 
@@ -60,7 +60,7 @@ def _collect(run: Run) -> None:
       f"{root} holds no study yet: draw some of {', '.join(STUDIES)} first, each by its name."
     )
   title = f"What retraining says about attribution: {run.dataset.name}"
-  write_page(root / "index.html", title, [_section(run, name) for name in names])
+  write_page(root, title, [_section(run, name) for name in names])
   _LOG.info("study: wrote %s with %s", root / "index.html", ", ".join(names))
 
 
@@ -68,7 +68,9 @@ def _section(run: Run, name: str) -> Section:
   """A finished study as a page shows it."""
   place = folder(run, "study") / name
   shown = artifacts.read_manifest(place)["notes"]["shown"]
-  return Section(name=name, figure=(place / "figure.png").read_bytes(), **shown)
+  figure = Figure((place / "figure.png").read_bytes(), shown["title"], shown["caption"])
+  table = Table(shown["header"], shown["rows"], "The numbers", folded=True)
+  return Section(shown["title"], name, figures=[figure], tables=[table], note=shown["made"])
 
 
 STUDIES: dict[str, Callable[[Run], Drawn]] = {

@@ -12,9 +12,10 @@ from jaxinf.benchmark.evaluating import evaluate_key
 from jaxinf.benchmark.figures.common import Drawn, plain_name
 from jaxinf.benchmark.retraining import folder
 from jaxinf.engine import artifacts
-from jaxinf.report.canvas import mean_and_error, percent
-from jaxinf.report.proof_figures import GROUPS, Bar, BarPanel, bars_figure, counterfactual_figure
+from jaxinf.report.method_figures import GROUPS, Bar, BarPanel, bars_figure, counterfactual_figure
+from jaxinf.report.words import percent
 from jaxinf.runs.run import Run
+from jaxinf.scores.statistics import mean_and_error
 
 OWN, OTHER, NO_GRADIENTS, ORACLE = GROUPS
 HEADER = ("true measurement", "method", "default, %", "best on benchmark, %", "its damping")
@@ -75,7 +76,9 @@ def counterfactual(run: Run) -> Drawn:
   return Drawn(
     title=f"Retraining without the top influences: change of {measurement}",
     caption=caption + ".",
-    figure=counterfactual_figure(change, methods, shares, measurement),
+    figure=counterfactual_figure(
+      change, means, errors, methods=methods, shares=shares, measurement=measurement
+    ),
     arrays={"change": change, "means": means, "errors": errors},
     header=("removed", *(f"{100 * share:g} %" for share in shares)), rows=table,
     made=f"{change.shape[2]} samples, {seeds} training seed{'s' * (seeds > 1)} each.",

@@ -13,10 +13,9 @@ from jaxinf.data.subsets import Subsets
 from jaxinf.diffusion.measurements import measurement_named
 from jaxinf.engine import artifacts
 from jaxinf.evaluation.lds import Retrained, predictions
-from jaxinf.report.canvas import mean_and_error
 from jaxinf.runs.run import Run
 from jaxinf.scores.scores import Scores
-from jaxinf.scores.statistics import spearman
+from jaxinf.scores.statistics import mean_and_error, spearman
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,6 @@ from jaxinf.benchmark.measuring import of_models
 from jaxinf.benchmark.retraining import subset_name
 from jaxinf.benchmark.scoring import at_default, row_of
 from jaxinf.diffusion.weightings import WEIGHTINGS
-from jaxinf.report.canvas import mean_and_error, percent
 from jaxinf.report.observation_figures import (
   ChangePanel,
   Heatmap,
@@ -23,8 +22,9 @@ from jaxinf.report.observation_figures import (
   heatmaps_figure,
   weights_figure,
 )
+from jaxinf.report.words import percent
 from jaxinf.runs.run import Run
-from jaxinf.scores.statistics import spearman, spearman_matrix
+from jaxinf.scores.statistics import mean_and_error, spearman, spearman_matrix
 
 _INFLUENCE = "influence"
 

@@ -10,8 +10,8 @@ from jaxinf.benchmark.figures.bars import HEADER, OWN, READING
 from jaxinf.benchmark.figures.common import Drawn, Truth, dampings_of, image_measurements, truth_of
 from jaxinf.benchmark.figures.rounded import HALVES, RoundedRow
 from jaxinf.benchmark.scoring import Row, row_of, scored
-from jaxinf.report.canvas import percent
-from jaxinf.report.proof_figures import Bar, BarPanel, SweepPanel, bars_figure, sweeps_figure
+from jaxinf.report.method_figures import Bar, BarPanel, SweepPanel, bars_figure, sweeps_figure
+from jaxinf.report.words import percent
 from jaxinf.runs.run import Run
 
 Line = tuple[np.ndarray, np.ndarray, np.ndarray]  # dampings, LDS and standard errors, each [L]

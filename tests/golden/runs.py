@@ -17,34 +17,43 @@ from ml_collections import ConfigDict
 
 from configs import base, digits_mlp, digits_unet
 from jaxinf import (
-  AutoDraws,
-  DrawDesign,
+  DAS,
+  EKFAC,
+  KFAC,
+  TRAK,
+  Compute,
+  Diagonal,
+  DiffusionModel,
+  Draws,
+  Examples,
+  Identity,
+  JourneyTRAK,
+  Process,
+  Projection,
   Schedule,
-  das,
-  dtrak,
+  Sweep,
+  d_trak,
   fit_curvature,
-  influence,
-  journey_trak,
+  influence_sweep,
   pixel_similarity,
-  proof,
   random_scores,
   random_subsets,
-  runs,
-  trak,
 )
-from jaxinf import random as keys_of
-from jaxinf.artifacts import holds, read
-from jaxinf.commands import COMMANDS
-from jaxinf.config import typed
-from jaxinf.curvature.targets import ESTIMATORS, curvature_pairs
-from jaxinf.diffusion import draws, sampler
-from jaxinf.gradients.per_example import group_keys
-from jaxinf.proof import evaluating, removal
-from jaxinf.proof.measures import retrained
-from jaxinf.training import Batches
-from jaxinf.types import Batch
+from jaxinf import benchmark as proof
+from jaxinf.attribution.kernels import Replicate
+from jaxinf.benchmark import counterfactuals, evaluating
+from jaxinf.benchmark.measuring import retrained
+from jaxinf.core import random as keys_of
+from jaxinf.core.draws import TIMESTEPS
+from jaxinf.core.types import Batch
+from jaxinf.curvature.targets import FISHERS, curvature_pairs
+from jaxinf.diffusion import noise, sampler
+from jaxinf.engine.artifacts import holds, read
+from jaxinf.networks.training import Batches
+from jaxinf.runs import run as runs
+from jaxinf.runs.config import typed
 from tests import tiny
-from tests.nets import conv_task
+from tests.nets import conv_model
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 SEED = 3
@@ -179,20 +188,19 @@ def keys(workdir: Path) -> Arrays:
 
 def _designs() -> Arrays:
   """(t, ε) of all designs, and images as drawn: mirrored as the flips say, then noised."""
-  schedule, found = Schedule.linear(10, 0.01, 0.5), {}
+  process, found = Process.epsilon(Schedule.linear(10, 0.01, 0.5)), {}
   images = jnp.asarray(np.random.default_rng(1).uniform(-1, 1, (2, 2, 3, 1)), jnp.float32)
-  for timesteps in draws.TIMESTEPS:
+  for timesteps in TIMESTEPS:
     for antithetic in (False, True):
       for shared in (False, True):
-        design = DrawDesign(timesteps, antithetic, shared, random_flip=True)
-        examples = keys_of.fold_in_each(
-          keys_of.stream(SEED, "train_gradients"), design.numbers(jnp.array([4, 9], jnp.uint32))
-        )
-        pairs = draws.draw_pairs(
-          schedule, images, group_keys(examples, jnp.array([1, 1]), 5), design
-        )
+        draws = Draws(10, 2, timesteps=timesteps, antithetic=antithetic, shared=shared, seed=SEED)
+        ids = np.array([4, 9], np.uint32)
+        origin = np.uint32(SEED), np.uint32(keys_of.stream_number("train_gradients"))
+        batch = Batch(images, ids, np.array([1, 1], np.int32), np.ones(2, np.float32))
+        drawn = Replicate.of(draws).keys(origin, batch)
+        pairs = noise.draw_pairs(process, images, drawn, draws, random_flip=True)
         named = f"{timesteps}-antithetic-{antithetic}-shared-{shared}"
-        found |= {f"design/{named}/{x}": np.asarray(getattr(pairs, x)) for x in pairs._fields[:3]}
+        found |= {f"design/{named}/{x}": y for x, y in _noised(pairs).items()}
   return found
 
 
@@ -200,11 +208,18 @@ def _pairs_of_curvature() -> Arrays:
   """The pairs that curvature is fitted on, with flips, and model-sampled targets of them."""
   images = np.random.default_rng(2).integers(0, 256, (4, 2, 3, 1)).astype(np.uint8)
   batch = Batch(images, jnp.asarray(IDS), jnp.arange(4), np.ones(4, np.float32))
-  pairs, batch_keys = curvature_pairs(Schedule.linear(10, 0.01, 0.5), SEED, batch, True)
-  targets = ESTIMATORS["mc"](batch_keys, pairs, 2)(pairs.noise)
-  return {f"curvature/{x}": np.asarray(getattr(pairs, x)) for x in pairs._fields[:3]} | {
+  process = Process.epsilon(Schedule.linear(10, 0.01, 0.5))
+  pairs, batch_keys = curvature_pairs(process, SEED, batch, True)
+  targets = FISHERS["mc"](batch_keys, pairs, 2)(pairs.target)
+  return {f"curvature/{x}": y for x, y in _noised(pairs).items()} | {
     "curvature/targets": np.asarray(targets)
   }
+
+
+def _noised(pairs: noise.Noised) -> Arrays:
+  """What the network is given, and the noise that it predicts."""
+  named = {"x_t": pairs.inputs, "t": pairs.t, "noise": pairs.target}
+  return {name: np.asarray(value) for name, value in named.items()}
 
 
 def _batches() -> Arrays:
@@ -219,12 +234,13 @@ def _batches() -> Arrays:
 def _samples_of_noise() -> Arrays:
   """Samples of a network that predicts nothing: the sampler's noise alone, not clipped."""
   sample_keys = keys_of.fold_in_each(keys_of.stream(SEED, "sample"), jnp.arange(2))
-  nothing, schedule = lambda params, x_t, t: 0 * x_t, Schedule.linear(5, 0.01, 0.5)
+  nothing = lambda params, x_t, t: 0 * x_t
+  process = Process.epsilon(Schedule.linear(5, 0.01, 0.5))
   return {
     f"sampler/{name}": np.asarray(
-      sampler.sample(nothing, {}, schedule, sample_keys, (2, 2, 1), sampler=name, clip=False)[0]
+      sampler.sample(nothing, {}, process, sample_keys, (2, 2, 1), sampler=name, clip=False)[0]
     )
-    for name in sampler.SAMPLERS
+    for name in ("ddpm", "ddim")
   }
 
 
@@ -301,7 +317,7 @@ def _reused(run: runs.Run) -> Arrays:
   assert (run.folder("evaluate") / "manifest.json").stat().st_mtime_ns == before
   found = _tables(read(run.folder("evaluate")).notes["tables"])
   if (run.folder("counterfactual") / "manifest.json").exists():
-    assert holds(run.folder("counterfactual"), removal.counterfactual_key(run))
+    assert holds(run.folder("counterfactual"), counterfactuals.counterfactual_key(run))
     proof.counterfactual(run)
     found["change"] = read(run.folder("counterfactual")).arrays["change"]
   return found
@@ -311,74 +327,83 @@ def library(workdir: Path) -> Arrays:
   """Curvatures and scores by function calls, of the MLP that was trained on mirrored images."""
   run = flipped_run(workdir, unet=False)
   found = stages(run, "train", "sample", "curvature") | stored(run)
-  model, samples = runs.load_task(run), runs.load_samples(run)
-  queries, trajectories, images = samples["images"], samples["trajectories"], run.dataset.images
-  common: dict[str, Any] = dict(
-    seed=SEED, query_ids=samples["ids"], train_ids=run.dataset.ids, devices=run.devices
-  )
-  mirrored_draws = dict(draws=4, draw_groups=2, design=DrawDesign(random_flip=True))
-  own_draws = DrawDesign("uniform", antithetic=False, shared=False, random_flip=True)
-  rounds = AutoDraws(top_k=3, agreement=0.95, num_groups=2, group_size=2, max_draws=16)
-  dampings = (1e-4, 1e-2)
+  model, samples = runs.load_model(run), runs.load_samples(run)
+  train, ids = run.dataset.examples, samples["ids"]
+  queries, ways = Examples(samples["images"], ids), Examples(samples["trajectories"], ids)
+  compute, dampings = Compute(devices=run.devices), (1e-4, 1e-2)
 
   # 1. Curvatures, and scores in one that has no eigenvectors.
-  curvatures = {name: _fitted(model, images, **options) for name, options in CURVATURES.items()}
-  positions = _fitted(conv_task(), images[..., :1], sharing="reduce")
+  curvatures = {name: _fitted(model, train, kind) for name, kind in CURVATURES.items()}
+  grey = dataclasses.replace(train, data=train.data[..., :1])
+  positions = _fitted(conv_model(), grey, KFAC("reduce"))
   for name, fitted in (*curvatures.items(), ("reduce", positions)):
     for layer, basis in fitted.bases.items():
       arrays = of_basis(*map(_array, (basis.q_in, basis.q_out, basis.eigenvalues)))
       found |= {f"curvature/{name}/{layer}/{key}": value for key, value in arrays.items()}
 
   # 2. Influence: measurements, designs, compressions and ways to choose the number of draws.
-  asked: dict[str, dict[str, Any]] = {
+  draws, asked = Draws(4, 2, seed=SEED), Draws(8, 2, seed=SEED)
+  own = Draws(4, 2, "uniform", antithetic=False, shared=False, seed=SEED)
+  stable = Draws.until_stable(seed=SEED)
+  rounds = Draws.until_stable(top_k=3, agreement=0.95, most=16, replicates=2, size=2, seed=SEED)
+  cases: dict[str, dict[str, Any]] = {
     "loss": {},
     "elbo": {"compression": "int8"},
-    "simple_elbo": {"design": own_draws},
-    "square_norm": {"draws": "auto", "draw_groups": None, "query_draws": 8},
-    "loss_at_timestep(3)": {"draws": rounds, "draw_groups": None, "query_draws": 8},
+    "simple_elbo": {"draws": own},
+    "square_norm": {"draws": stable, "query_draws": asked},
+    "loss_at_timestep(3)": {"draws": rounds, "query_draws": asked},
     "trajectory": {},
   }
   kfac = runs.load_curvature(run, model)
   for name, fitted, options in (
-    *((name, kfac, options) for name, options in asked.items()),
+    *((name, kfac, options) for name, options in cases.items()),
     ("loss", curvatures["diagonal"], {}),
   ):
-    scores = influence(
-      model, fitted, trajectories if name == "trajectory" else queries, images, damping=dampings,
-      measurement=name, **common | mirrored_draws | {"compression": None} | options,
-    )  # fmt: skip
+    arguments = {"draws": draws, "compression": None} | options
+    scores = influence_sweep(
+      fitted,
+      queries=ways if name == "trajectory" else queries,
+      train=train,
+      dampings=dampings,
+      measurement=name,
+      compute=compute,
+      **arguments,
+    )
     label = name if fitted is kfac else "diagonal"
     found |= _scores(f"influence/{label}", scores)
     found[f"influence/{label}/draws"] = np.array([x.settings["draws"] for x in scores])
 
   # 3. Methods of projected gradients, and those that see no model.
-  projected = common | mirrored_draws | dict(damping=dampings, projection_dim=64)
-  found |= _scores("trak", trak(model, queries, images, **projected))
-  found |= _scores("dtrak", dtrak(model, queries, images, projection="normal", **projected))
-  found |= _scores("das", das(model, queries, images, **projected))
-  timesteps = (4, 12)
-  way = journey_trak(model, trajectories, images, timesteps=timesteps, **projected)
-  found |= _scores("journey-trak", way)
+  signs, normal = Projection(64, SEED), Projection(64, SEED, "normal")
+  methods = {
+    "trak": TRAK(model, signs, dampings),
+    "dtrak": d_trak(model, normal, dampings),
+    "das": DAS(model, signs, dampings),
+    "journey-trak": JourneyTRAK(model, signs, (4, 12), dampings),
+  }
+  for name, method in methods.items():
+    asked_of = ways if name == "journey-trak" else queries
+    scores = method.scores(queries=asked_of, train=train, draws=draws, compute=compute)
+    found |= _scores(name, scores)
   for metric in ("cosine", "l2"):
-    found |= _scores(f"pixel/{metric}", [pixel_similarity(queries, images, metric=metric)])
-  chance = random_scores(samples["ids"], run.dataset.ids, seed=SEED)
-  return found | _scores("random", [chance])
+    alike = pixel_similarity(queries=queries, train=train, metric=metric)
+    found |= _scores(f"pixel/{metric}", Sweep((alike,)))
+  chance = random_scores(queries=queries, train=train, seed=SEED)
+  return found | _scores("random", Sweep((chance,)))
 
 
-CURVATURES: dict[str, dict[str, Any]] = {
-  "empirical": {"estimator": "empirical"},
-  "exact": {"estimator": "exact"},
-  "ekfac": {"method": "ekfac", "targets": 2},
-  "diagonal": {"method": "diagonal"},
-  "identity": {"method": "identity"},
+CURVATURES = {
+  "empirical": KFAC(fisher="empirical"),
+  "exact": KFAC(fisher="exact"),
+  "ekfac": EKFAC(samples=2),
+  "diagonal": Diagonal(),
+  "identity": Identity(),
 }
 
 
-def _fitted(model: Any, images: np.ndarray, **options: Any) -> Any:
-  return fit_curvature(
-    model, images, seed=SEED, draws=3, random_flip=True, skip=(), devices=jax.devices()[:1],
-    **options,
-  )  # fmt: skip
+def _fitted(model: DiffusionModel, train: Examples, kind: Any) -> Any:
+  compute = Compute(devices=jax.devices()[:1])
+  return fit_curvature(model, train, kind, draws=Draws(3, seed=SEED), skip=(), compute=compute)
 
 
 def _array(values: Any) -> np.ndarray | None:

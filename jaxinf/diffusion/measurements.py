@@ -1,20 +1,24 @@
-"""What is attributed: measurements of an image under the model, larger = fits worse.
+"""What is attributed: measurements of an example under the model, larger = fits worse.
 
-A measurement is an average over draws. Each draw makes one input of the network from the image and
-a key, and a scalar of the network's output there. Training losses and query measurements are of
+A measurement is an average over draws. Each draw makes one input of the network from the example
+and a key, and a scalar of the network's output there. Training losses and query measurements are of
 this one type, so that both gradients are one kernel, at the speed of an ordinary batch.
 
 `MEASUREMENTS` and `PARAMETERISED`, at the foot, are those with names (paper, Section 4):
 
-  loss                     the training loss: mean squared error of ε, t uniform;
+  loss                     the model's own training loss, weights and law of t included;
   elbo, elbo_large         the whole negative ELBO, in nats per dimension; see likelihood.py;
   simple_elbo              of it, the weighted squared errors of the steps t ≥ 1 alone: no prior, no
                            decoder and no constant;
   trajectory               negative log-probability of a sampling trajectory, per dimension too;
   square_norm              mean square of the network's output, which D-TRAK measures;
-  loss_at_timestep(t)      the loss at one t, ε drawn;
-  weighted_loss(elbo)      the loss with a weight for each t, one of weightings.WEIGHTINGS;
-  journey_loss(900,500,…)  the loss of an image predicted on the way at each of these timesteps.
+  loss_at_timestep(t)      the loss at one index t, ε drawn;
+  loss_at_time(t)          the same of a continuous process, at one t (or σ);
+  weighted_loss(elbo)      the squared error of ε̂ with a weight for each t, one of WEIGHTINGS;
+  journey_loss(900,500,…)  the loss of data predicted on the way at each of these timesteps.
+
+loss and square_norm are of every process, loss_at_time of continuous ones, and all others of
+discrete ones, whatever the network predicts. `Measurement.check` says so.
 """
 
 import dataclasses
@@ -22,91 +26,113 @@ import functools
 import hashlib
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinf.core.draws import INDEPENDENT, Draws
+from jaxinf.core.examples import as_float
+from jaxinf.core.registry import named
 from jaxinf.core.types import ApplyFn, Array, Params, PyTree
 from jaxinf.diffusion.likelihood import (
+  Variances,
   draw_transitions,
   elbo_constant,
+  error_weights,
   large_variances,
+  small_variances,
   trajectory_constant,
 )
-from jaxinf.diffusion.noise import UNIFORM, DrawDesign, draw_noised, draw_pairs, draw_timesteps
-from jaxinf.diffusion.objective import Noised, float_images, predict, squared_errors
-from jaxinf.diffusion.schedule import Schedule
-from jaxinf.diffusion.weightings import WEIGHTINGS, elbo, elbo_large, simple_elbo
+from jaxinf.diffusion.noise import (
+  Noised,
+  draw_integers,
+  draw_noised,
+  draw_pairs,
+  losses,
+  predict,
+  squared_errors,
+)
+from jaxinf.diffusion.process import Process
+from jaxinf.diffusion.weightings import WEIGHTINGS
 
 OF = ("images", "trajectories", "predictions")
-Value = Callable[[Schedule, jax.Array, Noised], jax.Array]
+Value = Callable[[Process, jax.Array, Noised], jax.Array]
+Weights = Callable[[Process], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-  """The mean over draws of value(ε_θ(x_t, t), pair), with the pair from (image, key).
+  """The mean over draws of value(output of the network on a pair, pair), of (example, key).
 
   Attributes:
-    draw: (schedule, images [B, H, W, C], keys [B, S], design) → B · S pairs, image-major, to which
-      conditioning is added after.
-    value: (schedule, network outputs [B, H, W, C], pairs) → [B].
-    constant: (schedule, images) → [B], the part that does not depend on the model; None for none.
-    of: "images"; or "trajectories" (states of sampling) or "predictions" (clean images predicted on
-      the way): then images are [B, K, H, W, C] float32, several each.
+    draw: (process, data [B, …], keys [B, S], draws, random_flip) → B · S pairs, example-major, to
+      which conditioning is added after.
+    value: (process, network outputs [B, …], pairs) → [B].
+    constant: (process, data) → [B], the part that does not depend on the model; None for none.
+    of: "images", that is plain examples of any shape; or "trajectories" (states of sampling) or
+      "predictions" (clean data predicted on the way): then data are [B, K, …], several each.
     name: by which settings of scores know it; None: "custom".
+    requires: (process) → None, raising ValueError where a process has no such measurement.
   """
 
-  draw: Callable[[Schedule, jax.Array, jax.Array, DrawDesign], Noised]
+  draw: Callable[[Process, jax.Array, jax.Array, Draws, bool], Noised]
   value: Value
-  constant: Callable[[Schedule, jax.Array], jax.Array] | None = None
+  constant: Callable[[Process, jax.Array], jax.Array] | None = None
   of: str = "images"
   name: str | None = None
+  requires: Callable[[Process], None] | None = None
 
   def __post_init__(self):
     if self.of not in OF:
       raise ValueError(f"A measurement is of one of {', '.join(OF)}; got {self.of!r}.")
 
+  def check(self, process: Process) -> None:
+    """Raises ValueError where the process has no such measurement, with what to take instead."""
+    if self.requires is not None:
+      self.requires(process)
+
   def pairs(
     self,
-    schedule: Schedule,
-    images: jax.Array,
+    process: Process,
+    data: jax.Array,
     keys: jax.Array,
     conditioning: PyTree = None,
-    design: DrawDesign = UNIFORM,
+    draws: Draws = INDEPENDENT,
+    random_flip: bool = False,
   ) -> Noised:
-    """The B · S pairs of images [B, H, W, C] (or uint8) and keys [B, S], image-major.
+    """The B · S pairs of data [B, …] and keys [B, S], example-major.
 
-    The S draws of an image are one group of the design. Each pair carries its image's row of the
-    conditioning, a pytree of arrays [B, …].
+    The S draws of an example are one replicate of the design. Each pair carries its example's row
+    of the conditioning, a pytree of arrays [B, …].
     """
+    self.check(process)
     repeat = lambda rows: jnp.repeat(rows, keys.shape[1], axis=0)
-    pairs = self.draw(schedule, float_images(images), keys, design)
+    pairs = self.draw(process, as_float(data), keys, draws, random_flip)
     return pairs._replace(conditioning=jax.tree.map(repeat, conditioning))
 
   def cotangents(
-    self, schedule: Schedule, pairs: Noised, draws: int
+    self, process: Process, pairs: Noised, draws: int
   ) -> Callable[[jax.Array], jax.Array]:
-    """Gradient at the network's outputs of each image's measurement, a mean over `draws` pairs."""
-    return lambda out: jax.grad(lambda y: jnp.sum(self.value(schedule, y, pairs)))(out) / draws
+    """Gradient at the network's outputs of each example's measurement, a mean over `draws`."""
+    return lambda out: jax.grad(lambda y: jnp.sum(self.value(process, y, pairs)))(out) / draws
 
   def evaluate(
     self,
     apply_fn: ApplyFn,
     params: Params,
-    schedule: Schedule,
-    images: jax.Array,
+    process: Process,
+    data: jax.Array,
     keys: jax.Array,
     conditioning: PyTree = None,
-    design: DrawDesign = UNIFORM,
+    draws: Draws = INDEPENDENT,
   ) -> jax.Array:
-    """[B] measurements of images [B, H, W, C] with draws from keys [B, S], constants included."""
-    pairs = self.pairs(schedule, images, keys, conditioning, design)
-    values = self.value(schedule, predict(apply_fn, params, pairs), pairs)
+    """[B] measurements of data [B, …] with draws from keys [B, S], constants included."""
+    pairs = self.pairs(process, data, keys, conditioning, draws)
+    values = self.value(process, predict(apply_fn, params, pairs), pairs)
     means = values.reshape(keys.shape).mean(axis=1)
-    if self.constant is None:
-      return means
-    return means + self.constant(schedule, float_images(images))
+    return means if self.constant is None else means + self.constant(process, as_float(data))
 
 
 def measurement_named(name: str | Measurement) -> Measurement:
@@ -118,86 +144,154 @@ def measurement_named(name: str | Measurement) -> Measurement:
 
 
 def loss_at_timestep(timestep: int) -> Measurement:
-  """The loss ℓ_t at one t in [0, T), 0-based: the paper's ℓ_{t+1}. Only ε is drawn."""
+  """The training loss ℓ_t at one t in [0, T), 0-based: the paper's ℓ_{t+1}. Only ε is drawn."""
+  name = f"loss_at_timestep({timestep})"
 
-  def draw(schedule: Schedule, images: jax.Array, keys: jax.Array, design: DrawDesign) -> Noised:
-    _check_timesteps(schedule, [timestep])
-    images = jnp.repeat(images, keys.shape[1], axis=0)
-    return draw_noised(schedule, images, jnp.full(len(images), timestep), keys, design)
+  def requires(process: Process) -> None:
+    _check_timesteps(name, process, [timestep])
 
-  return Measurement(draw, _squared_errors, name=f"loss_at_timestep({timestep})")
+  def draw(
+    process: Process, data: jax.Array, keys: jax.Array, draws: Draws, random_flip: bool
+  ) -> Noised:
+    requires(process)
+    data = jnp.repeat(data, keys.shape[1], axis=0)
+    t = jnp.full(len(data), timestep, jnp.int32)
+    return draw_noised(process, data, t, keys, draws, random_flip)
+
+  return Measurement(draw, _losses, name=name, requires=requires)
+
+
+def loss_at_time(time: float) -> Measurement:
+  """The training loss of a continuous process at one t, or at one noise level σ of EDM."""
+  time = float(time)
+  name = f"loss_at_time({time:g})"
+
+  def requires(process: Process) -> None:
+    if process.is_discrete:
+      raise ValueError(
+        f"{name} is of continuous processes; {process} has timesteps. Take loss_at_timestep(t)."
+      )
+    low, high = (0, 1) if process.name == "flow" else (np.finfo(np.float32).tiny, np.inf)
+    if not low <= time <= high or not np.isfinite(time):
+      what = "[0, 1]" if process.name == "flow" else "the noise levels σ > 0"
+      raise ValueError(f"{name}: times of {process} must lie in {what}.")
+
+  def draw(
+    process: Process, data: jax.Array, keys: jax.Array, draws: Draws, random_flip: bool
+  ) -> Noised:
+    requires(process)
+    data = jnp.repeat(data, keys.shape[1], axis=0)
+    t = jnp.full(len(data), time, jnp.float32)
+    return draw_noised(process, data, t, keys, draws, random_flip)
+
+  return Measurement(draw, _losses, name=name, requires=requires)
 
 
 def weighted_loss(weights: str | Array) -> Measurement:
-  """E over t, uniform, of w_t · (mean squared error of ε).
+  """E over t, uniform, of w_t · (mean squared error of ε̂), whatever the network predicts.
 
   Args:
     weights: w [T], finite and not negative; or the name of one of WEIGHTINGS.
   """
   if isinstance(weights, str):
-    if weights not in WEIGHTINGS:
-      raise ValueError(f"Unknown weighting {weights!r}; there are: {', '.join(WEIGHTINGS)}.")
-    return Measurement(draw_pairs, _weighted(WEIGHTINGS[weights]), name=f"weighted_loss({weights})")
+    weighting = named(WEIGHTINGS, weights, "weighting")
+    of = lambda process: weighting(process.schedule) * process.exact_noise_error_scales
+    return _weighted(f"weighted_loss({weights})", of)
   table = np.array(weights, np.float64)
   if table.ndim != 1 or not np.isfinite(table).all() or not (table >= 0).all():
     raise ValueError("weights must be a vector [T] of finite numbers that are not negative.")
 
-  def weights_of(schedule: Schedule) -> np.ndarray:
-    if len(table) != schedule.num_steps:
-      raise ValueError(f"There are {schedule.num_steps} timesteps, but {len(table)} weights.")
-    return table
+  def of_table(process: Process) -> np.ndarray:
+    if len(table) != process.num_steps:
+      raise ValueError(f"There are {process.num_steps} timesteps, but {len(table)} weights.")
+    return table * process.exact_noise_error_scales
 
   digest = hashlib.blake2b(table.tobytes(), digest_size=4).hexdigest()
-  return Measurement(draw_pairs, _weighted(weights_of), name=f"weighted_loss({digest})")
+  return _weighted(f"weighted_loss({digest})", of_table)
 
 
 def journey_loss(timesteps: Sequence[int]) -> Measurement:
-  """The loss of K images, predicted on the way to a sample, each at its own timestep.
+  """The training loss of K predictions, made on the way to a sample, each at its own timestep.
 
-  The sum over k of Journey-TRAK (Georgiev et al. 2023) as a mean: images are [B, K, H, W, C], the
-  x̂_0 that sampling predicted at the timesteps [K]. A draw takes one k, noises the k-th image to the
-  k-th timestep, and measures the squared error of ε there.
+  The sum over k of Journey-TRAK (Georgiev et al. 2023) as a mean: data are [B, K, …], the x̂_0 that
+  sampling predicted at the timesteps [K]. A draw takes one k, noises the k-th prediction to the
+  k-th timestep, and measures the loss there.
   """
   timesteps = tuple(int(t) for t in timesteps)
-
-  def draw(schedule: Schedule, images: jax.Array, keys: jax.Array, design: DrawDesign) -> Noised:
-    _check_timesteps(schedule, timesteps)
-    if images.ndim != 5 or images.shape[1] != len(timesteps):
-      raise ValueError(
-        f"journey_loss is of images [B, {len(timesteps)}, H, W, C], one for each of its timesteps; "
-        f"got {images.shape}."
-      )
-    k = draw_timesteps(len(timesteps), keys, design)
-    rows = jnp.repeat(jnp.arange(len(images)), keys.shape[1])
-    return draw_noised(schedule, images[rows, k], jnp.array(timesteps)[k], keys, design)
-
   name = f"journey_loss({','.join(map(str, timesteps))})"
-  return Measurement(draw, _squared_errors, of="predictions", name=name)
+
+  def requires(process: Process) -> None:
+    _check_timesteps(name, process, timesteps)
+
+  def draw(
+    process: Process, data: jax.Array, keys: jax.Array, draws: Draws, random_flip: bool
+  ) -> Noised:
+    requires(process)
+    if data.ndim < 3 or data.shape[1] != len(timesteps):
+      raise ValueError(
+        f"journey_loss is of data [B, {len(timesteps)}, …], one prediction for each of its "
+        f"timesteps; got {data.shape}."
+      )
+    k = draw_integers(len(timesteps), keys, draws)
+    rows = jnp.repeat(jnp.arange(len(data)), keys.shape[1])
+    t = jnp.array(timesteps, jnp.int32)[k]
+    return draw_noised(process, data[rows, k], t, keys, draws, random_flip)
+
+  return Measurement(draw, _losses, of="predictions", name=name, requires=requires)
 
 
-def _squared_errors(schedule: Schedule, outputs: jax.Array, pairs: Noised) -> jax.Array:
-  del schedule
-  return squared_errors(outputs, pairs)
+def _losses(process: Process, outputs: jax.Array, pairs: Noised) -> jax.Array:
+  del process
+  return losses(outputs, pairs)
 
 
-def _square_norms(schedule: Schedule, outputs: jax.Array, pairs: Noised) -> jax.Array:
-  del schedule, pairs
-  return jnp.mean(jnp.square(outputs), axis=(1, 2, 3))
+def _square_norms(process: Process, outputs: jax.Array, pairs: Noised) -> jax.Array:
+  del process, pairs
+  return jnp.mean(jnp.square(outputs), axis=tuple(range(1, outputs.ndim)))
 
 
-def _weighted(weights: Callable[[Schedule], np.ndarray]) -> Value:
-  """The squared errors of ε times weights(schedule)[t]."""
+def _weighted(name: str, weights: Weights, **fields: Any) -> Measurement:
+  """The squared errors of the output times weights(process)[t], of a discrete process."""
 
-  def value(schedule: Schedule, outputs: jax.Array, pairs: Noised) -> jax.Array:
-    return jnp.asarray(weights(schedule), jnp.float32)[pairs.t] * squared_errors(outputs, pairs)
+  def table(process: Process) -> np.ndarray:
+    _check_discrete(name, process)
+    with np.errstate(invalid="ignore"):
+      found = weights(process)
+    if not np.isfinite(found).all():
+      raise ValueError(
+        f"{name} has no finite weight at timestep {int(np.argmin(np.isfinite(found)))} of "
+        f"{process}, where little or nothing is left of the data. Take loss, elbo or "
+        "weighted_loss(snr)."
+      )
+    return found
 
-  return value
+  def value(process: Process, outputs: jax.Array, pairs: Noised) -> jax.Array:
+    return jnp.asarray(table(process), jnp.float32)[pairs.t] * squared_errors(outputs, pairs)
+
+  def requires(process: Process) -> None:
+    table(process)
+
+  return Measurement(**({"draw": draw_pairs} | fields), value=value, name=name, requires=requires)
 
 
-def _check_timesteps(schedule: Schedule, timesteps: Sequence[int]) -> None:
-  if not timesteps or not all(0 <= t < schedule.num_steps for t in timesteps):
+def _elbo_weights(process: Process, variances: Variances = small_variances) -> np.ndarray:
+  return len(process.exact.a) * error_weights(process, variances)
+
+
+def _check_discrete(name: str, process: Process) -> None:
+  if not process.is_discrete:
     raise ValueError(
-      f"Timesteps must lie in [0, {schedule.num_steps}), counted from 0; got {list(timesteps)}."
+      f"The measurement {name} needs discrete timesteps; {process} is continuous. Take loss or "
+      "loss_at_time(t)."
+    )
+
+
+def _check_timesteps(name: str, process: Process, timesteps: Sequence[int]) -> None:
+  _check_discrete(name, process)
+  assert process.num_steps is not None
+  if not timesteps or not all(0 <= t < process.num_steps for t in timesteps):
+    raise ValueError(
+      f"Timesteps must lie in [0, {process.num_steps}), counted from 0; got {list(timesteps)}."
     )
 
 
@@ -225,21 +319,31 @@ def _one_timestep(text: str) -> Measurement:
   return loss_at_timestep(timesteps[0])
 
 
-# The training loss ℓ(θ, x): mean squared error of ε over pixels and channels, t uniform.
-LOSS = Measurement(draw_pairs, _squared_errors, name="loss")
+def _one_time(text: str) -> Measurement:
+  try:
+    return loss_at_time(float(text))
+  except ValueError as error:
+    raise ValueError(f"loss_at_time is of one time, a number; got {text!r}.") from error
+
+
+# The model's own training loss ℓ(θ, x).
+LOSS = Measurement(draw_pairs, _losses, name="loss")
 
 MEASUREMENTS = {
   "loss": LOSS,
-  "elbo": Measurement(draw_pairs, _weighted(elbo), elbo_constant, name="elbo"),
-  "elbo_large": Measurement(
-    draw_pairs,
-    _weighted(elbo_large),
-    functools.partial(elbo_constant, variances=large_variances),
-    name="elbo_large",
+  "elbo": _weighted("elbo", _elbo_weights, constant=elbo_constant),
+  "elbo_large": _weighted(
+    "elbo_large",
+    functools.partial(_elbo_weights, variances=large_variances),
+    constant=functools.partial(elbo_constant, variances=large_variances),
   ),
-  "simple_elbo": Measurement(draw_pairs, _weighted(simple_elbo), name="simple_elbo"),
-  "trajectory": Measurement(
-    draw_transitions, _weighted(elbo), trajectory_constant, of="trajectories", name="trajectory"
+  "simple_elbo": _weighted("simple_elbo", lambda p: np.append(0.0, _elbo_weights(p)[1:])),
+  "trajectory": _weighted(
+    "trajectory",
+    _elbo_weights,
+    draw=draw_transitions,
+    constant=trajectory_constant,
+    of="trajectories",
   ),
   "square_norm": Measurement(draw_pairs, _square_norms, name="square_norm"),
 }
@@ -247,6 +351,7 @@ MEASUREMENTS = {
 # Name → measurement from the text in brackets.
 PARAMETERISED: dict[str, Callable[[str], Measurement]] = {
   "loss_at_timestep": _one_timestep,
+  "loss_at_time": _one_time,
   "weighted_loss": weighted_loss,
   "journey_loss": lambda text: journey_loss(_integers(text)),
 }

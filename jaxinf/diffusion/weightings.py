@@ -1,29 +1,29 @@
-"""Weights w_t [T] of the squared errors of ε, by which losses of diffusion models differ.
+"""Weights w_t [T] of the squared errors of ε̂, by which losses of diffusion models differ.
 
-With t uniform, the loss is the mean of w_t · mean squared error of ε_θ(x_t, t) (paper, Appendix H).
-An error of x̂_0 is that of ε over SNR_t = ᾱ_t / (1 − ᾱ_t): what the literature calls weights of the
-image's squared error are w_t · SNR_t. Float64 on the host.
+With t uniform, the loss is the mean of w_t · mean squared error of ε̂ (paper, Appendix H), whatever
+the network predicts. An error of x̂_0 is that of ε̂ over SNR_t = ᾱ_t / (1 − ᾱ_t): what the
+literature calls weights of the image's squared error are w_t · SNR_t. Float64 on the host.
 """
 
 import numpy as np
 
-from jaxinf.diffusion.likelihood import error_weights, host_tables, large_variances
+from jaxinf.diffusion.likelihood import image_error_weights, large_variances, small_variances
 from jaxinf.diffusion.schedule import Schedule
 
 
 def uniform(schedule: Schedule) -> np.ndarray:
-  """1: the training loss."""
+  """1: the loss of a network that predicts ε."""
   return np.ones(schedule.num_steps)
 
 
 def elbo(schedule: Schedule) -> np.ndarray:
   """T · a_t, the decoder's step t = 0 among them: the θ-dependent part of the negative ELBO."""
-  return schedule.num_steps * error_weights(schedule)
+  return schedule.num_steps * image_error_weights(schedule, small_variances) * inverse_snr(schedule)
 
 
 def elbo_large(schedule: Schedule) -> np.ndarray:
   """The same where the model's steps have the variances β_t."""
-  return schedule.num_steps * error_weights(schedule, large_variances)
+  return schedule.num_steps * image_error_weights(schedule, large_variances) * inverse_snr(schedule)
 
 
 def simple_elbo(schedule: Schedule) -> np.ndarray:
@@ -33,13 +33,13 @@ def simple_elbo(schedule: Schedule) -> np.ndarray:
 
 def snr(schedule: Schedule) -> np.ndarray:
   """SNR_t: stresses little noise."""
-  alpha_bars = host_tables(schedule).alpha_bars
-  return alpha_bars / (1 - alpha_bars)
+  return schedule.exact_alpha_bars / (1 - schedule.exact_alpha_bars)
 
 
 def inverse_snr(schedule: Schedule) -> np.ndarray:
-  """1 / SNR_t: the squared error of x̂_0."""
-  return 1 / snr(schedule)
+  """1 / SNR_t: the squared error of x̂_0; infinite where nothing is left of the data."""
+  with np.errstate(divide="ignore"):
+    return (1 - schedule.exact_alpha_bars) / schedule.exact_alpha_bars
 
 
 def truncated_snr(schedule: Schedule) -> np.ndarray:

@@ -4,13 +4,13 @@ The models of one call share a seed, and with it the initial weights, the order 
 visit their examples, and the draws of (t, ε), flips and dropout of every place in a batch (paper,
 Eq. 23: a subset is retrained with seeds k = 1 … K). What tells them apart is their examples alone.
 Each device trains models of its own, several at once as one vmapped step, so that no step waits
-for another device. Images stay on the devices; a step is sent the numbers of its examples.
+for another device. Examples stay on the devices; a step is sent their numbers.
 """
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -18,19 +18,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinf import engine
-from jaxinf.data.dataset import Dataset
-from jaxinf.diffusion.schedule import Schedule
+from jaxinf.diffusion.process import Process
 from jaxinf.engine.progress import Progress
 from jaxinf.networks.training import (
   Batches,
   Hooks,
+  TrainConfig,
   TrainRows,
   TrainState,
   checked_means,
   init_state,
   train_step,
 )
-from jaxinf.runs.sections import TrainConfig
+
+if TYPE_CHECKING:
+  from jaxinf.data.dataset import Dataset
 
 # Axes of a state of several models: the step is one for all of them, and so are its random keys,
 # so that the noise of a step is drawn once, however many models it trains.
@@ -54,9 +56,9 @@ class Retraining:
   """Trains groups of models; compiled once for groups of one size.
 
   Args:
-    model: a denoiser of jaxinf.networks.
-    schedule: the diffusion process.
-    dataset: all images; they are put on every device.
+    network: a module of jaxinf.networks.
+    process: how examples are noised, what the network predicts, and the weights of its loss.
+    dataset: all examples; they are put on every device.
     config: optimisation settings of every model.
     devices: local devices; all of them where None.
 
@@ -66,18 +68,20 @@ class Retraining:
 
   def __init__(
     self,
-    model: nn.Module,
-    schedule: Schedule,
-    dataset: Dataset,
+    network: nn.Module,
+    process: Process,
+    dataset: "Dataset",
     config: TrainConfig,
     devices: Sequence[jax.Device] | None = None,
   ):
-    self._model, self._dataset, self._config = model, dataset, config
+    self._network, self._dataset, self._config = network, dataset, config
     self._devices = engine.local_devices(devices)
     self._starts: dict[int, TrainState] = {}  # of the last seed
 
     def step(state, images, examples, weights, seed):
-      sums, update = train_step(model, schedule, config, random_flip=dataset.random_flip, seed=seed)
+      sums, update = train_step(
+        network, process, config, random_flip=dataset.random_flip, seed=seed
+      )
       places = jnp.arange(config.batch_size, dtype=jnp.uint32)
 
       def one(state, examples, weights):
@@ -172,7 +176,9 @@ class Retraining:
   def start(self, num_members: int, seed: int) -> TrainState:
     """The states [D, V, …] that so many models begin from, all alike."""
     if seed not in self._starts:
-      self._starts = {seed: init_state(self._model, self._dataset.image_shape, self._config, seed)}
+      self._starts = {
+        seed: init_state(self._network, self._dataset.image_shape, self._config, seed)
+      }
     one, devices = self._starts[seed], len(self._devices)
     num_each = math.ceil(num_members / devices)
     copies = lambda x: np.broadcast_to(x, (devices, num_each, *np.shape(x)))

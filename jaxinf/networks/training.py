@@ -1,4 +1,4 @@
-"""Training of a denoiser: AdamW, warm-up, clipping, EMA; the loop that resumes exactly.
+"""Training of a network on the loss of its process: AdamW, EMA; the loop that resumes exactly.
 
 The batch of a step, its draws of (t, ε), flips and dropout follow from (seed, step) alone, so an
 interrupted run that resumes from a checkpoint ends with the same parameters. EMA parameters are
@@ -7,7 +7,7 @@ the model.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import flax.struct
@@ -17,14 +17,45 @@ import numpy as np
 import optax
 
 from jaxinf import engine
+from jaxinf.core.examples import as_float
 from jaxinf.core.random import fold_in_each, stream
 from jaxinf.core.types import Array, Params
-from jaxinf.data.dataset import Dataset
-from jaxinf.diffusion.objective import flipped, float_images, noised, squared_errors
-from jaxinf.diffusion.schedule import Schedule
+from jaxinf.diffusion.noise import flipped, losses, noised, predict
+from jaxinf.diffusion.process import Process
 from jaxinf.engine import processes
 from jaxinf.engine.progress import Progress
-from jaxinf.runs.sections import TrainConfig
+
+if TYPE_CHECKING:
+  from jaxinf.data.dataset import Dataset
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """Settings of the optimisation; the defaults are the paper's for CIFAR-10.
+
+  Attributes:
+    steps: updates of the parameters.
+    batch_size: examples in a step.
+    learning_rate: the peak.
+    warmup_steps: of the linear rise from 0 to the peak.
+    decay: after it, "cosine" (to zero) or "constant".
+    weight_decay: of AdamW.
+    clip_norm: global norm that gradients are clipped to.
+    ema_max_decay, ema_warmup_power: see `ema_decay`.
+    checkpoint_every, log_every: steps between checkpoints, and between lines of the log.
+  """
+
+  steps: int = 160_000
+  batch_size: int = 128
+  learning_rate: float = 1e-4
+  warmup_steps: int = 16_000
+  decay: str = "constant"
+  weight_decay: float = 0.01
+  clip_norm: float = 1.0
+  ema_max_decay: float = 0.999
+  ema_warmup_power: float = 0.75
+  checkpoint_every: int = 5_000
+  log_every: int = 100
 
 
 @flax.struct.dataclass
@@ -39,9 +70,9 @@ class TrainState:
 
 @flax.struct.dataclass
 class TrainRows:
-  """Rows of one step: images with their place in the step's batch, which their draws follow."""
+  """Rows of one step: examples with their place in the step's batch, which their draws follow."""
 
-  images: Array  # [B, H, W, C]
+  data: Array  # [B, …]
   places: Array  # [B] uint32
   mask: Array  # [B]
   weights: Array | None = None  # [B] of the examples in the loss; None: 1
@@ -77,11 +108,21 @@ def ema_decay(step: jax.Array, max_decay: float, power: float) -> jax.Array:
   return jnp.minimum(max_decay, 1 - (1.0 + step) ** -power)
 
 
-def init_state(model: nn.Module, image_shape: tuple, config: TrainConfig, seed: int) -> TrainState:
-  """Initial parameters from the seed; the EMA starts there. ValueError for impossible settings."""
+def init_state(network: nn.Module, shape: tuple, config: TrainConfig, seed: int) -> TrainState:
+  """Initial parameters from the seed; the EMA starts there.
+
+  Args:
+    network: a module of jaxinf.networks.
+    shape: of one example.
+    config: settings of the optimisation.
+    seed: of the parameters.
+
+  Raises:
+    ValueError: impossible settings.
+  """
   _check_counts(config)
-  images = jnp.zeros((1, *image_shape))
-  variables = jax.jit(model.init)(stream(seed, "init"), images, jnp.zeros(1, jnp.int32))
+  inputs, time = jnp.zeros((1, *shape)), jnp.zeros(1, jnp.int32)
+  variables = jax.jit(network.init)(stream(seed, "init"), inputs, time)
   params = variables["params"]
   return TrainState(
     step=jnp.zeros((), jnp.int32),
@@ -92,8 +133,8 @@ def init_state(model: nn.Module, image_shape: tuple, config: TrainConfig, seed: 
 
 
 def train_step(
-  model: nn.Module,
-  schedule: Schedule,
+  network: nn.Module,
+  process: Process,
   config: TrainConfig,
   *,
   random_flip: bool,
@@ -102,26 +143,25 @@ def train_step(
   """The two halves of a step: sums over rows, and the update from their totals.
 
   With w = mask · weights, sums(state, rows) → (Σ w · ∇ℓ, Σ w · ℓ, Σ mask), and
-  update(state, totals) → (state, metrics). The seed may be traced.
+  update(state, totals) → (state, metrics); ℓ is the loss of the process, its own weights included.
+  The seed may be traced.
   """
   transform = optimiser(config)
 
   def total_loss(params, step, rows):
     key = jax.random.fold_in(stream(seed, "train"), step)
     keys = fold_in_each(key, rows.places)
-    images = float_images(rows.images)
+    data = as_float(rows.data)
     if random_flip:
-      images = flipped(images, keys)
+      data = flipped(data, keys)
     dropout = {"dropout": jax.random.fold_in(stream(seed, "dropout"), step)}
 
-    def apply_fn(params, x_t, t):
-      return model.apply({"params": params}, x_t, t, dropout_ids=rows.places, rngs=dropout)
+    def apply_fn(params, inputs, time):
+      return network.apply({"params": params}, inputs, time, dropout_ids=rows.places, rngs=dropout)
 
-    pairs = noised(schedule, images, keys)
-    losses = squared_errors(apply_fn(params, pairs.x_t, pairs.t), pairs)
-    return jnp.sum(
-      rows.mask * losses if rows.weights is None else rows.mask * rows.weights * losses
-    )
+    pairs = noised(process, data, keys)
+    each = losses(predict(apply_fn, params, pairs), pairs)
+    return jnp.sum(rows.mask * each if rows.weights is None else rows.mask * rows.weights * each)
 
   def sums(state, rows):
     loss, grads = jax.value_and_grad(total_loss)(state.params, state.step, rows)
@@ -153,9 +193,9 @@ class Hooks:
 
 
 def fit(
-  model: nn.Module,
-  schedule: Schedule,
-  dataset: Dataset,
+  network: nn.Module,
+  process: Process,
+  dataset: "Dataset",
   config: TrainConfig,
   *,
   seed: int,
@@ -167,9 +207,9 @@ def fit(
   """Trains from `state` (from scratch where None) to config.steps; returns the final state.
 
   Args:
-    model: a denoiser of jaxinf.networks.
-    schedule: the diffusion process.
-    dataset: the training images.
+    network: a module of jaxinf.networks.
+    process: how examples are noised, what the network predicts, and the weights of its loss.
+    dataset: the training examples.
     config: optimisation settings.
     seed: of initialisation, batches, draws, flips and dropout.
     state: where to go on from.
@@ -182,8 +222,8 @@ def fit(
     NonFiniteLoss: with the step; states saved before it are sound.
     ValueError: a number of steps or examples in `config` is below 1.
   """
-  state = init_state(model, dataset.image_shape, config, seed) if state is None else state
-  halves = train_step(model, schedule, config, random_flip=dataset.random_flip, seed=seed)
+  state = init_state(network, dataset.image_shape, config, seed) if state is None else state
+  halves = train_step(network, process, config, random_flip=dataset.random_flip, seed=seed)
   step_fn = engine.parallel_step(*halves, devices=devices)
   start = int(state.step)
   end = config.steps if stop_after is None else min(config.steps, stop_after)
@@ -216,7 +256,7 @@ def checked_means(recent: list[dict[str, np.ndarray]], done: int) -> dict[str, f
       raise NonFiniteLoss(
         f"The loss of step {step} is {metrics['loss']} and its gradient's norm is "
         f"{metrics['grad_norm']}. Training stopped; lower train.learning_rate or train.clip_norm, "
-        "or look for bad images."
+        "or look for bad examples."
       )
   return {name: float(np.mean([m[name] for m in recent])) for name in recent[0]}
 
@@ -245,11 +285,11 @@ class Batches:
       examples[here] = self._order(int(epoch))[offsets[here]]
     return examples
 
-  def rows(self, dataset: Dataset, step: int, num_devices: int = 1) -> TrainRows:
+  def rows(self, dataset: "Dataset", step: int, num_devices: int = 1) -> TrainRows:
     """The rows of a step, padded to as many for each of the devices."""
     places = np.arange(-(-self.batch_size // num_devices) * num_devices)
     return TrainRows(
-      images=dataset.images[self.examples(step, places)],
+      data=dataset.images[self.examples(step, places)],
       places=places.astype(np.uint32),
       mask=(places < self.batch_size).astype(np.float32),
     )

@@ -1,0 +1,58 @@
+"""Arrays that may be larger than memory: read and hashed by rows, never whole.
+
+NumPy arrays, memory maps, and what zarr and h5py give are taken alike: they have a shape and a
+dtype, and give rows for a slice or for ascending row numbers.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+_BLOCK_BYTES = 2**24  # read at a time: far more than a disk's block, far less than memory
+
+
+def as_array(value: Any) -> Any:
+  """The value itself where it is an array of any kind, and otherwise NumPy's array of it."""
+  if all(hasattr(value, name) for name in ("shape", "dtype", "__getitem__")):
+    return np.asarray(value) if hasattr(value, "addressable_shards") else value
+  return np.asarray(value)
+
+
+def read_rows(array: Any, rows: np.ndarray) -> np.ndarray:
+  """The rows [n, …] with these numbers, which may repeat, in memory and in native byte order."""
+  if isinstance(array, np.ndarray):
+    found = np.asarray(array[rows])
+  else:
+    wanted, back = np.unique(rows, return_inverse=True)
+    if len(wanted) and wanted[-1] - wanted[0] + 1 == len(wanted):
+      found = np.asarray(array[int(wanted[0]) : int(wanted[-1]) + 1])[back]
+    else:
+      found = np.asarray(getattr(array, "oindex", array)[wanted])[back]
+  return found if found.dtype.isnative else found.astype(found.dtype.newbyteorder("="))
+
+
+def blocks(array: Any) -> Iterator[np.ndarray]:
+  """Consecutive rows [n, …] of an array, a few MiB at a time."""
+  row_bytes = max(1, int(np.prod(array.shape[1:])) * np.dtype(array.dtype).itemsize)
+  size = max(1, _BLOCK_BYTES // row_bytes)
+  for begin in range(0, array.shape[0], size):
+    yield read_rows(array, np.arange(begin, min(begin + size, array.shape[0])))
+
+
+def is_floating(dtype: Any) -> bool:
+  """Whether a dtype is of floating-point numbers, bfloat16 among them."""
+  return jnp.issubdtype(dtype, jnp.floating)
+
+
+def fingerprint(arrays: Mapping[str, Any]) -> str:
+  """A hash of names, types, shapes and contents, read block by block."""
+  digest = hashlib.sha256()
+  for name in sorted(arrays):
+    array = as_array(arrays[name])
+    digest.update(f"{name} {np.dtype(array.dtype)} {tuple(array.shape)}".encode())
+    for block in blocks(array) if len(array.shape) else (np.asarray(array),):
+      digest.update(block.tobytes())
+  return digest.hexdigest()[:32]

@@ -1,0 +1,164 @@
+"""Draws of (t, ε): how many, in how many independent replicates, by which design.
+
+A gradient or a loss is a mean over draws. They come in replicates of equal size. One replicate is
+one complete design: its draws together have t by the process's law and ε standard normal, however
+they depend on each other. So replicates are independent of each other, and their spread is the
+noise of the mean. diffusion/noise.py makes the draws.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxinf.core.checks import checked_count, checked_seed
+from jaxinf.core.registry import named
+
+TIMESTEPS = {
+  "stratified": "draw s of S lies in the s-th of S equally probable parts of the times",
+  "uniform": "each draw's time is independent (the paper)",
+}
+_TRAIN_REPLICATES, _QUERY_REPLICATES = 5, 2  # at most, where none are asked for
+
+
+@dataclasses.dataclass(frozen=True)
+class Stopping:
+  """When rounds of draws are enough: halves of them agree on the top of the order.
+
+  Each half has half of the draws. Therefore all draws together agree better with fresh ones than
+  the halves do with each other.
+
+  Attributes:
+    top_k: how far down the order is to be stable; at most half of the training examples count.
+    agreement: share of the top k that the halves have in common, a mean over queries, in (0, 1].
+    most: draws of a training example after which it stops all the same, and says so.
+  """
+
+  top_k: int = 10
+  agreement: float = 0.8
+  most: int = 1024
+
+  def __post_init__(self):
+    if not 0 < self.agreement <= 1:
+      raise ValueError(f"agreement must lie in (0, 1]; got {self.agreement}.")
+    checked_count(self.top_k, "top_k")
+    checked_count(self.most, "most")
+
+
+@dataclasses.dataclass(frozen=True)
+class Draws:
+  """Draws of (t, ε) of every example.
+
+  Attributes:
+    num: draws of an example.
+    replicates: independent complete designs that these are split into, whose spread gives standard
+      errors; divides num. None: the largest number that leaves whole antithetic pairs, up to 5 for
+      training examples and up to 2 for queries, each replicate of which takes memory.
+    timesteps: "stratified" (draw s of a replicate lies in the s-th part of the times) or "uniform"
+      (independent, the paper).
+    antithetic: draws come in pairs (t, ε) and (t, −ε), which share a part of the times; the last of
+      an odd number stands alone.
+    shared: all examples have the same draws (common random numbers). Their scores are then compared
+      on equal terms, but a sum of scores over examples is no less noisy than its terms. Otherwise
+      each example has its own draws.
+    seed: of the draws, in [0, 2³²).
+    stop: when rounds of `num` draws are enough; None for one round. See `until_stable`.
+
+  The default design orders scikit-learn's digits better than any other with as many draws;
+  `make bench-draws` has the figures.
+
+  Raises:
+    ValueError: a field is out of range, or num does not split into the replicates.
+  """
+
+  num: int = 250
+  replicates: int | None = None
+  timesteps: str = "stratified"
+  antithetic: bool = True
+  shared: bool = True
+  seed: int = 0
+  stop: Stopping | None = None
+
+  def __post_init__(self):
+    set_field = lambda name, value: object.__setattr__(self, name, value)
+    set_field("num", checked_count(self.num, "the number of draws"))
+    set_field("seed", checked_seed(self.seed))
+    named(TIMESTEPS, self.timesteps, "timesteps")
+    if self.replicates is not None:
+      set_field("replicates", checked_count(self.replicates, "replicates"))
+      if self.num % self.replicates:
+        divisors = [g for g in range(1, self.num + 1) if self.num % g == 0][:8]
+        raise ValueError(
+          f"{self.num} draws do not split into {self.replicates} equal replicates; replicates must "
+          f"divide the number of draws (as {', '.join(map(str, divisors))} do)."
+        )
+    if self.stop is not None and self.num > self.stop.most:
+      raise ValueError(
+        f"A round has {self.num} draws, more than the most, {self.stop.most}: allow more draws, or "
+        "take fewer or smaller replicates."
+      )
+
+  @classmethod
+  def until_stable(
+    cls,
+    *,
+    top_k: int = 10,
+    agreement: float = 0.8,
+    most: int = 1024,
+    replicates: int = 4,
+    size: int = 8,
+    seed: int = 0,
+  ) -> "Draws":
+    """Rounds of replicates · size draws, until the top of the queries' orders is stable.
+
+    Args:
+      top_k, agreement, most: see `Stopping`.
+      replicates: in a round, at least 2: halves of them are compared.
+      size: draws in a replicate; few leave little to stratify.
+      seed: of the draws.
+    """
+    checked_count(replicates, "replicates", 2)
+    stop = Stopping(top_k, agreement, most)
+    return cls(replicates * checked_count(size, "size"), replicates, seed=seed, stop=stop)
+
+  @property
+  def size(self) -> int:
+    """Draws in a replicate, where the replicates are known."""
+    assert self.replicates is not None, "split() or of_queries() fills the replicates in"
+    return self.num // self.replicates
+
+  def split(self, most: int = _TRAIN_REPLICATES) -> "Draws":
+    """With the replicates filled in, at most so many, where none are asked for."""
+    if self.replicates is not None:
+      return self
+    even = lambda groups: self.num // groups % 2 == 0
+    splits = [groups for groups in range(1, most + 1) if self.num % groups == 0]
+    best = max(splits, key=lambda groups: (groups > 1, even(groups), groups))
+    return dataclasses.replace(self, replicates=best)
+
+  def of_queries(self, asked: "Draws | None") -> "Draws":
+    """The draws of queries: those asked for, or as many by the same design, in one round.
+
+    A query is scored by all rounds of training draws, so that its own draws are taken once. Where
+    these draws go on until they are stable, a query has 256.
+    """
+    if asked is not None and asked.stop is not None:
+      raise ValueError("Draws of queries are taken once: give query_draws a fixed number of draws.")
+    if asked is None:
+      num = self.num if self.stop is None else 256
+      asked = dataclasses.replace(self, num=num, replicates=None, stop=None)
+    return asked.split(_QUERY_REPLICATES)
+
+  def numbers(self, ids: jax.Array) -> jax.Array:
+    """Example numbers [B] that the keys of examples `ids` [B] are made from."""
+    return jnp.zeros_like(ids) if self.shared else ids
+
+  @property
+  def design(self) -> dict[str, Any]:
+    """How the draws of a replicate depend on each other, as JSON."""
+    return {name: getattr(self, name) for name in ("timesteps", "antithetic", "shared")}
+
+
+# The paper's design: every draw by itself, each example's own.
+INDEPENDENT = Draws(1, timesteps="uniform", antithetic=False, shared=False)

@@ -1,0 +1,217 @@
+"""Examples: queries and training sets alike, and the only place where inputs are checked."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinf.core.arrays import as_array, blocks, is_floating, read_rows
+from jaxinf.core.random import example_numbers
+from jaxinf.core.types import Array, PyTree
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Examples:
+  """What a model was trained on, or what is to be explained.
+
+  Attributes:
+    data: [N, …] pixels [N, H, W, C] (uint8, which is mapped to [-1, 1], or floating-point numbers
+      as the model takes them), latents, series [N, L, C], vectors [N, D] or volumes. Measurements
+      of sampling trajectories take [N, K, …], K states each. Any array that gives rows: NumPy's, a
+      memory map, zarr's or h5py's. It is read a few rows at a time and never copied as a whole.
+    ids: [N] different integers in [0, 2³²) or strings, which random keys follow: an example keeps
+      its draws whatever else is beside it. 0 … N − 1 where None.
+    conditioning: pytree of arrays [N, …], what the model is also given, such as labels [N] or text
+      embeddings [N, L, E]; None where it takes nothing else.
+    groups: [N] whose each example is, such as an artist or a class. Scores can be summed over them.
+    random_flip: whether training mirrored images left to right at random. It belongs to training
+      examples; queries are measured as they are.
+
+  Raises:
+    ValueError: data are no array [N, …] of finite numbers, or the rest does not fit them.
+  """
+
+  data: Any
+  ids: Any = None
+  conditioning: PyTree = None
+  groups: Any = None
+  random_flip: bool = False
+
+  def __post_init__(self):
+    set_field = lambda name, value: object.__setattr__(self, name, value)
+    set_field("data", checked_data(self.data))
+    set_field("ids", checked_ids(self.ids, len(self)))
+    set_field("conditioning", checked_conditioning(self.conditioning, len(self)))
+    if self.groups is not None:
+      groups = np.asarray(self.groups)
+      if groups.shape != (len(self),):
+        raise ValueError(
+          f"groups must say of each of the {len(self)} examples whose it is; got {groups.shape}."
+        )
+      set_field("groups", groups)
+    if self.random_flip and len(self.data.shape) != 4:
+      raise ValueError(
+        "random_flip mirrors images [N, H, W, C]; the data have shape "
+        f"{tuple(self.data.shape)}. Leave it out."
+      )
+
+  def __len__(self) -> int:
+    return self.data.shape[0]
+
+  def __repr__(self) -> str:
+    shape = " × ".join(map(str, self.data.shape))
+    given = "" if self.conditioning is None else ", with conditioning"
+    return f"Examples({shape} {np.dtype(self.data.dtype)}{given})"
+
+  @functools.cached_property
+  def numbers(self) -> np.ndarray:
+    """[N] uint32 numbers that stand for the ids in random keys."""
+    return example_numbers(self.ids)
+
+  def take(self, rows: np.ndarray) -> "Examples":
+    """The examples with these row numbers, in memory."""
+    rows = np.asarray(rows)
+    return Examples(
+      read_rows(self.data, rows),
+      self.ids[rows],
+      jax.tree.map(lambda leaf: read_rows(leaf, rows), self.conditioning),
+      None if self.groups is None else self.groups[rows],
+      self.random_flip,
+    )
+
+  def arrays(self, name: str) -> dict[str, Any]:
+    """What results depend on, by names that begin with `name`, for a fingerprint."""
+    leaves = jax.tree.leaves(self.conditioning)
+    found = {f"{name}_data": self.data, f"{name}_ids": self.ids}
+    found |= {f"{name}_conditioning_{i}": leaf for i, leaf in enumerate(leaves)}
+    return found | ({f"{name}_flips": np.ones(1, bool)} if self.random_flip else {})
+
+  @property
+  def conditioning_structs(self) -> PyTree:
+    """Shape and dtype of a row of each conditioning array."""
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(tuple(x.shape[1:]), x.dtype), self.conditioning
+    )
+
+
+def check_alike(queries: Examples, train: Examples, axes: int = 0) -> None:
+  """Raises ValueError unless queries and training examples are inputs of the same network.
+
+  Args:
+    queries, train: both.
+    axes: how many axes queries have more, for states of trajectories.
+  """
+  shapes = tuple(queries.data.shape[1 + axes :]), tuple(train.data.shape[1:])
+  if shapes[0] != shapes[1] or len(queries.data.shape) != len(train.data.shape) + axes:
+    raise ValueError(
+      f"Queries of shape {tuple(queries.data.shape[1:])} do not match training examples of shape "
+      f"{shapes[1]}" + (", which have several states each." if axes else ".")
+    )
+  ours, theirs = queries.conditioning_structs, train.conditioning_structs
+  if ours != theirs:
+    raise ValueError(
+      "The conditioning of queries and of training examples must be None or pytrees of one form, "
+      f"the same in shape and type of every row; got rows {ours} and {theirs}."
+    )
+  if queries.random_flip:
+    raise ValueError("A query is measured as it is: leave random_flip out of the queries.")
+
+
+def checked_data(data: Any) -> Any:
+  """Data as an array [N, …] of uint8 or finite floating-point numbers; ValueError otherwise."""
+  data = as_array(data)
+  shape, dtype = tuple(data.shape), np.dtype(data.dtype)
+  if len(shape) < 2 or 0 in shape:
+    raise ValueError(
+      "Examples need data [N, …], one row an example and at least one number in it; got shape "
+      f"{shape}. A single image needs a first axis: image[None]."
+    )
+  if dtype != np.uint8 and not is_floating(dtype):
+    raise ValueError(
+      f"Data must be uint8 pixels or floating-point numbers; got {dtype}. Cast pixels in 0…255 "
+      "with .astype('uint8'), and other numbers with .astype('float32')."
+    )
+  if dtype != np.uint8:
+    _check_finite(data, "Data")
+  return data
+
+
+def checked_ids(ids: Any, num: int, name: str = "ids") -> np.ndarray:
+  """`num` different ids, 0 … num − 1 where None; ValueError that calls them `name` otherwise."""
+  if ids is None:
+    return np.arange(num)
+  kinds = {"text" if isinstance(i, str) else "numbers" for i in _plain(ids)}
+  if len(kinds) > 1:
+    raise ValueError(f"{name} must all be integers or all be strings; got both.")
+  ids = np.asarray(ids)
+  if ids.shape != (num,):
+    raise ValueError(f"{name} must be {num} different ids, one an example; got shape {ids.shape}.")
+  example_numbers(ids)
+  values, counts = np.unique(ids, return_counts=True)
+  if len(values) < num:
+    repeated = [repr(value) for value in values[counts > 1].tolist()]
+    some = ", ".join(repeated[:3]) + (", …" if len(repeated) > 3 else "")
+    raise ValueError(f"{name} must be different; got more than once: {some}.")
+  return ids
+
+
+def checked_conditioning(conditioning: PyTree, num: int, name: str = "conditioning") -> PyTree:
+  """Conditioning as arrays [num, …] of numbers; None stays None.
+
+  Integers must fit in 32 bits, as JAX keeps them.
+
+  Raises:
+    ValueError: calls it `name`; a leaf has another leading axis than `num`, is not of numbers, or
+      not finite, or has integers beyond 32 bits; or there are no leaves.
+  """
+  if conditioning is not None and not jax.tree.leaves(conditioning):
+    raise ValueError(f"{name} holds no arrays: pass None for a model without conditioning.")
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: _checked_leaf(leaf, num, name + jax.tree_util.keystr(path)), conditioning
+  )
+
+
+def _checked_leaf(leaf: Any, num: int, name: str) -> Any:
+  leaf = as_array(leaf)
+  shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
+  if shape[:1] != (num,):
+    raise ValueError(
+      f"{name} must be an array with one row for each of the {num} examples; got shape {shape}."
+    )
+  if is_floating(dtype):
+    _check_finite(leaf, name)
+    return leaf if dtype != np.float64 else np.asarray(leaf).astype(np.float32)
+  if dtype.kind not in "biu":
+    raise ValueError(f"{name} must hold numbers or booleans; got {dtype}.")
+  kept = jax.dtypes.canonicalize_dtype(dtype) if dtype.itemsize <= 4 else np.dtype(np.int32)
+  if kept == dtype:
+    return leaf
+  values = np.asarray(leaf)
+  if not np.array_equal(values.astype(kept), values):
+    raise ValueError(f"{name} has integers that do not fit {kept}.")
+  return values.astype(kept)
+
+
+def _check_finite(array: Any, name: str) -> None:
+  row = 0
+  for block in blocks(array):
+    bad = ~np.isfinite(block.reshape(len(block), -1).astype(np.float32)).all(axis=1)
+    if bad.any():
+      raise ValueError(f"{name} must be finite; row {row + int(np.argmax(bad))} is not.")
+    row += len(block)
+
+
+def as_float(data: Array) -> jax.Array:
+  """Data as float32: uint8 0…255 is mapped to [-1, 1], other numbers keep their value."""
+  if data.dtype == jnp.uint8:
+    return data.astype(jnp.float32) / 127.5 - 1
+  return data.astype(jnp.float32)
+
+
+def _plain(ids: Any) -> Sequence[Any]:
+  """The ids as Python objects, where they are no array of one type."""
+  return ids if isinstance(ids, list | tuple) else ()

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jaxinf.networks.training import TrainConfig as TrainConfig
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -27,21 +29,6 @@ class DiffusionConfig:
   num_steps: int
   beta_start: float
   beta_end: float
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-  steps: int
-  batch_size: int
-  learning_rate: float  # the peak
-  warmup_steps: int
-  decay: str  # cosine (to zero) or constant
-  weight_decay: float
-  clip_norm: float
-  ema_max_decay: float
-  ema_warmup_power: float
-  checkpoint_every: int  # steps
-  log_every: int  # steps
 
 
 @dataclasses.dataclass(frozen=True)

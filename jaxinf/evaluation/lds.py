@@ -120,7 +120,7 @@ class LDS:
   @property
   def std_error(self) -> float:
     """std(ddof=1) / √Q over queries, as the paper's; other subsets are not accounted for."""
-    return float(mean_error(self.per_query))
+    return float(statistics.mean_and_error(self.per_query)[1])
 
   @functools.cached_property
   def interval(self) -> tuple[float, float]:
@@ -166,10 +166,8 @@ class LDS:
     return line
 
   def _samples(self) -> statistics.Resamples:
-    return statistics.resamples(
-      len(self.subset_numbers), len(self.query_ids),
-      seed=self.seed, num_resamples=len(self.resampled),
-    )  # fmt: skip
+    shape = len(self.subset_numbers), len(self.query_ids)
+    return statistics.resamples(*shape, seed=self.seed, num_resamples=len(self.resampled))
 
 
 def lds(
@@ -195,7 +193,7 @@ def lds(
   predicted, measured = predicted_and_measured(scores, subsets, retrained)
   counts = statistics.resamples(*predicted.shape, seed=seed, num_resamples=num_resamples).subsets
   return LDS(
-    per_query=statistics.spearman(predicted, measured),
+    per_query=statistics.spearman(predicted, measured, axis=0),
     query_ids=np.asarray(retrained.query_ids),
     predicted=predicted,
     measured=measured,
@@ -249,14 +247,6 @@ def _matched(given: np.ndarray, wanted: np.ndarray, what: str, whose: str) -> np
 
 def _some(ids: list) -> str:
   return ", ".join(map(repr, ids[:3])) + ", …" * (len(ids) > 3) if ids else "none"
-
-
-def mean_error(per_query: np.ndarray) -> np.ndarray:
-  """[…] std(ddof=1) / √Q of numbers [..., Q]; NaN for one query."""
-  num_queries = per_query.shape[-1]
-  if num_queries < 2:
-    return np.full(per_query.shape[:-1], np.nan)
-  return per_query.std(axis=-1, ddof=1) / num_queries**0.5
 
 
 def percent_range(interval: tuple[float, float]) -> str:

@@ -55,7 +55,7 @@ def retraining_lds(retrained: Retrained, *, seed: int = 0, num_resamples: int = 
     rest = dataclasses.replace(retrained, values=np.delete(retrained.values, one, axis=1))
     pair = np.stack([retrained.values[kept, one], rest.means()[kept]])
     x, y = pair[:, both]
-    per_query.append(statistics.spearman(x, y))
+    per_query.append(statistics.spearman(x, y, axis=0))
     resampled.append(statistics.resampled_spearman(x, y, counts[:, both]))
     pairs.append(np.where(both[:, None], pair, np.nan))
   if not pairs:
@@ -99,7 +99,7 @@ def noise_ceiling(
     both = retrained.trained[kept][:, [one, other]].all(axis=1)
     if both.sum() >= 2:
       x, y = retrained.values[kept[both]][:, [one, other]].swapaxes(0, 1)
-      found.append(statistics.spearman(x, y))
+      found.append(statistics.spearman(x, y, axis=0))
       resampled.append(statistics.resampled_spearman(x, y, counts[:, both]))
   if not found:
     raise ValueError("A noise ceiling needs two seeds of at least two subsets. Retrain with more.")

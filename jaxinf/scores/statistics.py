@@ -1,8 +1,8 @@
-"""Rank correlations, and how far they may be off: NumPy and SciPy only.
+"""The one home of means with standard errors, correlations, and how far these may be off.
 
-Dimensions: M subsets, Q queries, B resamples. A linear datamodelling score is a mean over queries
-of rank correlations over subsets. Both are samples, and all queries share the subsets: there are
-neither M nor Q independent repetitions.
+NumPy and SciPy only. Dimensions: M subsets, Q queries, B resamples. A linear datamodelling score is
+a mean over queries of rank correlations over subsets. Both are samples, and all queries share the
+subsets: there are neither M nor Q independent repetitions.
 """
 
 import dataclasses
@@ -42,14 +42,53 @@ class PairedTest:
   p_value: float
 
 
-def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-  """Spearman's rank correlation of columns: [..., M, Q] twice gives [..., Q].
+def mean_and_error(values: np.ndarray, axis: int = -1) -> tuple[np.ndarray, np.ndarray]:
+  """Means along an axis and their standard errors std(ddof=1) / √n, both without that axis.
 
-  Equal values share the average of their ranks. A column that is constant orders nothing: its
-  correlation is 0.
+  The errors are those of n independent values. They are NaN where n = 1.
   """
-  x, y = _centred_ranks(x), _centred_ranks(y)
-  return _quotient((x * y).sum(axis=-2), (x * x).sum(axis=-2), (y * y).sum(axis=-2))
+  num = values.shape[axis]
+  means = values.mean(axis=axis)
+  if num < 2:
+    return means, np.full_like(means, np.nan)
+  return means, values.std(axis=axis, ddof=1) / num**0.5
+
+
+def jackknife_error(left_out: np.ndarray, axis: int = 0) -> np.ndarray:
+  """Standard errors √((n − 1) / n · Σ (v_i − v̄)²) of a statistic of n independent groups.
+
+  v_i is the statistic without group i. The error holds for any smooth statistic of the groups,
+  however its other parts depend on each other, because only the groups are taken as independent.
+
+  Args:
+    left_out: the v_i along `axis`, n ≥ 2 of them.
+  """
+  num = left_out.shape[axis]
+  return left_out.std(axis=axis, ddof=1) * (num - 1) / num**0.5
+
+
+def centred(values: np.ndarray, axis: int) -> np.ndarray:
+  """Values less their mean; exactly 0 where all are equal, which rounding of the mean is not."""
+  spread = np.ptp(values, axis=axis, keepdims=True)
+  return np.where(spread == 0, 0, values - values.mean(axis=axis, keepdims=True))
+
+
+def pearson(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
+  """Pearson's correlations of x and y along an axis, which they lose; other axes broadcast.
+
+  Values that are all equal say nothing: their correlation is 0. NaN gives NaN.
+  """
+  x, y = (centred(np.asarray(values, np.float64), axis) for values in (x, y))
+  return _quotient((x * y).sum(axis=axis), (x * x).sum(axis=axis), (y * y).sum(axis=axis))
+
+
+def spearman(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
+  """Spearman's rank correlations of x and y along an axis, which they lose; other axes broadcast.
+
+  Equal values share the average of their ranks. Values that are all equal order nothing: their
+  correlation is 0. NaN gives NaN.
+  """
+  return pearson(stats.rankdata(x, axis=axis), stats.rankdata(y, axis=axis), axis=axis)
 
 
 def spearman_matrix(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -58,7 +97,7 @@ def spearman_matrix(x: np.ndarray, y: np.ndarray) -> np.ndarray:
   Such as of R measurements whose gradients predict with C true ones, or of C with themselves; the
   mean over queries is what a heatmap shows. Ties and constants as in `spearman`.
   """
-  x, y = _centred_ranks(x), _centred_ranks(y)
+  x, y = (centred(stats.rankdata(values, axis=1), 1) for values in (x, y))
   products = np.einsum("rmq,cmq->rcq", x, y, optimize=True)
   return _quotient(products, (x * x).sum(axis=1)[:, None], (y * y).sum(axis=1)[None])
 
@@ -79,7 +118,7 @@ def resamples(num_subsets: int, num_queries: int, *, seed: int, num_resamples: i
 
 
 def resampled_spearman(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:
-  """[B, Q] float32: `spearman` of x and y [M, Q] in resamples of their rows.
+  """[B, Q] float32: `spearman` of the columns of x and y [M, Q] in resamples of their rows.
 
   A row that comes w times is w equal rows. Its average rank in the resample follows from the counts
   of the rows below it, without sorting again: Σ_j w_j [x_j < x_i] + ½ Σ_j w_j [x_j = x_i] + ½.
@@ -198,12 +237,6 @@ def _degrees(samples: Resamples) -> int:
   return min(samples.subsets.shape[1], samples.queries.shape[1]) - 1
 
 
-def _centred_ranks(x: np.ndarray) -> np.ndarray:
-  """Average ranks along the second-last axis, less their mean."""
-  ranks = stats.rankdata(x, axis=-2)
-  return ranks - (ranks.shape[-2] + 1) / 2
-
-
 def _resampled_ranks(column: np.ndarray, counts: np.ndarray) -> np.ndarray:
   """[M, B] float32 average ranks of a column [M] in resamples counts [M, B], less their mean."""
   order = np.argsort(column)
@@ -216,4 +249,4 @@ def _resampled_ranks(column: np.ndarray, counts: np.ndarray) -> np.ndarray:
 def _quotient(products: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
   """products / √(first · second), and 0 where one of these is 0; exactly 1 where all are equal."""
   scale = np.sqrt(first * second)
-  return np.divide(products, scale, out=np.zeros_like(products), where=scale > 0)
+  return np.divide(products, scale, out=np.zeros_like(products), where=scale != 0)

@@ -12,6 +12,10 @@ All is averaged over splits. It is conservative, for two reasons: the scores the
 the draws of a half, and h_i lacks the product of both noises, so that with much noise on both sides
 halves agree too little (nothing but noise: a correlation of −⅓ instead of 0). Without groups of
 query draws (None or A = 1) the noise of query gradients is not counted.
+
+Equal scores are no agreement, because nothing orders them. Their ranks are averages, so that scores
+that are all equal have the correlation 0. Which of them enter a list of the top k is a draw, made
+anew in each half, and the overlap is its mean over all such draws: by chance.
 """
 
 import dataclasses
@@ -22,6 +26,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from jaxinf.scores.scores import Scores
+from jaxinf.scores.statistics import spearman
 
 Halving = tuple[tuple[int, ...], tuple[int, ...]]  # groups in the first half, in the second
 
@@ -82,30 +87,29 @@ def rank_stability(scores: Scores, *, seed: int = 0, num_splits: int = 20) -> Ra
 
   Args:
     scores: of Q queries and N ≥ 2 training examples, in G ≥ 2 groups of training draws.
-    seed: of the splits, where there are more than num_splits, and of the order of equal scores.
+    seed: of the splits, where there are more than num_splits.
     num_splits: to average over; all distinct ones where there are fewer.
 
   Raises:
     ValueError: there is one group of draws only, or one training example.
   """
-  weights = split_weights(scores, seed=seed, num_splits=num_splits)
+  weights = split_weights(*num_groups(scores), seed=seed, num_splits=num_splits)
   _, num_queries, num_train = scores.group_values.shape
   if num_train < 2:
     raise ValueError("Ranks need at least two training examples; the scores are of one.")
   depths = _depths(num_train // 2)
-  ties = np.random.default_rng(seed).permutation(num_train)
-  overlap = np.empty((num_queries, len(depths)))
-  correlation = np.empty(num_queries)
+  shared = np.zeros((num_queries, len(depths)))
+  correlation = np.zeros(num_queries)
   for query in range(num_queries):
-    joined = np.zeros(num_train, int)  # how many examples enter both tops at each depth
-    correlations = []
-    for halves in split_halves(scores, query, weights):
-      ranks = half_ranks(halves, ties)
-      joined += np.bincount(ranks.max(axis=0), minlength=num_train)
-      correlations.append(rank_correlation(ranks))
-    overlap[query] = joined.cumsum()[depths - 1] / (len(weights) * depths)
-    correlation[query] = np.mean(correlations)
-  return RankStability(depths, overlap, depths / num_train, correlation)
+    for halves in split_halves(groups_of(scores, query), weights):
+      ordered = np.sort(halves)
+      for column, k in enumerate(depths):
+        shared[query, column] += _num_shared(halves, ordered[:, -k], k)
+      correlation[query] += spearman(*halves)
+  num_splits = len(weights)
+  return RankStability(
+    depths, shared / (num_splits * depths), depths / num_train, correlation / num_splits
+  )
 
 
 def top_overlap(scores: Scores, k: int, *, seed: int = 0, num_splits: int = 20) -> np.ndarray:
@@ -114,34 +118,42 @@ def top_overlap(scores: Scores, k: int, *, seed: int = 0, num_splits: int = 20) 
   Raises:
     ValueError: there is one group of draws only, or k is not in 1…N.
   """
-  weights = split_weights(scores, seed=seed, num_splits=num_splits)
+  weights = split_weights(*num_groups(scores), seed=seed, num_splits=num_splits)
   _, num_queries, num_train = scores.group_values.shape
   if not 1 <= k <= num_train:
     raise ValueError(f"k must lie in 1…{num_train}, the number of training examples; got {k}.")
-  ties = np.random.default_rng(seed).permutation(num_train)
-  overlap = np.zeros(num_queries)
+  shared = np.zeros(num_queries)
   for query in range(num_queries):
-    for first, second in split_halves(scores, query, weights):
-      chosen = np.zeros(num_train, bool)
-      chosen[np.argpartition(-first, k - 1)[:k]] = True
-      overlap[query] += chosen[ties[np.argpartition(-second[ties], k - 1)[:k]]].sum()
-  return overlap / (len(weights) * k)
+    for halves in split_halves(groups_of(scores, query), weights):
+      shared[query] += _num_shared(halves, np.partition(halves, -k)[:, -k], k)
+  return shared / (len(weights) * k)
 
 
-def split_weights(scores: Scores, *, seed: int, num_splits: int) -> np.ndarray:
+def num_groups(scores: Scores) -> tuple[int, int]:
+  """(G, A) groups of training draws and of query draws; A = 0 where these do not split."""
+  of_queries = scores.query_group_values
+  num_query = 0 if of_queries is None else len(of_queries)
+  return len(scores.group_values), num_query if num_query > 1 else 0
+
+
+def split_weights(num_train: int, num_query: int, *, seed: int, num_splits: int) -> np.ndarray:
   """[S, 2, G + A] weights of groups of draws in the two halves of S distinct splits.
 
-  Training groups come first, then query groups (none where A < 2). Of an odd number of groups a
-  split leaves one out. Swapping both halves gives the same split.
+  Training groups come first, then query groups. Of an odd number of groups a split leaves one out.
+  Swapping both halves gives the same split.
+
+  Args:
+    num_train: G.
+    num_query: A, 0 or at least 2.
+    seed, num_splits: as of `rank_stability`.
 
   Raises:
     ValueError: there is one group of training draws only, or num_splits < 1.
   """
-  num_train, num_query = len(scores.group_values), len(query_groups(scores))
   if num_train < 2:
     raise ValueError(
       "Halves of the draws need at least 2 groups of training draws; the scores have 1. Compute "
-      "them with draw_groups ≥ 2 (4 or more allow several splits)."
+      "them with Draws(…, replicates=5), or with 2 or more."
     )
   if num_splits < 1:
     raise ValueError(f"num_splits must be at least 1; got {num_splits}.")
@@ -163,36 +175,31 @@ def split_weights(scores: Scores, *, seed: int, num_splits: int) -> np.ndarray:
   return weights
 
 
-def query_groups(scores: Scores) -> np.ndarray:
-  """[A, Q, N] scores from groups of query draws; A = 0 where these do not split."""
-  groups = scores.query_group_values
-  return scores.group_values[:0] if groups is None or len(groups) < 2 else groups
+def groups_of(scores: Scores, query: int) -> np.ndarray:
+  """[G + A, N] float64 scores of one query, of groups of training draws and of query draws."""
+  groups, of_queries = scores.group_values[:, query], scores.query_group_values
+  if of_queries is not None and len(of_queries) > 1:
+    groups = np.concatenate([groups, of_queries[:, query]])
+  return groups.astype(np.float64)
 
 
-def split_halves(scores: Scores, query: int, weights: np.ndarray) -> Iterator[np.ndarray]:
-  """Yields (h₁, h₂) [2, N] float32 of one query for each split of weights [S, 2, G + A]."""
-  both = scores.group_values[:, query], query_groups(scores)[:, query]
-  groups = np.concatenate(both).astype(np.float64)
+def split_halves(groups: np.ndarray, weights: np.ndarray) -> Iterator[np.ndarray]:
+  """Yields (h₁, h₂) [2, N] float32 of groups [G + A, N] for each split of weights [S, 2, G + A]."""
   for pair in weights:
     yield (pair @ groups).astype(np.float32)
 
 
-def half_ranks(halves: np.ndarray, ties: np.ndarray) -> np.ndarray:
-  """Ranks [2, N] of halves [2, N], 0 for the highest.
+def _num_shared(halves: np.ndarray, last: np.ndarray, k: int) -> float:
+  """|top-k(h₁) ∩ top-k(h₂)|, the mean over the order of equal scores, each half's its own.
 
-  Of equal scores the first half takes them as they come and the second in the order of the
-  permutation `ties` [N], so that scores that don't differ don't agree either.
+  Args:
+    halves: h [2, N].
+    last: [2] the k-th highest score of each half.
   """
-  ranks = np.empty(halves.shape, int)
-  ranks[0, np.argsort(-halves[0])] = np.arange(len(ties))
-  ranks[1, ties[np.argsort(-halves[1, ties])]] = np.arange(len(ties))
-  return ranks
-
-
-def rank_correlation(ranks: np.ndarray) -> float:
-  """Spearman's 1 − 6 Σ d² / (N (N² − 1)) of ranks [2, N] without ties, d their differences."""
-  num = ranks.shape[1]
-  return 1 - 6 * float(np.square(ranks[0] - ranks[1], dtype=float).sum()) / (num * (num**2 - 1))
+  above, tied = halves > last[:, None], halves == last[:, None]
+  chance = (k - above.sum(axis=1)) / tied.sum(axis=1)  # that one of the last enters
+  first, second = above + chance[:, None] * tied
+  return float(first @ second)
 
 
 def _num_halvings(num: int) -> int:

@@ -1,10 +1,12 @@
 """Scores of training examples for queries, and rankings made of them."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+
+from jaxinf.scores.statistics import mean_and_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,13 +26,13 @@ class Ranking:
   positions: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Scores:
   """Influence of every training example on every query.
 
   scores[q, n] = ⟨∇m_q, (H + λI)⁻¹ ∇ℓ_n⟩. Positive: example n supports query q, so that removing
   n makes the model fit q worse. The predicted change of m_q for removing a set I of examples is
-  Σ_{n∈I} scores[q, n] / N.
+  Σ_{n∈I} scores[q, n] / N; see `removal`.
 
   Attributes:
     group_values: [G, Q, N] float32, scores from G disjoint groups of training draws.
@@ -40,6 +42,12 @@ class Scores:
     query_group_values: [A, Q, N] float32, scores from A disjoint groups of query draws, each with
       the mean over all training draws, as each of the G is with that over all query draws. None:
       query draws were not grouped.
+    train_groups: [N] whose the examples are (an artist, a class); None: nobody said.
+    num_examples: the N that a removal divides by; None: as many as there are train_ids. It is
+      larger where a column is a sum over examples.
+
+  Raises:
+    ValueError: the shapes of the values and the numbers of ids or groups do not agree.
   """
 
   group_values: np.ndarray
@@ -47,6 +55,29 @@ class Scores:
   train_ids: np.ndarray
   settings: Mapping[str, Any]
   query_group_values: np.ndarray | None = None
+  train_groups: np.ndarray | None = None
+  num_examples: int | None = None
+
+  def __post_init__(self):
+    shape = np.shape(self.group_values)
+    if len(shape) != 3 or not shape[0]:
+      raise ValueError(
+        "group_values must be scores [G, Q, N] of G ≥ 1 groups of draws, Q queries and N training "
+        f"examples; got shape {shape}."
+      )
+    lengths = {"query_ids": shape[1], "train_ids": shape[2], "train_groups": shape[2]}
+    for name, length in lengths.items():
+      values = getattr(self, name)
+      if values is not None and np.shape(values) != (length,):
+        raise ValueError(
+          f"{name} must be {length}, as group_values {shape} has them; got {np.shape(values)}."
+        )
+    of_queries = self.query_group_values
+    if of_queries is not None and (np.ndim(of_queries) != 3 or of_queries.shape[1:] != shape[1:]):
+      raise ValueError(
+        f"query_group_values must be scores [A, {shape[1]}, {shape[2]}], of the same queries and "
+        f"training examples as group_values; got shape {np.shape(of_queries)}."
+      )
 
   @property
   def values(self) -> np.ndarray:
@@ -66,10 +97,86 @@ class Scores:
     side. Without groups of query draws (None or A = 1) the errors are over training draws alone;
     NaN where G = 1.
     """
-    errors = _mean_errors(self.group_values)
-    if self.query_group_values is None or len(self.query_group_values) < 2:
-      return errors
-    return np.hypot(errors, _mean_errors(self.query_group_values))
+    return _errors(self.group_values, self.query_group_values)
+
+  def by_group(self) -> "Scores":
+    """Scores of the M groups of training examples: sums over the examples of each.
+
+    The groups become the train_ids, in ascending order. Groups of draws stay apart, so that the
+    standard errors are those of the sums: examples share their draws, and their noise with them.
+
+    Raises:
+      ValueError: the scores have no train_groups.
+    """
+    if self.train_groups is None:
+      raise ValueError("Scores summed over groups need train_groups, whose each example is.")
+    groups, members = np.unique(self.train_groups, return_inverse=True)
+    of_queries = self.query_group_values
+    summed = lambda values: _sums(values, members, len(groups))
+    return dataclasses.replace(
+      self,
+      group_values=summed(self.group_values),
+      query_group_values=None if of_queries is None else summed(of_queries),
+      train_ids=groups,
+      train_groups=None,
+      num_examples=self._num_examples,
+    )
+
+  def removal(self, ids: Iterable) -> tuple[np.ndarray, np.ndarray]:
+    """Predicted change of each query's measurement where these training examples are removed.
+
+    Σ scores[q, n] / N over the examples n; of scores `by_group`, ids are groups, and N still counts
+    examples. Positive: the model will fit the query worse.
+
+    Args:
+      ids: of train_ids; one that comes twice counts once.
+
+    Returns:
+      Changes [Q] and their standard errors [Q] over draws, NaN where draws are in one group. The
+      errors are those of the sum, since examples share draws.
+
+    Raises:
+      ValueError: an id is none of train_ids.
+    """
+    asked = set(np.asarray(list(ids)).tolist())
+    known = np.asarray(self.train_ids).tolist()
+    unknown = sorted(map(repr, asked - set(known)))
+    if unknown:
+      raise ValueError(
+        f"{len(unknown)} ids are of no training example: {', '.join(unknown[:3])}"
+        f"{', …' if len(unknown) > 3 else ''}. There are {len(known)}, such as {known[:3]}."
+      )
+    removed = np.array([identity in asked for identity in known])
+    change = lambda values: values[..., removed].sum(axis=-1, dtype=float) / self._num_examples
+    of_queries = self.query_group_values
+    groups = change(self.group_values)
+    errors = _errors(groups, None if of_queries is None else change(of_queries))
+    return groups.mean(axis=0), errors
+
+  def size(self) -> str:
+    """How many queries, training examples and groups of draws there are, in words."""
+    num_groups, num_queries, num_train = self.group_values.shape
+    text = f"{num_queries} queries × {num_train} training examples, {num_groups} groups of draws"
+    return (
+      text
+      if self.query_group_values is None
+      else f"{text}, {len(self.query_group_values)} of query draws"
+    )
+
+  def summary(self) -> str:
+    """One line: their number, what they are of, and how large they are beside their errors."""
+    names = [name for name in ("method", "measurement", "damping") if name in self.settings]
+    said = [f"{name} {self.settings[name]}" for name in names]
+    values, errors = self.values, self.std_errors
+    scale = float(np.sqrt(np.mean(np.square(values, dtype=float)))) if values.size else 0.0
+    said.append(f"root mean square {scale:.3g}")
+    if values.size and not np.isnan(errors).all():
+      said.append(f"standard errors {float(np.sqrt(np.mean(np.square(errors, dtype=float)))):.3g}")
+    return f"{self.size()}; {', '.join(said)}"
+
+  def __repr__(self) -> str:
+    damping = self.settings.get("damping")
+    return f"Scores({self.size()}" + (")" if damping is None else f"; λ = {damping:g})")
 
   def top(self, k: int) -> Ranking:
     """The k most supporting training examples of each query."""
@@ -82,6 +189,10 @@ class Scores:
   def neutral(self, k: int) -> Ranking:
     """The k training examples of each query whose scores are nearest to zero."""
     return self._ranked(k, np.abs(self.values))
+
+  @property
+  def _num_examples(self) -> int:
+    return len(self.train_ids) if self.num_examples is None else self.num_examples
 
   def _ranked(self, k: int, order_by: np.ndarray) -> Ranking:
     num_train = order_by.shape[1]
@@ -97,8 +208,16 @@ class Scores:
     )
 
 
-def _mean_errors(groups: np.ndarray) -> np.ndarray:
-  """[Q, N] standard errors of the mean of groups [G, Q, N]; NaN where G = 1."""
-  if len(groups) < 2:
-    return np.full(groups.shape[1:], np.nan, np.float32)
-  return groups.std(axis=0, ddof=1) / len(groups) ** 0.5
+def _errors(groups: np.ndarray, query_groups: np.ndarray | None) -> np.ndarray:
+  """Standard errors of numbers [G, …] and [A, …] over groups; see `Scores.std_errors`."""
+  _, errors = mean_and_error(groups, axis=0)
+  if query_groups is None or len(query_groups) < 2:
+    return errors
+  return np.hypot(errors, mean_and_error(query_groups, axis=0)[1])
+
+
+def _sums(values: np.ndarray, members: np.ndarray, num_groups: int) -> np.ndarray:
+  """[…, M] float32 sums of values [..., N] over the examples of each group, made in float64."""
+  order = np.argsort(members, kind="stable")
+  begins = np.searchsorted(members[order], np.arange(num_groups))
+  return np.add.reduceat(values[..., order], begins, axis=-1, dtype=np.float64).astype(np.float32)

@@ -10,12 +10,12 @@ from jaxinf.evaluation.lds import (
   LDS,
   Retrained,
   lds,
-  mean_error,
   percent_range,
   predicted_and_measured,
 )
 from jaxinf.scores.scores import Scores
-from jaxinf.scores.statistics import spearman
+from jaxinf.scores.statistics import mean_and_error, spearman
+from jaxinf.scores.sweep import Sweep
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class DampingLDS:
   @property
   def std_errors(self) -> np.ndarray:
     """[L] std(ddof=1) / √Q over queries; NaN for one."""
-    return mean_error(self.per_query)
+    return mean_and_error(self.per_query)[1]
 
   @property
   def best_damping(self) -> float:
@@ -75,30 +75,25 @@ def damping_lds(
   """The LDS at every damping of a sweep; bootstrap intervals at the default and the best alone.
 
   Args:
-    sweep: scores that differ in settings["damping"].
+    sweep: scores at several dampings.
     default: one of these dampings, chosen without looking at the benchmark.
     subsets, retrained, seed, num_resamples: as of `lds`.
 
   Raises:
-    ValueError: dampings repeat or lack, the default is none of them, or as of `lds`.
+    ValueError: the default is none of the dampings, the scores are no `Sweep`, or as of `lds`.
   """
-  dampings = [scores.settings.get("damping", np.nan) for scores in sweep]
-  if np.isnan(dampings).any() or len(set(dampings)) < len(dampings) or default not in dampings:
-    raise ValueError(
-      'A sweep needs scores with each settings["damping"] once, and the default among them; got '
-      f"{dampings} and the default {default!r}."
-    )
-  sweep = [sweep[i] for i in np.argsort(dampings)]
+  sweep = Sweep(sweep).ascending()
+  place = list(sweep).index(sweep.at(default))
   per_query = np.stack(
-    [spearman(*predicted_and_measured(scores, subsets, retrained)) for scores in sweep]
+    [spearman(*predicted_and_measured(scores, subsets, retrained), axis=0) for scores in sweep]
   )
   best = int(per_query.mean(axis=1).argmax())
-  place = sorted(dampings).index(default)
   whole = {
     i: lds(sweep[i], subsets, retrained, seed=seed, num_resamples=num_resamples)
     for i in {place, best}
   }
-  return DampingLDS(np.sort(dampings), per_query, default, whole[place], whole[best])
+  chosen = float(sweep.dampings[place])
+  return DampingLDS(sweep.dampings, per_query, chosen, whole[place], whole[best])
 
 
 def compare(ldses: Mapping[str, LDS], *, against: str | None = None) -> str:

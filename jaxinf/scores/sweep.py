@@ -1,0 +1,85 @@
+"""Scores of the same queries and training examples at several dampings λ."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from jaxinf.scores.scores import Scores
+
+
+class Sweep(tuple[Scores, ...]):
+  """A tuple of L ≥ 1 scores that differ in damping only, in the order in which they were given.
+
+  A method that has no damping gives a sweep of one.
+
+  Args:
+    members: the scores; another sweep too.
+
+  Raises:
+    ValueError: there are none, a damping comes twice or is missing, or the scores have other ids,
+      groups of draws or settings (but "damping" and "check", which are each damping's own).
+  """
+
+  __slots__ = ()
+
+  def __new__(cls, members: Iterable[Scores]) -> "Sweep":
+    sweep = super().__new__(cls, members)
+    if not sweep or not all(isinstance(scores, Scores) for scores in sweep):
+      raise ValueError(
+        f"A sweep is made of Scores, one or more; got {[type(x).__name__ for x in sweep]}."
+      )
+    if len(sweep) > 1 and not all("damping" in scores.settings for scores in sweep):
+      raise ValueError('Scores of a sweep need settings["damping"]; pass what influence returns.')
+    if len(np.unique(sweep.dampings)) < len(sweep):
+      raise ValueError(f"A sweep has each damping once; got {sweep.dampings.tolist()}.")
+    for scores in sweep[1:]:
+      _check_alike(scores, sweep[0])
+    return sweep
+
+  @property
+  def dampings(self) -> np.ndarray:
+    """[L] the λ of the members; NaN of one whose method has none."""
+    return np.array([scores.settings.get("damping", np.nan) for scores in self], float)
+
+  def at(self, damping: float) -> Scores:
+    """The scores at one damping, to a relative 1e-6; ValueError where there are none."""
+    found = np.flatnonzero(np.isclose(self.dampings, damping, rtol=1e-6, atol=0))
+    if not len(found):
+      there = ", ".join(f"{x:g}" for x in self.dampings)
+      raise ValueError(f"There are no scores at the damping {damping!r}; the sweep has: {there}.")
+    return self[found[0]]
+
+  def ascending(self) -> "Sweep":
+    """The same scores in ascending order of damping."""
+    return Sweep(self[place] for place in np.argsort(self.dampings))
+
+  def __repr__(self) -> str:
+    dampings = ", ".join(f"{x:g}" for x in self.dampings)
+    return f"Sweep(λ = {dampings}; {self[0].size()})"
+
+
+def shared_settings(scores: Scores) -> dict[str, Any]:
+  """The settings that scores of a sweep have in common."""
+  own = ("damping", "check")
+  return {name: value for name, value in scores.settings.items() if name not in own}
+
+
+def _check_alike(scores: Scores, first: Scores) -> None:
+  same = {
+    "query ids": np.array_equal(scores.query_ids, first.query_ids),
+    "training ids": np.array_equal(scores.train_ids, first.train_ids),
+    "groups of draws": _shapes(scores) == _shapes(first),
+    "settings": shared_settings(scores) == shared_settings(first),
+  }
+  if not all(same.values()):
+    raise ValueError(
+      f"Scores of a sweep may differ in damping only; those at {scores.settings['damping']:g} "
+      f"have other {', '.join(name for name, alike in same.items() if not alike)} than those at "
+      f"{first.settings['damping']:g}. Score all dampings in one call."
+    )
+
+
+def _shapes(scores: Scores) -> list[tuple[int, ...] | None]:
+  both = scores.group_values, scores.query_group_values
+  return [None if groups is None else groups.shape for groups in both]

@@ -23,7 +23,7 @@ from jaxinf.engine.checkpoints import Resume
 from jaxinf.evaluation.comparison import compare, damping_lds
 from jaxinf.evaluation.lds import Retrained, lds
 from jaxinf.evaluation.oracle import noise_ceiling, retraining_lds
-from jaxinf.scores.damping import DampingSweep, recommend_damping
+from jaxinf.scores.damping import Recommendation, recommend_damping
 from jaxinf.scores.scores import Ranking, Scores
 from jaxinf.scores.stability import RankStability, rank_stability
 from jaxinf.store.index import build_index, open_index
@@ -34,7 +34,7 @@ __all__ = [
   "SKIP_NORMALISATION",
   "AutoDraws",
   "Curvature",
-  "DampingSweep",
+  "Recommendation",
   "DrawDesign",
   "Measurement",
   "RankStability",

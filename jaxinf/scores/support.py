@@ -3,6 +3,9 @@
 Is the mean score of a query's k most supporting training examples above that of k random others?
 Asked of the scores that chose the k, the answer is always yes, even for pure noise (the winner's
 curse). So the draws are split: one half of the draw groups chooses, the other half answers.
+
+What is alike in both halves passes for signal: the rounding of compressed query gradients above
+all. Where the scores know their rank correlation with uncompressed ones, the check says it too.
 """
 
 import dataclasses
@@ -11,6 +14,7 @@ import numpy as np
 from scipy import stats
 
 from jaxinf.scores.scores import Scores
+from jaxinf.scores.statistics import mean_and_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +24,13 @@ class SupportCheck:
   Attributes:
     k: examples chosen, and random examples they are compared with.
     group_differences: d [G, Q] float64, in units of the scores.
+    compression_spearman: Spearman's rank correlation of the scores with those of uncompressed
+      queries, mean over queries; None where it is not known, or nothing is compressed.
   """
 
   k: int
   group_differences: np.ndarray
+  compression_spearman: float | None = None
 
   @property
   def differences(self) -> np.ndarray:
@@ -36,8 +43,7 @@ class SupportCheck:
 
     With few groups they are rough: z then has the tails of Student's t with G − 1 degrees.
     """
-    num_groups = len(self.group_differences)
-    return self.group_differences.std(axis=0, ddof=1) / np.sqrt(num_groups)
+    return mean_and_error(self.group_differences, axis=0)[1]
 
   @property
   def z(self) -> np.ndarray:
@@ -56,10 +62,7 @@ class SupportCheck:
 
     Queries share the gradients of the training examples, so it is rough too; see `repeats`.
     """
-    num_queries = len(self.differences)
-    if num_queries < 2:
-      return float("nan")
-    return float(self.differences.std(ddof=1) / np.sqrt(num_queries))
+    return float(mean_and_error(self.differences)[1])
 
   @property
   def num_clear(self) -> int:
@@ -80,6 +83,30 @@ class SupportCheck:
     """
     means = [self.group_differences.mean(axis=axis) for axis in (0, 1)]
     return all(_is_positive(values) for values in means if len(values) > 1)
+
+  def compression_note(self) -> str:
+    """What compression does to the order, in a sentence; empty where it is not known or harmless.
+
+    Harmless is a rank correlation of 0.99 or more with the scores of uncompressed queries.
+    """
+    if self.compression_spearman is None or self.compression_spearman >= 0.99:
+      return ""
+    return (
+      "Compression of the queries changes the order of the scores: their rank correlation with "
+      f"those of uncompressed queries is {self.compression_spearman:.2f}. This check cannot see "
+      "it, because rounding is the same in both halves of the draws; choose a finer compression."
+    )
+
+  def summary(self) -> str:
+    """Whether the scores are more than noise, and what compression does to them, in words."""
+    verdict = "more than noise" if self.repeats else "not clearly more than noise"
+    error = "" if np.isnan(self.mean_std_error) else f" ± {self.mean_std_error:.3g}"
+    text = (
+      f"The scores are {verdict}: the {self.k} training examples that one half of the draws puts "
+      f"highest score {self.mean_difference:.3g}{error} above random ones in the other half, "
+      f"clearly so for {self.num_clear} of {len(self.differences)} queries."
+    )
+    return f"{text} {self.compression_note()}".rstrip()
 
 
 def support_check(scores: Scores, *, k: int = 10, seed: int = 0) -> SupportCheck | None:
@@ -126,13 +153,14 @@ def support_check(scores: Scores, *, k: int = 10, seed: int = 0) -> SupportCheck
     others = rng.permuted(order[:, k:], axis=1)[:, :k]
     held_out = groups[fold::2]
     differences[fold::2] = _mean_at(held_out, order[:, :k]) - _mean_at(held_out, others)
-  return SupportCheck(k, differences)
+  check = scores.settings.get("check") or {}
+  return SupportCheck(k, differences, check.get("spearman"))
 
 
 def _is_positive(values: np.ndarray) -> bool:
   """Whether the mean of values [n] passes a t test against 0 at 97.5 %, one-sided."""
-  std_error = values.std(ddof=1) / np.sqrt(len(values))
-  return bool(values.mean() > stats.t.ppf(0.975, len(values) - 1) * std_error)
+  mean, error = mean_and_error(values)
+  return bool(mean > stats.t.ppf(0.975, len(values) - 1) * error)
 
 
 def _mean_at(groups: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -74,7 +74,7 @@ class Truth:
     """[Q] rank correlations of predicted and true changes; NaN where scores are not finite."""
     if not np.isfinite(scores.values).all():
       return np.full(len(self.query_ids), np.nan)
-    return spearman(self.predicted(scores), self.means[name])
+    return spearman(self.predicted(scores), self.means[name], axis=0)
 
   def sweep(self, sweep: Sequence[Scores], name: str) -> tuple[np.ndarray, np.ndarray]:
     """LDS ([L], their standard errors [L] over queries) of scores at L dampings."""

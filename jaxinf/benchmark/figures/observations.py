@@ -103,7 +103,7 @@ def changes(run: Run) -> Drawn:
     predicted = truth.predicted(at_default(run, row_of(_INFLUENCE, target)))
     actual = _actual_changes(run, target, truth.retrained[target].values[truth.kept])
     slope = _slope_within_samples(predicted, actual)
-    rank, _ = mean_and_error(spearman(predicted, actual))
+    rank, _ = mean_and_error(spearman(predicted, actual, axis=0))
     above = (actual > 0).mean(), (predicted > 0).mean()
     numbers = (
       f"{slope:.2g}".replace("-", "−"),

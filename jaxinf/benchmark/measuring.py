@@ -26,8 +26,8 @@ from jaxinf.engine.progress import Progress
 from jaxinf.engine.resources import measured
 from jaxinf.evaluation.lds import Retrained
 from jaxinf.evaluation.measuring import Measured, Measuring
-from jaxinf.runs.config import as_dict
-from jaxinf.runs.run import Run, content_of_stage, draw_design, load_samples, load_task
+from jaxinf.runs.run import Run, content_of_stage, draw_design, load_task, own_settings
+from jaxinf.runs.sampling import load_samples
 
 _LOG = logging.getLogger("jaxinf")
 
@@ -116,10 +116,8 @@ def measured_everywhere(run: Run, names: Sequence[str]) -> set[str]:
 
 def key_of_measurement(run: Run, name: str) -> dict:
   """What one measurement depends on, apart from which models it was taken of."""
-  config = as_dict(run.config.measure)
-  own = {field: config[field] for field in ("draws", "draw_groups", "design")}
   return common_key(run) | {
-    "measure": own,
+    "measure": own_settings(run, "measure"),
     "measurement": name,
     "samples_content": content_of_stage(run, "sample"),
     "share": run.config.retrain.share,
@@ -132,19 +130,9 @@ def _measure(
   run: Run, models: Sequence[str], measurements: Mapping[str, Measurement], stage: str, place: str
 ) -> None:
   """Adds the measurements by `models` to the artefacts."""
-  config, task = run.config.measure, load_task(run)
   (of,) = {measurement.of for measurement in measurements.values()}
   samples = load_samples(run, trajectories=of == "trajectories")
-  if of not in samples:
-    raise ValueError(
-      f"{run.folder('sample') / of} is not there, which {', '.join(measurements)} needs: delete "
-      "the samples and generate them anew, or leave it out of measure.measurements."
-    )
-  measuring = Measuring(
-    task.apply_fn, task.schedule, samples[of], example_numbers(samples["ids"]), measurements,
-    draws=config.draws, draw_groups=config.draw_groups, design=draw_design(config.design),
-    seed=run.config.seed, batch_size=config.batch_size, devices=run.devices,
-  )  # fmt: skip
+  measuring = _measuring(run, samples[of], samples["ids"], measurements)
   at_once = run.config.retrain.models_at_once
   with Progress("measure", len(models), "models") as progress:
     for i in range(0, len(models), at_once):
@@ -159,10 +147,34 @@ def _measure(
   _LOG.info("measure: %s by %d models", ", ".join(measurements), len(models))
 
 
+def _measuring(
+  run: Run, inputs: np.ndarray, ids: np.ndarray, measurements: Mapping[str, Measurement]
+) -> Measuring:
+  config, task = run.config.measure, load_task(run)
+  return Measuring(
+    task.apply_fn,
+    task.schedule,
+    inputs,
+    example_numbers(ids),
+    measurements,
+    draws=config.draws,
+    draw_groups=config.draw_groups,
+    design=draw_design(config.design),
+    seed=run.config.seed,
+    batch_size=config.batch_size,
+    devices=run.devices,
+  )
+
+
 def _append(
-  run: Run, name: str, models: Sequence[str], found: Measured, query_ids: np.ndarray,
-  stage: str, cost: dict,
-) -> None:  # fmt: skip
+  run: Run,
+  name: str,
+  models: Sequence[str],
+  found: Measured,
+  query_ids: np.ndarray,
+  stage: str,
+  cost: dict,
+) -> None:
   """Adds the measurements of `models` (the first rows of `found`) to an artefact."""
   before = _read(run, name, stage)
   rows = lambda old, new: np.concatenate([old.reshape(-1, *new.shape[1:]), new[: len(models)]])

@@ -1,9 +1,7 @@
 """Scores of every method for the proof: one artefact a method and measurement, at all dampings."""
 
 import dataclasses
-import logging
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,23 +14,21 @@ from jaxinf.data.files import read_embeddings
 from jaxinf.diffusion.measurements import measurement_named
 from jaxinf.diffusion.model import Task
 from jaxinf.engine import artifacts, processes
+from jaxinf.engine.artifacts import Outcome
 from jaxinf.engine.checkpoints import Resume
-from jaxinf.engine.progress import clock
-from jaxinf.engine.resources import measured
-from jaxinf.runs import stages
-from jaxinf.runs.config import as_dict
+from jaxinf.runs.config import settings
+from jaxinf.runs.perform import perform
 from jaxinf.runs.run import (
-  PACE,
   Run,
   content_of_stage,
   draw_design,
   load_curvature,
-  load_samples,
   load_task,
+  own_settings,
 )
+from jaxinf.runs.sampling import load_samples
 from jaxinf.scores.scores import Scores
 
-_LOG = logging.getLogger("jaxinf")
 _NO_CLIP = "The method clip needs score.clip: a folder with a CLIP, or embeddings.npz."
 
 
@@ -118,22 +114,19 @@ def scored(run: Run, row: Row) -> list[Scores]:
   """
   if processes.count() > 1:
     raise ValueError("Scores for a proof take one process: start it alone.")
-  folder, key = _folder(run, row), score_key(run, row)
-  if not artifacts.finished(folder, key):
-    artifacts.begin(folder, key)
-    _LOG.info("score: %s begins", row.name)
-    with measured() as cost:
-      found = list(row.kind.scores(_question(run, row, folder / "sums")))
+  folder = _folder(run, row)
+
+  def compute() -> Outcome:
+    found = row.kind.scores(_question(run, row, folder / "sums"))
     arrays = {
       "values": np.stack([scores.values for scores in found]),
       "query_ids": found[0].query_ids,
       "train_ids": found[0].train_ids,
     }
     notes = {"settings": [dict(scores.settings) for scores in found]}
-    artifacts.write(folder, key, arrays, notes=notes, cost=cost)
-    shutil.rmtree(folder / "sums", ignore_errors=True)
-    _LOG.info("score: %s in %s", row.name, clock(cost["seconds"]))
-  artifact = artifacts.read(folder)
+    return arrays, notes, f"scores at {len(found)} dampings"
+
+  artifact = artifacts.cached(folder, score_key(run, row), compute, label=f"score: {row.name}")
   ids = artifact.arrays["query_ids"], artifact.arrays["train_ids"]
   return [
     Scores(values[None], *ids, settings)
@@ -145,56 +138,65 @@ def _folder(run: Run, row: Row) -> pathlib.Path:
   return run.folder("score") / artifacts.file_name(row.name)
 
 
-def score_key(run: Run, row: Row) -> dict:
+def score_key(run: Run, row: Row) -> dict[str, Any]:
   """What the scores of a row depend on."""
-  config = as_dict(run.config.score)
-  key: dict[str, Any] = {}
-  if "clip" in row.kind.reads and config["clip"] is not None:
-    key["clip_content"] = artifacts.fingerprint_of_files(pathlib.Path(config["clip"]).expanduser())
+  section = settings(run.config.score)
+  key = {name: value for name, value in section.items() if name in row.kind.reads} | {
+    "seed": run.config.seed,
+    "method": row.method,
+    "measurement": row.measurement,
+    "dampings": row.kind.dampings(run.config.score.dampings),
+    "data": {"content": run.data_content, "random_flip": run.dataset.random_flip},
+    "train_content": content_of_stage(run, "train"),
+    "sample_content": content_of_stage(run, "sample"),
+  }
+  if "clip" in row.kind.reads and section["clip"] is not None:
+    path = pathlib.Path(section["clip"]).expanduser()
+    key["clip_content"] = artifacts.fingerprint_of_files(path)
   if row.kind.curved:
-    section = as_dict(run.config.curvature)
-    key["curvature"] = {k: v for k, v in section.items() if k not in PACE["curvature"]}
-  return (
-    key
-    | {name: config[name] for name in row.kind.reads}
-    | {
-      "seed": run.config.seed,
-      "method": row.method,
-      "measurement": row.measurement,
-      "dampings": row.kind.dampings(run.config.score.dampings),
-      "data": {"content": run.data_content, "random_flip": run.dataset.random_flip},
-      "train_content": content_of_stage(run, "train"),
-      "sample_content": content_of_stage(run, "sample"),
-    }
-  )
+    key["curvature"] = own_settings(run, "curvature")
+  return key
 
 
 def _question(run: Run, row: Row, sums: pathlib.Path) -> Question:
-  config, task = run.config.score, load_task(run)
-  samples, dataset = load_samples(run, trajectories=row.of == "trajectories"), run.dataset
-
-  def embeddings() -> tuple[np.ndarray, np.ndarray]:
-    path = pathlib.Path(config.clip or "").expanduser()
-    if config.clip is None:
-      raise ValueError(_NO_CLIP)
-    if path.suffix == ".npz":
-      queries, train = (read_embeddings(path, ids) for ids in (samples["ids"], dataset.ids))
-    else:
-      queries, train = (clip_embeddings(x, path) for x in (samples["images"], dataset.images))
-    return queries, train
-
+  config, task, dataset = run.config.score, load_task(run), run.dataset
+  samples = load_samples(run, trajectories=row.of == "trajectories")
   return Question(
-    task=task, queries=samples["images"], query_ids=samples["ids"],
-    trajectories=samples.get("trajectories"), train_images=dataset.images,
-    train_ids=dataset.ids, measurement=row.measurement or "loss",
+    task=task,
+    queries=samples["images"],
+    query_ids=samples["ids"],
+    trajectories=samples.get("trajectories"),
+    train_images=dataset.images,
+    train_ids=dataset.ids,
+    measurement=row.measurement or "loss",
     dampings=row.kind.dampings(config.dampings),
-    draws=config.draws, draw_groups=config.draw_groups, query_draws=config.query_draws,
-    query_groups=config.query_groups, design=draw_design(config.design, dataset.random_flip),
-    compression=config.compression, passes=config.passes, projection_dim=config.projection_dim,
-    projection=config.projection, journey_steps=config.journey_steps, embeddings=embeddings,
-    curvature=lambda options: _curvature(run, task, options), seed=run.config.seed,
-    batch_size=config.batch_size, devices=run.devices, resume=Resume(sums),
-  )  # fmt: skip
+    draws=config.draws,
+    draw_groups=config.draw_groups,
+    query_draws=config.query_draws,
+    query_groups=config.query_groups,
+    design=draw_design(config.design, dataset.random_flip),
+    compression=config.compression,
+    passes=config.passes,
+    projection_dim=config.projection_dim,
+    projection=config.projection,
+    journey_steps=config.journey_steps,
+    embeddings=lambda: _embeddings(run, samples),
+    curvature=lambda options: _curvature(run, task, options),
+    seed=run.config.seed,
+    batch_size=config.batch_size,
+    devices=run.devices,
+    resume=Resume(sums),
+  )
+
+
+def _embeddings(run: Run, samples: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+  """CLIP's of the samples and of the training images, read or computed."""
+  if run.config.score.clip is None:
+    raise ValueError(_NO_CLIP)
+  path, dataset = pathlib.Path(run.config.score.clip).expanduser(), run.dataset
+  if path.suffix == ".npz":
+    return read_embeddings(path, samples["ids"]), read_embeddings(path, dataset.ids)
+  return clip_embeddings(samples["images"], path), clip_embeddings(dataset.images, path)
 
 
 def _curvature(run: Run, task: Task, options: Mapping[str, str]) -> Curvature:
@@ -207,5 +209,5 @@ def _curvature(run: Run, task: Task, options: Mapping[str, str]) -> Curvature:
       config=dataclasses.replace(run.config, curvature=section),
       folders={**run.folders, "curvature": run.workdir / "score" / name},
     )
-  stages.curvature(run)
+  perform(run, "curvature")
   return load_curvature(run, task)

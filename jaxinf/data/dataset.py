@@ -10,10 +10,20 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from jaxinf.runs.sections import DataConfig
-
 # Fields of DataConfig that only some loaders read.
 _OPTIONS = ("data_dir", "path", "image_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Which data set; the config's section `data`."""
+
+  name: str = "cifar10"  # one of jaxinf.data.DATASETS
+  data_dir: str | None = None  # TFDS folder; None: TFDS's default
+  path: str | None = None  # .npz file or image folder, for `arrays` and `folder`
+  image_size: int | None = None  # `folder` crops and resizes to it; None: images as they are
+  num_examples: int | None = None  # a seeded subset of that many; None: all
+  seed: int = 0  # of subsets
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

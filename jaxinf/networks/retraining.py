@@ -24,13 +24,13 @@ from jaxinf.engine.progress import Progress
 from jaxinf.networks.training import (
   Batches,
   Hooks,
+  TrainConfig,
   TrainRows,
   TrainState,
   checked_means,
   init_state,
   train_step,
 )
-from jaxinf.runs.sections import TrainConfig
 
 # Axes of a state of several models: the step is one for all of them, and so are its random keys,
 # so that the noise of a step is drawn once, however many models it trains.

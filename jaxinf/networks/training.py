@@ -24,7 +24,23 @@ from jaxinf.diffusion.objective import flipped, float_images, noised, squared_er
 from jaxinf.diffusion.schedule import Schedule
 from jaxinf.engine import processes
 from jaxinf.engine.progress import Progress
-from jaxinf.runs.sections import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """How a model is trained; the config's section `train`."""
+
+  steps: int = 160_000
+  batch_size: int = 128
+  learning_rate: float = 1e-4  # the peak
+  warmup_steps: int = 16_000
+  decay: str = "constant"  # cosine (to zero) or constant
+  weight_decay: float = 0.01
+  clip_norm: float = 1.0
+  ema_max_decay: float = 0.999
+  ema_warmup_power: float = 0.75
+  checkpoint_every: int = 5_000  # steps
+  log_every: int = 100  # steps
 
 
 @flax.struct.dataclass

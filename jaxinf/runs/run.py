@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 
 from jaxinf import data, networks
 from jaxinf.core.random import example_numbers
+from jaxinf.core.registry import named
 from jaxinf.core.types import ApplyFn, Eigenbasis, Params
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.ggn import GGN, Solver
@@ -25,25 +27,10 @@ from jaxinf.engine import artifacts
 from jaxinf.engine.worklist import Rows
 from jaxinf.layers.coverage import Coverage, Row
 from jaxinf.layers.specs import Layer
-from jaxinf.runs.config import as_dict
-from jaxinf.runs.sections import Config, DrawConfig
+from jaxinf.runs.config import settings
+from jaxinf.runs.sections import Config, DiffusionConfig, DrawConfig
+from jaxinf.runs.stage import STAGES
 from jaxinf.scores.scores import Scores
-
-ORDER = ("train", "sample", "curvature", "attribute", "report")
-
-# What a stage computes: the arrays and notes of its artefact, and a word on them for the user.
-Outcome = tuple[Mapping[str, np.ndarray], Mapping[str, Any], str]
-
-# Fields that change how fast a stage goes but not what it computes.
-PACE = {
-  "train": {"log_every", "checkpoint_every"},
-  "sample": {"batch_size"},
-  "curvature": {"batch_size", "partitions", "checkpoint_every"},
-  "curvature-study": {"batch_size"},
-  "compress-study": {"batch_size"},
-  "attribute": {"batch_size", "query_blocks", "checkpoint_every"},
-  "index": {"batch_size", "reserve_mib"},
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,52 +78,53 @@ class Run:
   def schedule(self) -> Schedule:
     """The noise schedule."""
     section = self.config.diffusion
-    if section.schedule not in SCHEDULES:
-      raise ValueError(
-        f"Unknown diffusion.schedule {section.schedule!r}; there are: {', '.join(SCHEDULES)}."
-      )
-    return SCHEDULES[section.schedule](section.num_steps, section.beta_start, section.beta_end)
+    _check_process(section)
+    make = named(SCHEDULES, section.schedule, "diffusion.schedule")
+    return make(section.num_steps, section.beta_start, section.beta_end)
 
 
-def key_of(run: Run, stage: str) -> dict:
-  """What the result of a stage depends on: config fields and contents of its inputs.
+def _check_process(section: DiffusionConfig) -> None:
+  """Raises ValueError for processes other than discrete ones that predict noise."""
+  asked = section.prediction, section.time, section.shift, section.sigma_data
+  usual = DiffusionConfig()
+  if asked != (usual.prediction, usual.time, usual.shift, usual.sigma_data):
+    raise ValueError("diffusion.prediction, time, shift and sigma_data cannot be changed yet.")
+  if section.weight is not None or section.zero_terminal_snr:
+    raise ValueError("diffusion.weight and diffusion.zero_terminal_snr cannot be changed yet.")
+
+
+def key_of(run: Run, name: str) -> dict[str, Any]:
+  """What the result of a stage depends on, as its row of STAGES says: settings, and its inputs.
 
   Raises:
     ValueError: an input is not finished, or was made with other settings (StaleArtifact).
   """
-  config = run.config
-  pace = PACE.get(stage, set())
-  section = as_dict(getattr(config, stage.replace("-", "_")))
-  own = {k: v for k, v in section.items() if k not in pace}
-  sections, inputs = _DEPENDS[stage]
-  key: dict[str, Any] = {"seed": config.seed, stage: own}
-  key |= {name: as_dict(getattr(config, name)) for name in sections}
-  dataset = run.dataset
-  if stage != "sample":
-    key["data"] = {"content": run.data_content, "random_flip": dataset.random_flip}
-  if stage == "curvature-study":
-    key["skip"] = list(config.curvature.skip)
-  if stage == "report":
-    labels = {} if dataset.labels is None else {"labels": dataset.labels}
-    key["data"] |= {
-      "name": dataset.name,
-      "labels": artifacts.fingerprint(labels),
-      "label_names": dataset.label_names,
-    }
-  return key | {f"{name}_content": content_of_stage(run, name) for name in inputs}
+  stage = named(STAGES, name, "stage")
+  key: dict[str, Any] = {"seed": run.config.seed, name: own_settings(run, name)}
+  for path in stage.reads:
+    key[path.rpartition(".")[2]] = settings(operator.attrgetter(path)(run.config))
+  if stage.data:
+    key["data"] = {"content": run.data_content, "random_flip": run.dataset.random_flip}
+  if stage.data == "labelled":
+    key["data"] |= _labels(run.dataset)
+  return key | {f"{needed}_content": content_of_stage(run, needed) for needed in stage.needs}
 
 
-# Stage → further config sections and earlier stages it depends on.
-_DEPENDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-  "train": (("model", "diffusion"), ()),
-  "sample": (("diffusion",), ("train",)),
-  "curvature": (("diffusion",), ("train",)),
-  "curvature-study": (("diffusion",), ("train", "sample")),
-  "compress-study": ((), ("train", "sample", "curvature")),
-  "attribute": ((), ("train", "sample", "curvature")),
-  "index": ((), ("train", "curvature")),
-  "report": ((), ("attribute",)),
-}
+def own_settings(run: Run, name: str) -> dict[str, Any]:
+  """The fields of a stage's own section that its result depends on."""
+  stage = named(STAGES, name, "stage")
+  assert stage.section is not None
+  section = settings(getattr(run.config, stage.section))
+  return {k: v for k, v in section.items() if k not in (*stage.pace, *stage.extent)}
+
+
+def _labels(dataset: Dataset) -> dict[str, Any]:
+  labels = {} if dataset.labels is None else {"labels": dataset.labels}
+  return {
+    "name": dataset.name,
+    "labels": artifacts.fingerprint(labels),
+    "label_names": dataset.label_names,
+  }
 
 
 def draw_design(config: DrawConfig, random_flip: bool = False) -> DrawDesign:
@@ -160,16 +148,6 @@ def fresh_task(run: Run) -> Task:
   return Task(_apply_fn(run), params, run.schedule)
 
 
-def load_samples(run: Run, trajectories: bool = True) -> dict[str, np.ndarray]:
-  """The arrays `ids` and `images` of the samples, and `trajectories` if asked for and kept."""
-  arrays = dict(artifacts.read(run.folder("sample")).arrays)
-  place = run.folder("sample") / "trajectories"
-  there = (place / "arrays.npz").exists()  # they may be left out of a copy, being large
-  if trajectories and there and artifacts.finished(place, key_of(run, "sample")):
-    arrays["trajectories"] = artifacts.read(place).arrays["trajectories"]
-  return arrays
-
-
 def load_curvature(run: Run, task: Task) -> Curvature:
   """The fitted curvature of a run, for its task."""
   artifact = artifacts.read(run.folder("curvature"))
@@ -185,10 +163,15 @@ def load_curvature(run: Run, task: Task) -> Curvature:
   if settings["method"] == "cg":
     rows = Rows(run.dataset.images, example_numbers(run.dataset.ids), settings["draws"])
     exact = GGN(
-      task, layers, rows, seed=settings["seed"], batch_size=run.config.curvature.batch_size,
-      devices=run.devices, solver=Solver(**settings["solver"]),
+      task,
+      layers,
+      rows,
+      seed=settings["seed"],
+      batch_size=run.config.curvature.batch_size,
+      devices=run.devices,
+      solver=Solver(**settings["solver"]),
       random_flip=settings.get("random_flip", False),
-    )  # fmt: skip
+    )
   return Curvature(layers, bases, coverage, task, settings, diagnostics, exact)
 
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from jaxinf.compression.compression import Compression, compression_named
 from jaxinf.curvature.fit import partition
-from jaxinf.curvature.ggn import Solver
 from jaxinf.curvature.memory import layer_memory, memory_table
 from jaxinf.engine import artifacts, num_devices, processes
+from jaxinf.engine.artifacts import Outcome
 from jaxinf.engine.checkpoints import Kept
 from jaxinf.evaluation.compression_study import compression_study
 from jaxinf.evaluation.curvature_study import curvature_study as evaluate_curvatures
@@ -19,8 +19,7 @@ from jaxinf.layers.coverage import Selection
 from jaxinf.layers.register import register
 from jaxinf.report.compression_page import write_compression_study
 from jaxinf.report.study import write_study
-from jaxinf.runs.config import as_dict
-from jaxinf.runs.run import Outcome, Run, fresh_task, load_curvature, load_task
+from jaxinf.runs.run import Run, fresh_task, load_curvature, load_task
 from jaxinf.runs.sections import CompressStudyConfig
 
 
@@ -33,9 +32,14 @@ def curvature_memory(run: Run) -> str:
   devices = num_devices(run.devices)
   targets = math.prod(image_shape) if config.estimator == "exact" else config.targets
   memory = layer_memory(
-    model, task.params, image_shape, method=config.method, sharing=config.sharing,
-    targets=targets, batch_size=math.ceil(config.batch_size / devices),
-  )  # fmt: skip
+    model,
+    task.params,
+    image_shape,
+    method=config.method,
+    sharing=config.sharing,
+    targets=targets,
+    batch_size=math.ceil(config.batch_size / devices),
+  )
   table = memory_table(memory, partition(model.layers, config.partitions))
   return (
     f"{model.coverage.summary()}\nMiB a layer, each on every one of {devices} devices but for "
@@ -51,17 +55,28 @@ def curvature_study(run: Run) -> Outcome:
   dataset = run.dataset.sample(config.num_images, run.config.seed)
   queries, query_ids = _samples(run, config.num_queries, "curvature_study")
   study = evaluate_curvatures(
-    load_task(run), dataset.images, queries, dampings=config.dampings,
-    draws=config.draws, gradient_draws=config.gradient_draws, seed=run.config.seed,
-    ids=dataset.ids, query_ids=query_ids, skip=run.config.curvature.skip,
-    solver=Solver(**as_dict(config.solver)),
-    batch_size=config.batch_size, devices=run.devices, keep=Kept(folder / "sums"),
-  )  # fmt: skip
+    load_task(run),
+    dataset.images,
+    queries,
+    dampings=config.dampings,
+    draws=config.draws,
+    gradient_draws=config.gradient_draws,
+    seed=run.config.seed,
+    ids=dataset.ids,
+    query_ids=query_ids,
+    skip=run.config.curvature.skip,
+    solver=config.solver,
+    batch_size=config.batch_size,
+    devices=run.devices,
+    keep=Kept(folder / "sums"),
+  )
   arrays = _arrays(study, "dampings", "errors", "correlations", "residuals", "iterations")
   notes = {
-    "files": _shown(folder, study, write_study), "names": study.names, "settings": study.settings,
+    "files": _shown(folder, study, write_study),
+    "names": study.names,
+    "settings": study.settings,
     "largest_eigenvalue": study.largest_eigenvalue,
-  }  # fmt: skip
+  }
   return arrays, notes, f"a comparison of {len(study.names)} approximations"
 
 
@@ -72,10 +87,19 @@ def compress_study(run: Run) -> Outcome:
   dataset = run.dataset.sample(config.num_images, run.config.seed)
   queries, query_ids = _samples(run, config.num_queries, "compress_study")
   study = compression_study(
-    task, load_curvature(run, task), dataset.images, queries, damping=config.damping,
-    draws=config.draws, seed=run.config.seed, variants=variants, train_ids=dataset.ids,
-    query_ids=query_ids, batch_size=config.batch_size, devices=run.devices,
-  )  # fmt: skip
+    task,
+    load_curvature(run, task),
+    dataset.images,
+    queries,
+    damping=config.damping,
+    draws=config.draws,
+    seed=run.config.seed,
+    variants=variants,
+    train_ids=dataset.ids,
+    query_ids=query_ids,
+    batch_size=config.batch_size,
+    devices=run.devices,
+  )
   arrays = _arrays(study, "sizes", "errors", "pearson", "spearman")
   files = _shown(run.folder("compress-study"), study, write_compression_study)
   notes = {"files": files, "names": study.names, "settings": study.settings}

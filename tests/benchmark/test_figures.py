@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from jaxinf import benchmark
 from jaxinf.attribution.methods import method_named
 from jaxinf.benchmark import counterfactuals as removal
 from jaxinf.benchmark import measuring as measures
@@ -20,8 +19,9 @@ from jaxinf.benchmark.figures.common import plain_name, truth_of
 from jaxinf.engine import artifacts
 from jaxinf.report.method_figures import GROUPS
 from jaxinf.runs import run as runs
-from jaxinf.runs import stages
 from jaxinf.runs.config import typed
+from jaxinf.runs.perform import perform
+from jaxinf.runs.stage import STAGES
 from tests import tiny
 
 HALF = [name for name in STUDIES if name.endswith("-half")]
@@ -40,14 +40,8 @@ def finished(tmp_path_factory):
   config.study.timesteps = (19,)
   config.study.change_timesteps = (19,)
   run = runs.Run(typed(config), tmp_path_factory.mktemp("studies"), devices=jax.devices()[:1])
-  for stage in (
-    stages.train,
-    stages.sample,
-    benchmark.retrain,
-    benchmark.measure,
-    benchmark.evaluate,
-  ):
-    stage(run)
+  for stage in STAGES["benchmark"].steps:
+    perform(run, stage)
   rng = np.random.default_rng(0)
   change, notes = rng.normal(size=(2, 2, 3, 2)), {"measurement": "loss"}
   artifacts.write(

@@ -52,6 +52,7 @@ from jaxinf.engine.artifacts import holds, read
 from jaxinf.networks.training import Batches
 from jaxinf.runs import run as runs
 from jaxinf.runs.config import typed
+from jaxinf.runs.perform import perform
 from tests import tiny
 from tests.nets import conv_model
 
@@ -111,7 +112,7 @@ def stages(run: runs.Run, *names: str) -> Arrays:
   """The arrays that stages leave, as stage/array; a curvature as `of_basis` gives it."""
   found: Arrays = {}
   for name in names:
-    COMMANDS[name](run)
+    perform(run, name)
     arrays = read(run.folder(name)).arrays
     if name == "curvature":
       layers = sorted({path.rsplit("/", 1)[0] for path in arrays})
@@ -140,13 +141,13 @@ def uncompressed(run: runs.Run) -> Arrays:
 
 def stored(run: runs.Run) -> Arrays:
   """The best training images of the samples, from the store of the stages `index` and `query`."""
-  COMMANDS["index"](run)
+  perform(run, "index")
   samples = read(run.folder("sample")).arrays
   path = run.workdir / "queries.npz"
   np.savez(path, images=samples["images"].clip(-1, 1), ids=samples["ids"])
   asked = dataclasses.replace(run, images=path)
   asked.__dict__["dataset"] = run.dataset
-  return {f"query/{name}": x for name, x in COMMANDS["query"](asked).arrays.items()}
+  return {f"query/{name}": x for name, x in perform(asked, "query").arrays.items()}
 
 
 def of_basis(q_in: np.ndarray | None, q_out: np.ndarray | None, values: np.ndarray) -> Arrays:

@@ -7,23 +7,44 @@ from pathlib import Path
 
 import pytest
 
+from jaxinf.runs.stage import STAGES
+
 ROOT = Path(__file__).parents[2]
 RUN = ("train", "--config=configs/digits.py")
-STAGES = (
-  "plan, train, sample, curvature, curvature-study, compress-study, attribute, report, all, index, "
-  "index-append, index-delete, index-verify, query, retrain, measure, evaluate, benchmark, "
-  "counterfactual, study NAME"
-)
+UNKNOWN_FIELD = """
+from configs import digits
+
+def get_config():
+  config = digits.get_config()
+  config.train.stepz = 1
+  return config
+"""
 CASES = {
-  "unknown stage": (("trian", *RUN[1:]), f"Name one stage of {STAGES}; got trian."),
+  "unknown stage": (("trian", *RUN[1:]), f"Unknown stage 'trian'; there are: {', '.join(STAGES)}."),
   "unknown field": (
     (*RUN, "--config.train.stepz=1"),
-    "config.train has no field stepz. Its fields are: steps, batch_size, learning_rate,",
+    'The config has no field "stepz". Did you mean "steps" instead of "stepz"?',
   ),
+  "unknown section": (
+    (*RUN, "--config.trian.steps=1"),
+    'The config has no field "trian". Did you mean "train" instead of "trian"?',
+  ),
+  "no section": ((*RUN, "--config.train.steps.more=1"), "<class 'int'>.more does not exist"),
+  "unknown field in a file": (
+    ("train", "--config=UNKNOWN_FIELD"),
+    'The config has no field "stepz". Did you mean "steps" instead of "stepz"?',
+  ),
+  "no stage": (RUN[1:], f"Name a stage: {', '.join(STAGES)}. See --help."),
+  "two words": (("train", "digits", *RUN[1:]), "Too many words: train digits."),
+  "a flag of other stages": (
+    (*RUN, "--shard=0/2"),
+    "--shard goes with the stages retrain, counterfactual.",
+  ),
+  "a dry run of another stage": ((*RUN, "--dry-run"), "--dry-run goes with the stage curvature."),
   "unknown field of the model": ((*RUN, "--config.model.chanels=(8,)"), "'channels'"),
   "unknown data set": (
     (*RUN, "--config.data.name=digitz"),
-    "unknown data set 'digitz'; the data sets are digits, cifar10,",
+    "Unknown data set 'digitz'; there are: digits, cifar10,",
   ),
   "unknown config file": (
     ("train", "--config=configs/digitz.py", "--config.train.steps=1"),
@@ -43,7 +64,12 @@ class Finished:
 def finished(tmp_path_factory):
   """Command lines → how they ended; run side by side, since each takes seconds to import JAX."""
   workdir = tmp_path_factory.mktemp("runs")
-  commands = {case: (*CASES[case][0], f"--workdir={workdir / case}") for case in CASES}
+  file = workdir / "unknown_field.py"
+  file.write_text(UNKNOWN_FIELD)
+  commands = {
+    case: (*(x.replace("UNKNOWN_FIELD", str(file)) for x in words), f"--workdir={workdir / case}")
+    for case, (words, _) in CASES.items()
+  }
   commands["help"] = ("--help",)
   started = {
     case: subprocess.Popen(
@@ -67,11 +93,11 @@ def test_what_is_unknown_ends_in_one_line_with_the_valid_names(finished, case):
   assert line.startswith("jaxinf: ") and CASES[case][1] in line
 
 
-def test_help_shows_the_stages_in_order(finished):
+def test_help_shows_every_stage_with_what_it_does(finished):
   output = finished["help"].output
-  main, _, store = output.partition("On a store")
-  for part, stages in ((main, STAGES.split(", ")[:9]), (store, STAGES.split(", ")[9:])):
-    assert sorted(part.count(f"\n  {stage} ") for stage in stages) == [1] * len(stages)
-  places = [main.index(f"\n  {stage} ") for stage in STAGES.split(", ")[:9]]
+  words = " ".join(output.split())  # lines are wrapped
+  for stage in STAGES.values():
+    assert output.count(f"\n  {stage.name} ") == 1 and stage.help in words
+  places = [output.index(f"\n  {name} ") for name in STAGES]
   assert places == sorted(places)
   assert "--config" in output and "--workdir" in output

@@ -23,6 +23,7 @@ from jaxinf.report.observation_figures import (
   weights_figure,
 )
 from jaxinf.report.words import percent
+from jaxinf.runs.config import settings
 from jaxinf.runs.run import Run
 from jaxinf.scores.statistics import mean_and_error, spearman, spearman_matrix
 
@@ -197,12 +198,14 @@ def correlation(run: Run) -> Drawn:
 
 def weights(run: Run) -> Drawn:
   """Weights of the timesteps' losses in the ELBO and in the training loss."""
-  schedule = run.schedule
+  schedule = run.process.schedule
+  if schedule is None:
+    raise ValueError(f"{run.process} is continuous: it has no timesteps to weigh.")
   names = {
     "training loss": "uniform", "ELBO": "elbo", "ELBO of the larger variances": "elbo_large"
   }  # fmt: skip
   found = {label: np.asarray(WEIGHTINGS[name](schedule), float) for label, name in names.items()}
-  elbo, num = found["ELBO"], schedule.num_steps
+  elbo, num = found["ELBO"], len(found["ELBO"])
   equal = int(np.argmax(elbo < 1)) + 1 if (elbo < 1).any() else None
   half = int(np.searchsorted(np.cumsum(elbo), elbo.sum() / 2)) + 1
   caption = (
@@ -221,7 +224,7 @@ def weights(run: Run) -> Drawn:
     title="Weights of the timesteps in the ELBO and in the loss", caption=caption,
     figure=weights_figure(found), arrays=found, header=("t", *found), rows=rows,
     made=f"From the {config.schedule} schedule of {num:,} timesteps alone.",
-    inputs={"diffusion": dataclasses.asdict(config)},
+    inputs={"diffusion": settings(config)},
   )  # fmt: skip
 
 

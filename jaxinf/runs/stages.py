@@ -34,7 +34,7 @@ from jaxinf.runs.run import (
 )
 from jaxinf.runs.sampling import load_samples
 from jaxinf.runs.stage import MAIN_LINE
-from jaxinf.scores.damping import recommend_damping
+from jaxinf.scores.damping import TooFewDraws, recommend_damping
 from jaxinf.scores.stability import rank_stability
 from jaxinf.scores.sweep import Sweep
 
@@ -82,13 +82,21 @@ def attribute(run: Run) -> Outcome:
     notes["stability"] = rank_stability(first).summary()
     _LOG.info("attribute: %s", notes["stability"])
   if others:
-    sweep = recommend_damping(Sweep((first, *others)))
-    notes |= {"sweep": sweep.table(), "recommended_damping": sweep.recommended}
+    notes |= _recommended(Sweep((first, *others)))
     _LOG.info("attribute: damping, without retraining\n%s", notes["sweep"])
     for scores in others:
       arrays |= scores_arrays(scores, prefix=f"damping-{scores.settings['damping']:e}/")
   shape = " × ".join(map(str, first.values.shape))
   return arrays, notes, f"scores of {shape} (sample, training image) pairs"
+
+
+def _recommended(sweep: Sweep) -> dict[str, Any]:
+  """The table of dampings and the one to take; why there is none, where the draws are too few."""
+  try:
+    found = recommend_damping(sweep)
+  except TooFewDraws as error:
+    return {"sweep": str(error), "recommended_damping": None}
+  return {"sweep": found.table(), "recommended_damping": found.recommended}
 
 
 def report(run: Run) -> Outcome:

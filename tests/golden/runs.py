@@ -53,6 +53,7 @@ from jaxinf.networks.training import Batches
 from jaxinf.runs import run as runs
 from jaxinf.runs.config import typed
 from jaxinf.runs.perform import perform
+from jaxinf.runs.sampling import load_samples
 from tests import tiny
 from tests.nets import conv_model
 
@@ -91,7 +92,7 @@ def flipped_run(workdir: Path, unet: bool) -> runs.Run:
   config.data.name, config.data.num_examples = "arrays", None
   config.data.path = str(path)
   if unet:
-    config.model = base.unet()
+    config.model = base.get_config().model
     config.model.channels, config.model.attention_levels = (4,), (False,)
     config.model.blocks_per_level, config.model.norm_groups = 1, 2
     config.model.dropout = 0.1
@@ -328,7 +329,7 @@ def library(workdir: Path) -> Arrays:
   """Curvatures and scores by function calls, of the MLP that was trained on mirrored images."""
   run = flipped_run(workdir, unet=False)
   found = stages(run, "train", "sample", "curvature") | stored(run)
-  model, samples = runs.load_model(run), runs.load_samples(run)
+  model, samples = runs.load_model(run), load_samples(run, trajectories=True)
   train, ids = run.dataset.examples, samples["ids"]
   queries, ways = Examples(samples["images"], ids), Examples(samples["trajectories"], ids)
   compute, dampings = Compute(devices=run.devices), (1e-4, 1e-2)

@@ -26,6 +26,7 @@ from jaxinf.evaluation.oracle import noise_ceiling, retraining_lds
 from jaxinf.scores.damping import Recommendation, recommend_damping
 from jaxinf.scores.scores import Ranking, Scores
 from jaxinf.scores.stability import RankStability, rank_stability
+from jaxinf.scores.sweep import Sweep
 from jaxinf.store.index import build_index, open_index
 from jaxinf.store.store import Store
 
@@ -34,11 +35,11 @@ __all__ = [
   "SKIP_NORMALISATION",
   "AutoDraws",
   "Curvature",
-  "Recommendation",
   "DrawDesign",
   "Measurement",
   "RankStability",
   "Ranking",
+  "Recommendation",
   "Resume",
   "Retrained",
   "Schedule",
@@ -46,6 +47,7 @@ __all__ = [
   "Solver",
   "Store",
   "Subsets",
+  "Sweep",
   "Task",
   "build_index",
   "clip_embeddings",

@@ -200,7 +200,7 @@ def load_coverage(manifest: Mapping[str, Any]) -> Coverage:
 def load_scores(run: Run) -> Scores:
   """The scores of a run."""
   artifact = artifacts.read(run.folder("attribute"))
-  own = {name: array for name, array in artifact.arrays.items() if "/" not in name}
+  own: dict[str, Any] = {n: array for n, array in artifact.arrays.items() if "/" not in n}
   return Scores(**own, settings=artifact.notes["settings"])
 
 

@@ -34,7 +34,7 @@ from jaxinf.runs.run import (
 )
 from jaxinf.runs.sampling import load_samples
 from jaxinf.runs.stage import MAIN_LINE
-from jaxinf.scores.damping import TooFewDraws, recommend_damping
+from jaxinf.scores.damping import weigh_dampings
 from jaxinf.scores.stability import rank_stability
 from jaxinf.scores.sweep import Sweep
 
@@ -91,12 +91,10 @@ def attribute(run: Run) -> Outcome:
 
 
 def _recommended(sweep: Sweep) -> dict[str, Any]:
-  """The table of dampings and the one to take; why there is none, where the draws are too few."""
-  try:
-    found = recommend_damping(sweep)
-  except TooFewDraws as error:
-    return {"sweep": str(error), "recommended_damping": None}
-  return {"sweep": found.table(), "recommended_damping": found.recommended}
+  """The table of dampings, and the one to take where their scores repeat."""
+  found = weigh_dampings(sweep)
+  notes: dict[str, Any] = {"sweep": found.table()}
+  return notes | ({"recommended_damping": found.recommended} if found.candidates.any() else {})
 
 
 def report(run: Run) -> Outcome:

@@ -38,7 +38,8 @@ class Recommendation:
     agreement: [L, Q] Spearman's rank correlation between halves of the draws, mean over splits.
     fidelity: [L, Q] in [−1, 1], the correlation of the scores at λ, noise included, with the
       noise-free ones at the smallest damping; comparable between the dampings of a query.
-    agreement_errors: [L] standard errors of the mean over queries, under fresh draws.
+    agreement_errors: [L] standard errors of the mean over queries, under fresh draws; NaN where
+      there are two groups of training draws only.
     fidelity_errors: [L] the same.
     loss_errors: [L] the same, of the best mean fidelity less that at λ.
     repeats: [L] bool, whether the mean agreement is clearly above 0.
@@ -66,10 +67,14 @@ class Recommendation:
     if not self.candidates.any():
       rows = zip(self.dampings, self.agreement.mean(axis=1), self.agreement_errors, strict=True)
       said = ", ".join(f"{mean:.3f} ± {error:.3f} at {damping:g}" for damping, mean, error in rows)
+      cause = (
+        "how well scores repeat can be told from 3 groups of training draws on (replicates=5)"
+        if np.isnan(self.agreement_errors).any()
+        else "halves of the draws agree on the order of the training examples no better than noise "
+        "alone may. Score with more draws, of queries and training examples, or larger dampings"
+      )
       raise TooFewDraws(
-        "Too few draws to recommend a damping: halves of the draws agree on the order of the "
-        "training examples no better than noise alone may. Score with more draws, of queries and "
-        f"training examples, or with larger dampings. Rank correlation of halves: {said}."
+        f"Too few draws to recommend a damping: {cause}. Rank correlation of halves: {said}."
       )
     return float(self.dampings[self.candidates.argmax()])
 
@@ -94,8 +99,8 @@ def recommend_damping(
   As `weigh_dampings`, but where the scores do not repeat it refuses.
 
   Raises:
-    TooFewDraws: no scores repeat that are as faithful as the best, to one standard error. (It is a
-      ValueError.)
+    TooFewDraws: no scores repeat that are as faithful as the best, to one standard error, or there
+      are two groups of training draws only, which have no errors. (It is a ValueError.)
     ValueError: as of `weigh_dampings`.
   """
   found = weigh_dampings(sweep, seed=seed, num_splits=num_splits)
@@ -128,13 +133,13 @@ def weigh_dampings(
   with G − 1 degrees of freedom: if its scores repeat.
 
   Args:
-    sweep: scores in the same G ≥ 3 groups of the same draws, at two dampings or more.
+    sweep: scores in the same G groups of the same draws, at two dampings or more; G ≥ 3 for errors.
     seed: of the splits, where there are more than num_splits.
     num_splits: to average over; all distinct ones where there are fewer.
 
   Raises:
-    TooFewDraws: there are fewer than three groups of training draws, which have no jackknife.
-    ValueError: fewer than two dampings, one training example, or scores that are no `Sweep`.
+    ValueError: fewer than two dampings or groups of training draws, one training example, or scores
+      that are no `Sweep`.
   """
   sweep = Sweep(sweep).ascending()
   groups = num_groups(sweep[0])
@@ -142,17 +147,13 @@ def weigh_dampings(
     raise ValueError(f"To choose from, a sweep needs at least two dampings; got {sweep.dampings}.")
   if len(sweep[0].train_ids) < 2:
     raise ValueError("Correlations need at least two training examples; the scores are of one.")
-  if groups[0] < 3:
-    raise TooFewDraws(
-      "Too few draws to recommend a damping: how well scores repeat can be told from 3 groups of "
-      f"training draws on, and these have {groups[0]}. Score with Draws(…, replicates=5)."
-    )
   halves = functools.partial(split_weights, seed=seed, num_splits=num_splits)
   products = _Products.of(sweep)
   agreement, faithful = _agreement(sweep, halves(*groups)), products.fidelity(groups[0])
   best = faithful.mean(axis=1).argmax()
-  variances = np.zeros((3, len(sweep)))
-  for side in _left_out(*groups):
+  # Without one of two groups there are no halves.
+  variances = np.full((3, len(sweep)), np.nan if groups[0] == 2 else 0.0)
+  for side in _left_out(*groups) if groups[0] > 2 else ():
     left_out = []
     for matrix, fewer in side:
       again = products.of_groups(matrix).fidelity(fewer[0]).mean(axis=1)

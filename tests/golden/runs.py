@@ -123,7 +123,8 @@ def stages(run: runs.Run, *names: str) -> Arrays:
         for layer in layers
       }
       arrays = {f"{x}/{k}": v for x, basis in bases.items() for k, v in of_basis(*basis).items()}
-    found |= {f"{name}/{key}": array for key, array in arrays.items()}
+    kept = {key: array for key, array in arrays.items() if key != "train_groups"}  # came later
+    found |= {f"{name}/{key}": array for key, array in kept.items()}
   return found
 
 
@@ -335,8 +336,9 @@ def library(workdir: Path) -> Arrays:
   compute, dampings = Compute(devices=run.devices), (1e-4, 1e-2)
 
   # 1. Curvatures, and scores in one that has no eigenvectors.
-  curvatures = {name: _fitted(model, train, kind) for name, kind in CURVATURES.items()}
-  grey = dataclasses.replace(train, data=train.data[..., :1])
+  unnamed = dataclasses.replace(train, ids=None)
+  curvatures = {name: _fitted(model, unnamed, kind) for name, kind in CURVATURES.items()}
+  grey = dataclasses.replace(unnamed, data=train.data[..., :1])
   positions = _fitted(conv_model(), grey, KFAC("reduce"))
   for name, fitted in (*curvatures.items(), ("reduce", positions)):
     for layer, basis in fitted.bases.items():

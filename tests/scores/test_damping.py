@@ -256,9 +256,15 @@ def test_errors_of_agreement_hold_where_queries_share_their_draws(options, low, 
 
 
 def test_a_sweep_needs_two_dampings_in_three_groups_of_draws():
-  sweep = [scores_of(np.zeros((2, 2, 9)), damping) for damping in (0.1, 0.2)]
-  with pytest.raises(TooFewDraws, match="3 groups of training draws on, and these have 2"):
-    recommend_damping(sweep)
+  sweep, _ = toy_sweep(train_noise=0.01, num_queries=2, num_train=20)
+  fewer = [dataclasses.replace(scores, group_values=scores.group_values[:2]) for scores in sweep]
+  found = weigh_dampings(fewer)
+  assert (found.agreement > 0.9).all() and np.isnan(found.fidelity_errors).all()
+  with pytest.raises(TooFewDraws, match="from 3 groups of training draws on"):
+    recommend_damping(fewer)
+  alone = [dataclasses.replace(scores, group_values=scores.group_values[:1]) for scores in sweep]
+  with pytest.raises(ValueError, match="at least 2 groups of training draws; the scores have 1"):
+    weigh_dampings(alone)
   with pytest.raises(ValueError, match="at least two dampings"):
     recommend_damping(Sweep(sweep[:1]))
   with pytest.raises(ValueError, match="each damping once"):

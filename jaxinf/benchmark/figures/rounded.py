@@ -105,9 +105,11 @@ def _projected(
   queries = _features(question, QUERY, measurement)
   scores = rounded_fisher_scores(train, queries, question.dampings, precision)
   settings: dict[str, Any] = dict(
-    measurement=measurement, train_measurement=train_measurement, precision=precision,
+    measurement=measurement,
+    train_measurement=train_measurement,
+    precision=precision,
     projection_dim=question.projection_dim,
-  )  # fmt: skip
+  )
   return [
     Scores(values[None], question.query_ids, question.train_ids, settings | {"damping": damping})
     for values, damping in zip(scores, question.dampings, strict=True)
@@ -128,10 +130,15 @@ def _features(question: Question, stream: str, name: str) -> np.ndarray:
   groups = DrawGroups(question.seed, draws // num_groups, design)
   features = features_of(
     flat_kernel(gradient_kernel(model, measurement, question.task.schedule, groups)),
-    question.task.params, examples, groups, num_groups=num_groups, stream_name=stream,
+    question.task.params,
+    examples,
+    groups,
+    num_groups=num_groups,
+    stream_name=stream,
     projection=Projection(question.projection_dim, question.seed, question.projection),
-    batch_size=question.batch_size, devices=question.devices,
-  )  # fmt: skip
+    batch_size=question.batch_size,
+    devices=question.devices,
+  )
   return features.mean(axis=1, dtype=np.float32)
 
 

@@ -1,12 +1,13 @@
 """The command line: what it does not know it refuses in one line that names what there is."""
 
-import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from absl.testing import flagsaver
 
+from jaxinf import __main__ as entry
 from jaxinf.runs.stage import STAGES
 
 ROOT = Path(__file__).parents[2]
@@ -53,48 +54,42 @@ CASES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Finished:
-  status: int
-  output: str
-  errors: str
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-  """Command lines → how they ended; run side by side, since each takes seconds to import JAX."""
-  workdir = tmp_path_factory.mktemp("runs")
-  file = workdir / "unknown_field.py"
+@pytest.fixture
+def ending(monkeypatch, tmp_path):
+  """What the arguments end with; in this process, as JAX takes seconds to import."""
+  file = tmp_path / "unknown_field.py"
   file.write_text(UNKNOWN_FIELD)
-  commands = {
-    case: (*(x.replace("UNKNOWN_FIELD", str(file)) for x in words), f"--workdir={workdir / case}")
-    for case, (words, _) in CASES.items()
-  }
-  commands["help"] = ("--help",)
-  started = {
-    case: subprocess.Popen(
-      [sys.executable, "-m", "jaxinf", *arguments],
-      cwd=ROOT,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for case, arguments in commands.items()
-  }
-  ended = {case: process.communicate(timeout=120) for case, process in started.items()}
-  return {case: Finished(started[case].returncode, *texts) for case, texts in ended.items()}
+  monkeypatch.setattr(entry, "_speak", lambda: None)  # loggers stay as they are
+
+  def of(arguments):
+    words = [word.replace("UNKNOWN_FIELD", str(file)) for word in arguments]
+    monkeypatch.setattr(sys, "argv", ["jaxinf", *words, f"--workdir={tmp_path / 'work'}"])
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
+      entry.main(entry._parse_flags(sys.argv))
+    return ended.value.code
+
+  return of
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_unknown_ends_in_one_line_with_the_valid_names(finished, case):
-  ended = finished[case]
-  assert ended.status == 1
-  (line,) = ended.errors.strip().splitlines()
-  assert line.startswith("jaxinf: ") and CASES[case][1] in line
+def test_what_is_unknown_ends_in_one_line_with_the_valid_names(ending, case):
+  arguments, complaint = CASES[case]
+  (line,) = ending(arguments).splitlines()
+  assert line.startswith("jaxinf: ") and complaint in line
 
 
-def test_help_shows_every_stage_with_what_it_does(finished):
-  output = finished["help"].output
+def test_a_process_shows_one_line_and_no_traceback(tmp_path):
+  """The whole way once, as the user types it."""
+  arguments, complaint = CASES["unknown field"]
+  command = [sys.executable, "-m", "jaxinf", *arguments, f"--workdir={tmp_path}"]
+  ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert ended.returncode == 1
+  assert ended.stderr.strip() == f"jaxinf: {complaint}"
+
+
+def test_help_shows_every_stage_with_what_it_does():
+  command = [sys.executable, "-m", "jaxinf", "--help"]
+  output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
   words = " ".join(output.split())  # lines are wrapped
   for stage in STAGES.values():
     assert output.count(f"\n  {stage.name} ") == 1 and stage.help in words

@@ -106,6 +106,25 @@ def test_the_artefacts_hold_what_they_say(finished):
     assert cost["seconds"] >= 0 and cost["peak_host_mib"] > 0
 
 
+def test_trajectories_that_a_copy_left_out_are_generated_again(finished, tmp_path):
+  for stage in ("train", "sample"):
+    shutil.copytree(
+      finished.folder(stage), tmp_path / stage, ignore=shutil.ignore_patterns("trajectories")
+    )
+  run = run_of(tmp_path, devices=jax.devices()[:1])
+  assert "trajectories" not in load_samples(run)
+  for samples in (load_samples(run, trajectories=True), load_samples(run, trajectories=True)):
+    expected = load_samples(finished, trajectories=True)["trajectories"]
+    np.testing.assert_array_equal(samples["trajectories"], expected)
+  assert not (run.folder("sample") / "sums").exists()
+  shutil.rmtree(run.folder("sample") / "trajectories")
+  artifact = artifacts.read(run.folder("sample"))
+  arrays = {**artifact.arrays, "images": -artifact.arrays["images"]}  # as if generated elsewhere
+  artifacts.write(run.folder("sample"), artifact.manifest["key"], arrays, notes={}, cost={})
+  with pytest.raises(ValueError, match="cannot be generated again here"):
+    load_samples(run, trajectories=True)
+
+
 def test_finished_stages_are_reused(finished):
   before = {s: (finished.folder(s) / "manifest.json").stat().st_mtime_ns for s in MAIN_LINE}
   perform(finished, "all")

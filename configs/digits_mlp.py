@@ -35,7 +35,6 @@ def get_config() -> ConfigDict:
   )  # fmt: skip
   config.score.measurements = ("loss", "elbo", "simple_elbo", "trajectory", "square_norm")
   config.score.draws = 200
-  config.score.projection_dim = 4_096
   config.score.batch_size = 2_000
   # TRAK, D-TRAK and DAS at their best on the benchmark: at the default they rank by noise.
   config.counterfactual.methods = ("influence", "trak", "dtrak", "das")

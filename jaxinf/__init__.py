@@ -2,6 +2,10 @@
 
 import logging
 
+from jaxinf.core.versions import check_versions
+
+check_versions()
+
 _root = logging.getLogger()
 _before = list(_root.handlers), _root.level
 
@@ -39,7 +43,7 @@ from jaxinf.engine.compute import Compute
 from jaxinf.evaluation.comparison import compare, damping_lds
 from jaxinf.evaluation.lds import Retrained, lds
 from jaxinf.evaluation.oracle import noise_ceiling, retraining_lds
-from jaxinf.scores.damping import Recommendation, recommend_damping
+from jaxinf.scores.damping import Recommendation, recommend_damping, weigh_dampings
 from jaxinf.scores.scores import Ranking, Scores
 from jaxinf.scores.stability import RankStability, rank_stability
 from jaxinf.scores.sweep import Sweep
@@ -107,6 +111,7 @@ __all__ = [
   "recommend_damping",
   "retraining_lds",
   "trak",
+  "weigh_dampings",
   "weighted_loss",
 ]
 

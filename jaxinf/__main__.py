@@ -2,35 +2,7 @@
 
   python -m jaxinf STAGE --config=configs/digits.py --workdir=DIR [--config.train.steps=…]
 
-Stages, in order:
-  plan       tell what each of them will take here: time, memory and disk (not part of all)
-  train      train the model; checkpoints, metrics.jsonl and TensorBoard events on the way
-  sample     generate the samples to be explained
-  curvature  fit the K-FAC curvature over all training images
-  curvature-study  compare approximations of the curvature with the exact one (not part of all)
-  compress-study   compare compressions of the query gradients (not part of all)
-  attribute  score every training image for every sample
-  report     draw DIR/report/index.html
-  all        all of these; finished stages are reused
-
-On a store of training gradients, which answers new queries without a pass over the training images:
-  index         compute the gradients of all training images, and keep them in DIR/index/store
-  query         score --images=new.npz (or a folder), at any config.query.damping
-  index-append  add --images as training images
-  index-delete  delete training images by --ids=ID,ID
-  index-verify  read everything and compare the checksums
-
-The proof by retraining, after train and sample:
-  retrain         train models on random subsets of the training images, here the part --shard=i/n
-  measure         take the true measurements of the samples by each of these models
-  evaluate        score by every method, and tell how well each predicts the measurements
-  benchmark       all of these, train and sample among them
-  counterfactual  retrain without the images that each method calls most supporting
-  study NAME      draw one of the paper's figures into DIR/study/NAME/; study all puts those that
-                  are there on one page, and any other NAME lists the names
-
 Any field of the config can be set on the command line, as --config.attribute.damping=1e-6.
---dry-run with the stage curvature prints what it takes in memory, layer by layer.
 
 Over several processes, say one a host, start this in each with the same arguments and a shared
 workdir, and with --coordinator=HOST:PORT --num_processes=N --process_id=I (I = 0, on HOST, to
@@ -40,8 +12,10 @@ process writes the files and speaks.
 
 import logging
 import os
+import pkgutil
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +23,27 @@ import absl.logging
 from absl import app, flags
 from ml_collections import config_flags
 
+from jaxinf.core.registry import named
 from jaxinf.engine import processes
-from jaxinf.runs import studies
-from jaxinf.runs.commands import COMMANDS
-from jaxinf.runs.config import check_path, typed
+from jaxinf.runs.config import refusal, typed
+from jaxinf.runs.perform import perform
 from jaxinf.runs.run import Run
+from jaxinf.runs.stage import STAGES, Stage, listing
 
-# Unlocked for new attributes, which `typed` refuses in words that name the valid ones.
+
+def _stages(chosen: Callable[[Stage], bool]) -> str:
+  """Those stages in words."""
+  names = [stage.name for stage in STAGES.values() if chosen(stage)]
+  return f"the stage{'s' * (len(names) > 1)} {', '.join(names)}"
+
+
+def _reading(flag: str) -> str:
+  return _stages(lambda stage: flag in stage.flags)
+
+
+_DRY_RUNS = _stages(lambda stage: bool(stage.dry_run))
+
+# The file locks its config, but for `model`, which takes the fields of any model's class.
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
@@ -64,17 +52,20 @@ _CONFIG = config_flags.DEFINE_config_file(
   accept_new_attributes=True,
 )
 _DRY_RUN = flags.DEFINE_bool(
-  "dry-run", False, "With the stage curvature: print what it would take in memory, and stop."
+  "dry-run", False, f"With {_DRY_RUNS}: print what it would take in memory, and stop."
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run's artefacts; not needed to plan."
 )
 _IMAGES = flags.DEFINE_string(
-  "images", None, "An .npz file or folder of images, for the stages query and index-append."
+  "images", None, f"An .npz file or folder of images, for {_reading('images')}."
 )
-_IDS = flags.DEFINE_list("ids", [], "Ids of training images, for the stage index-delete.")
+_IDS = flags.DEFINE_list("ids", [], f"Ids of training images, for {_reading('ids')}.")
 _SHARD = flags.DEFINE_string(
-  "shard", "0/1", "i/n: of the models to retrain, this process trains the i-th (from 0) of n parts."
+  "shard",
+  "0/1",
+  "i/n: of the models to retrain, this process trains the i-th (from 0) of n parts; for "
+  f"{_reading('shard')}.",
 )
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, free there.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run.")
@@ -88,24 +79,42 @@ def main(argv: list[str]) -> None:
   absl.logging.set_verbosity(absl.logging.WARNING)  # the libraries'; ours follow
   with processes.ending_together():
     try:
-      stage = _stage_name(argv, list(COMMANDS))
-      images = Path(_IMAGES.value) if _IMAGES.value else None
-      workdir = Path((_WORKDIR.value or ".") if stage == "plan" else _required(_WORKDIR))
-      if _SHARD.value != "0/1" and stage not in ("retrain", "counterfactual"):
-        raise ValueError("--shard goes with the stages retrain and counterfactual.")
-      run = Run(
-        typed(_required(_CONFIG)), workdir, images=images, ids=tuple(_IDS.value), shard=_shard()
-      )
+      stage, *words = _stage(argv)
+      run = _run(stage)
       _connect()
       _speak()
-      if not _DRY_RUN.value:
-        COMMANDS[stage](run)
-      elif stage == "curvature":
-        print(studies.curvature_memory(run))
+      if _DRY_RUN.value:
+        print(pkgutil.resolve_name(stage.dry_run)(run))
       else:
-        raise ValueError("--dry-run goes with the stage curvature.")
+        perform(run, stage.name, *words)
     except ValueError as error:
       sys.exit(f"jaxinf: {error}")
+
+
+def _stage(argv: list[str]) -> tuple[Stage, *tuple[str, ...]]:
+  """The stage that the first word names, and the words that follow as it takes them."""
+  if len(argv) < 2:
+    raise ValueError(f"Name a stage: {', '.join(STAGES)}. See --help.")
+  stage, words = named(STAGES, argv[1], "stage"), argv[2:]
+  if words and (not stage.takes or len(words) > 1):
+    raise ValueError(f"Too many words: {' '.join(argv[1:])}. See --help.")
+  if _DRY_RUN.value and not stage.dry_run:
+    raise ValueError(f"--dry-run goes with {_DRY_RUNS}.")
+  for flag in (_IMAGES, _IDS, _SHARD):
+    if flag.value != flag.default and flag.name not in stage.flags:
+      raise ValueError(f"--{flag.name} goes with {_reading(flag.name)}.")
+  return stage, *words
+
+
+def _run(stage: Stage) -> Run:
+  """The run that the flags describe; planning needs no folder."""
+  return Run(
+    typed(_required(_CONFIG)),
+    Path((_WORKDIR.value or ".") if stage.name == "plan" else _required(_WORKDIR)),
+    images=Path(_IMAGES.value) if _IMAGES.value else None,
+    ids=tuple(_IDS.value),
+    shard=_shard(),
+  )
 
 
 def _connect() -> None:
@@ -123,11 +132,10 @@ def _connect() -> None:
 def _parse_flags(argv: list[str]) -> list[str]:
   """The arguments that are no flags; unknown fields and files end in one line, not a traceback."""
   try:
-    for argument in argv[1:]:
-      if field := re.match(r"--?(?:no)?config\.([^=]*)", argument):
-        check_path(field[1])
     rest = app.parse_flags_with_usage(argv)
     _ = _CONFIG.value and _CONFIG.value.keys()  # a file that was not found is an error from here on
+  except (AttributeError, KeyError) as error:
+    sys.exit(f"jaxinf: {refusal(error)}")
   except ValueError as error:
     sys.exit(f"jaxinf: {error}")
   except ImportError as error:
@@ -154,18 +162,6 @@ def _shard() -> tuple[int, int]:
   return int(found[1]), int(found[2])
 
 
-def _stage_name(argv: list[str], names: list[str]) -> str:
-  """The stage that the words name: one, or two as in `study lds`."""
-  given = " ".join(argv[1:])
-  if given in names:
-    return given
-  what, of = "stage", [name for name in names if " " not in name] + ["study NAME"]
-  if argv[1:2] == ["study"]:
-    what, of = "study", [name.partition(" ")[2] for name in names if " " in name]
-    given = " ".join(argv[2:])
-  raise ValueError(f"Name one {what} of {', '.join(of)}; got {given or 'none'}. See --help.")
-
-
 def _required(flag: flags.FlagHolder) -> Any:
   if flag.value is None:
     raise ValueError(f"--{flag.name} is missing. See --help.")
@@ -175,6 +171,7 @@ def _required(flag: flags.FlagHolder) -> Any:
 def run() -> None:
   """The console script `jaxinf`."""
   sys.path.insert(0, os.getcwd())  # as `python -m` does: configs import one another
+  sys.modules["__main__"].__doc__ = f"{__doc__}\n{listing()}\n"  # what --help shows
   app.run(main, flags_parser=_parse_flags)
 
 

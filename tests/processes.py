@@ -24,8 +24,8 @@ def processes(schedule: Schedule) -> dict[str, Process]:
     "sample_zero_snr": Process.sample(schedule.with_zero_terminal_snr(), "min_snr"),
     "flow": Process.flow(),
     "flow_logit_normal": Process.flow(LogitNormal(0.2, 0.8), shift=3.0, weight=2.0),
-    "edm": Process.edm(sigma_max=20.0),
-    "edm_raw": Process.edm(raw=True, sigma_max=20.0),
+    "edm": Process.edm(),
+    "edm_raw": Process.edm(raw=True),
   }
 
 

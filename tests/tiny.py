@@ -40,15 +40,12 @@ def get_config() -> ConfigDict:
   config.query.damping = 1e-4
   config.query.top_k = 3
   config.retrain.num_subsets = 4
-  config.retrain.num_seeds = 2
   config.retrain.steps = 10
   config.retrain.models_at_once = 4
-  config.measure.measurements = ("loss", "elbo")
   config.measure.draws = 8
   config.measure.draw_groups = 2
   config.measure.batch_size = 16
   config.score.methods = ("influence", "pixel", "random")
-  config.score.measurements = ("loss", "elbo")
   config.score.dampings = (1e-4, 1e-2)
   config.score.draws = 4
   config.score.query_draws = 4

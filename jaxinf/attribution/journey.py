@@ -99,15 +99,15 @@ def predicted_examples(
     clip: whether x̂_0 is clipped to [-1, 1], as sampling of pixels does.
     compute: batch_size, states at a time over all devices, and devices.
   """
-  num_steps, shape = model.process.num_steps, trajectories.data.shape
   journey_loss(timesteps).check(model.process)
+  num_steps, shape = model.process.num_steps or 0, trajectories.data.shape
   if shape[1] != num_steps + 1:
     raise ValueError(
       f"A trajectory has a state for each of the {num_steps} timesteps and its sample, "
       f"{num_steps + 1} in all; got {shape[1]}. Sample with ddpm, or with ddim in {num_steps} steps."
     )
   # State i is the network's input at timestep T − 1 − i.
-  states = np.asarray(trajectories.data)[:, num_steps - 1 - np.asarray(timesteps)]
+  states = np.asarray(trajectories.data)[:, num_steps - 1 - np.asarray(timesteps, int)]
   each = lambda x: np.repeat(x, len(timesteps), axis=0)
   rows = Rows(
     states.reshape(-1, *states.shape[2:]),

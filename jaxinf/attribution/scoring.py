@@ -128,8 +128,8 @@ class ScorePass:
       span=(0, len(sample)),
       then=Blocks(PlainProducts(), [both]),
     )
-    products = np.concatenate(list(found))
-    split = products.reshape(len(sample.ids), self.draws.replicates, 2, -1, replicates)
+    products, both_rows = np.concatenate(list(found)), next(iter(both.values()))
+    split = products.reshape(len(sample.ids), -1, 2, len(both_rows) // 2 // replicates, replicates)
     exact, compressed = np.transpose(split.mean(axis=(1, 4)), (1, 2, 0))
     return exact, compressed
 

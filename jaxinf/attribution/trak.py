@@ -42,6 +42,7 @@ from jaxinf.core.examples import Examples, check_alike
 from jaxinf.diffusion.measurements import Measurement, measurement_named
 from jaxinf.diffusion.model import DiffusionModel
 from jaxinf.engine.compute import Compute
+from jaxinf.engine.maps import PartialRows
 from jaxinf.scores.scores import Scores
 from jaxinf.scores.sweep import Sweep
 
@@ -152,24 +153,19 @@ class TRAK:
       "train_measurement": train_measured.name or "custom",
     }
 
-    # 2. Kernels of gradients, the same for all parameters.
-    sides = [
-      (TRAIN, train, draws, self._kernel(models[0], train_measured, train, draws)),
-      (QUERY, queries, asked, self._kernel(models[0], measured, queries, asked)),
-    ]
-
-    # 3. Scores of each model, and their means.
+    # 2. Scores of each model, and their means.
     total: list[np.ndarray] = []
     for number, model in enumerate(models):
       own = dataclasses.replace(projection, seed=projection.seed + number)
+      of_model = dataclasses.replace(self, model=model)
       trained, queried = (
-        features_of(
-          kernel, model, examples, of, name, projection=own, compute=compute,
-          partial=partial_of(
+        of_model.features(
+          examples, name, of, own, compute,
+          partial_of(
             compute, f"model-{number:03d}/{name}", settings, model, queries=queries, train=train
           ),
         )
-        for name, examples, of, kernel in sides
+        for name, examples, of in ((TRAIN, train, draws), (QUERY, queries, asked))
       )  # fmt: skip
       fisher = fisher_of(trained.mean(axis=1, dtype=np.float32))
       pairs = [group_scores(fisher, trained, queried, value) for value in dampings]
@@ -180,12 +176,25 @@ class TRAK:
       *total, dampings=dampings, queries=queries, train=train, settings=settings
     )
 
-  def _kernel(
-    self, model: DiffusionModel, measured: Measurement, examples: Examples, draws: Draws
-  ) -> FlatGradients:
+  def features(
+    self,
+    examples: Examples,
+    stream: str,
+    draws: Draws,
+    projection: Projection,
+    compute: Compute,
+    partial: PartialRows | None = None,
+  ) -> np.ndarray:
+    """[n, G, k] float32 features of queries or of training examples, as `stream` says."""
+    (model,) = _checked_models(self.model)
+    of = self.train_measurement if stream == TRAIN else self.measurement
+    measured, replicate = measurement_named(of), Replicate.of(draws, examples.random_flip)
     layers = all_layers(model, examples, measured.axes)
-    replicate = Replicate.of(draws, examples.random_flip)
-    return FlatGradients(GradientKernel(layers, measured, model.process, replicate))
+    kernel = FlatGradients(GradientKernel(layers, measured, model.process, replicate))
+    return features_of(
+      kernel, model, examples, draws, stream,
+      projection=projection, compute=compute, partial=partial,
+    )  # fmt: skip
 
 
 def d_trak(

@@ -21,11 +21,10 @@ from jaxinf.benchmark.measuring import (
 from jaxinf.benchmark.retraining import Spec, subset_name, subset_specs, train_models
 from jaxinf.benchmark.scoring import at_damping, at_default, is_scored, row_of, score_key
 from jaxinf.engine import artifacts
-from jaxinf.engine.resources import measured
+from jaxinf.engine.artifacts import Outcome
 from jaxinf.networks.retraining import Member
-from jaxinf.report.canvas import mean_and_error
-from jaxinf.runs.config import as_dict
-from jaxinf.runs.run import Run
+from jaxinf.runs.run import Run, own_settings
+from jaxinf.scores.statistics import mean_and_error
 
 _LOG = logging.getLogger("jaxinf")
 
@@ -42,50 +41,19 @@ def counterfactual(run: Run) -> None:
   """
   config = run.config.counterfactual
   _check(run)
-  methods = _methods(run)
   if run.shard != (0, 1) and not all(
     is_scored(run, row_of(method, config.measurement)) for method in config.methods
   ):
     raise ValueError("Shards need the scores first: run the stage evaluate, then counterfactual.")
   place, key = run.folder("counterfactual"), counterfactual_key(run)
-  if artifacts.holds(place, key):
-    artifact = artifacts.read(place)
-    shown = artifact.notes["methods"]
-    print(table_text(artifact.arrays["change"], shown, config.shares, config.measurement))
-    _LOG.info("counterfactual: reused %s", place)
-    return
-  names, seeds = (config.measurement,), range(config.num_seeds)
-  with measured() as cost:
-    orders = {method: _orders(run, method) for method in methods}
-    specs = {
-      (m, s, q, seed): _without(run, orders[method][q][: round(share * len(run.dataset))], seed)
-      for m, method in enumerate(methods)
-      for s, share in enumerate(config.shares)
-      for q in range(config.num_queries)
-      for seed in seeds
-    }
-    full = [s for s in subset_specs(run) if s.name in {subset_name(None, seed) for seed in seeds}]
-    different = list({spec.name: spec for spec in specs.values()}.values())
-    left = train_models(run, full, done=measured_models(run, config.measurement))
-    done = measured_models(run, config.measurement, _MEASURES)
-    left += train_models(run, different, stage=_MODELS, done=done)
+  if not artifacts.holds(place, key):
+    left = _train(run)
     if left:
-      _LOG.info("counterfactual: %d models are left to other shards", len(left))
+      _LOG.info("counterfactual: %d models are left to other shards", left)
       return
-    measure_models(run, full, names)
-    measure_models(run, different, names, _MEASURES, _MODELS)
-    before = of_models(run, config.measurement, [subset_name(None, seed) for seed in seeds])
-    rows = of_models(run, config.measurement, [spec.name for spec in specs.values()], _MEASURES)
-    change = np.zeros((len(methods), len(config.shares), config.num_queries, config.num_seeds))
-    for (m, s, q, seed), row in zip(specs, rows, strict=True):
-      change[m, s, q, seed] = row[q] - before[seed, q]
-  samples = artifacts.read(run.folder("sample")).arrays["ids"]
-  arrays = {"change": change.astype(np.float32), "query_ids": samples[: config.num_queries]}
-  chosen = dict(zip(config.methods, config.dampings, strict=False))
-  shown = tuple(f"{m}, λ = {chosen[m]:g}" if m in chosen else m for m in methods)
-  notes = {"methods": shown, "shares": config.shares, "measurement": config.measurement}
-  artifacts.write(place, key, arrays, notes=notes, cost=cost)
-  print(table_text(change, shown, config.shares, config.measurement))
+  artifact = artifacts.cached(place, key, lambda: _changes(run), label="counterfactual", anew=True)
+  change, notes = artifact.arrays["change"], artifact.notes
+  print(table_text(change, notes["methods"], notes["shares"], notes["measurement"]))
 
 
 def counterfactual_key(run: Run) -> dict:
@@ -93,7 +61,7 @@ def counterfactual_key(run: Run) -> dict:
   config = run.config.counterfactual
   rows = [row_of(method, config.measurement) for method in config.methods]
   return {
-    "counterfactual": as_dict(config),
+    "counterfactual": own_settings(run, "counterfactual"),
     "measurement": key_of_measurement(run, config.measurement),
     "scores": {row.name: score_key(run, row) for row in rows},
   }
@@ -127,6 +95,57 @@ def _check(run: Run) -> None:
     raise ValueError(
       f"counterfactual.num_seeds must lie in 1…{run.config.retrain.num_seeds}, retrain.num_seeds."
     )
+
+
+def _train(run: Run) -> int:
+  """Trains the models that are compared, in this shard's part; how many are still missing."""
+  name, specs = run.config.counterfactual.measurement, list(_specs(run).values())
+  left = train_models(run, _full(run), done=measured_models(run, name))
+  done = measured_models(run, name, _MEASURES)
+  return len(left + train_models(run, _different(specs), stage=_MODELS, done=done))
+
+
+def _changes(run: Run) -> Outcome:
+  """Measures the models; changes [methods, shares, samples, seeds] from those of all images."""
+  config, methods, specs = run.config.counterfactual, _methods(run), _specs(run)
+  names, full = (config.measurement,), _full(run)
+  measure_models(run, full, names)
+  measure_models(run, _different(list(specs.values())), names, _MEASURES, _MODELS)
+  before = of_models(run, config.measurement, [spec.name for spec in full])
+  rows = of_models(run, config.measurement, [spec.name for spec in specs.values()], _MEASURES)
+  change = np.zeros((len(methods), len(config.shares), config.num_queries, config.num_seeds))
+  for (m, s, q, seed), row in zip(specs, rows, strict=True):
+    change[m, s, q, seed] = row[q] - before[seed, q]
+  samples = artifacts.read(run.folder("sample")).arrays["ids"]
+  arrays = {"change": change.astype(np.float32), "query_ids": samples[: config.num_queries]}
+  chosen = dict(zip(config.methods, config.dampings, strict=False))
+  shown = [f"{m}, λ = {chosen[m]:g}" if m in chosen else m for m in methods]
+  notes = {"methods": shown, "shares": config.shares, "measurement": config.measurement}
+  return arrays, notes, f"changes by {len(methods)} methods"
+
+
+def _specs(run: Run) -> dict[tuple[int, int, int, int], Spec]:
+  """(method, share, sample, seed) → the model without the top images."""
+  config, methods = run.config.counterfactual, _methods(run)
+  orders = [_orders(run, method) for method in methods]
+  return {
+    (m, s, q, seed): _without(run, orders[m][q][: round(share * len(run.dataset))], seed)
+    for m in range(len(methods))
+    for s, share in enumerate(config.shares)
+    for q in range(config.num_queries)
+    for seed in range(config.num_seeds)
+  }
+
+
+def _different(specs: Sequence[Spec]) -> list[Spec]:
+  """Each model once, where several methods remove the same images."""
+  return list({spec.name: spec for spec in specs}.values())
+
+
+def _full(run: Run) -> list[Spec]:
+  """The models of all images with the same seeds, in their order."""
+  names = {subset_name(None, seed) for seed in range(run.config.counterfactual.num_seeds)}
+  return [spec for spec in subset_specs(run) if spec.name in names]
 
 
 def table_text(

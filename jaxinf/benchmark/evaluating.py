@@ -4,7 +4,6 @@ It is derived in minutes from what the other stages keep, and made anew where th
 """
 
 import dataclasses
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,14 +13,12 @@ from jaxinf.benchmark.measuring import check_measurements, key_of_measurement, r
 from jaxinf.benchmark.retraining import folder, subsets_of
 from jaxinf.benchmark.scoring import Row, check_rows, rows_of, score_key, scored
 from jaxinf.engine import artifacts
-from jaxinf.engine.resources import measured
+from jaxinf.engine.artifacts import Outcome
 from jaxinf.evaluation.comparison import DampingLDS, damping_lds
 from jaxinf.evaluation.lds import LDS, Retrained, lds, percent_range
 from jaxinf.evaluation.oracle import noise_ceiling, retraining_lds
 from jaxinf.runs.run import Run
 from jaxinf.scores.scores import Scores
-
-_LOG = logging.getLogger("jaxinf")
 
 _NO_SIGNAL = (
   "Models of one subset may differ as much as those of different ones: no method can be judged. "
@@ -42,30 +39,15 @@ def evaluate(run: Run) -> None:
   config = run.config
   check_measurements(run, (*config.measure.measurements, *config.score.measurements))
   check_rows(run)
-  rows = {row.name: row for row in rows_of(run)}
-  truths = {target: retrained(run, target) for target in config.measure.measurements}
-  place, key = folder(run, "evaluate"), evaluate_key(run)
-  if artifacts.holds(place, key):
-    show(artifacts.read_manifest(place)["notes"]["tables"])
-    _LOG.info("evaluate: reused %s", place)
-    return
-  with measured() as cost:
-    sweeps = {name: scored(run, row) for name, row in rows.items()}
-    arrays: dict[str, np.ndarray] = {}
-    tables: dict[str, Any] = {}
-    for target, truth in truths.items():
-      entries, found = _entries(run, rows, sweeps, truth)
-      tables[target] = {
-        "entries": entries,
-        "num_models": int(truth.trained.sum()),
-        "num_subsets": len(truth.kept),
-        "num_queries": len(truth.query_ids),
-        **_oracle(truth, run),
-      }
-      arrays |= {f"{target}/{name}": values for name, values in found.items()}
-  artifacts.write(place, key, arrays, notes={"tables": tables}, cost=cost)
-  show(tables)
-  _LOG.info("evaluate: wrote %s", place)
+  artifact = artifacts.cached(
+    folder(run, "evaluate"),
+    evaluate_key(run),
+    lambda: _evaluated(run),
+    label="evaluate",
+    anew=True,
+  )
+  for target, table in artifact.notes["tables"].items():
+    print(table_text(target, table))
 
 
 def evaluate_key(run: Run) -> dict:
@@ -85,10 +67,24 @@ def _content(truth: Retrained) -> str:
   return artifacts.fingerprint({"values": truth.values, "query_ids": truth.query_ids})
 
 
-def show(tables: Mapping[str, Any]) -> None:
-  """Prints the tables."""
-  for target, table in tables.items():
-    print(table_text(target, table))
+def _evaluated(run: Run) -> Outcome:
+  """A table for each true measurement."""
+  rows = {row.name: row for row in rows_of(run)}
+  sweeps = {name: scored(run, row) for name, row in rows.items()}
+  arrays: dict[str, np.ndarray] = {}
+  tables: dict[str, Any] = {}
+  for target in run.config.measure.measurements:
+    truth = retrained(run, target)
+    entries, found = _entries(run, rows, sweeps, truth)
+    tables[target] = {
+      "entries": entries,
+      "num_models": int(truth.trained.sum()),
+      "num_subsets": len(truth.kept),
+      "num_queries": len(truth.query_ids),
+      **_oracle(truth, run),
+    }
+    arrays |= {f"{target}/{name}": values for name, values in found.items()}
+  return arrays, {"tables": tables}, f"tables of {len(rows)} rows"
 
 
 def _entries(

@@ -19,15 +19,16 @@ from jaxinf.benchmark.retraining import (
   model_key,
   subset_name,
 )
-from jaxinf.core.random import example_numbers
+from jaxinf.core.examples import Examples
 from jaxinf.diffusion.measurements import Measurement, measurement_named
 from jaxinf.engine import artifacts, processes
 from jaxinf.engine.progress import Progress
 from jaxinf.engine.resources import measured
 from jaxinf.evaluation.lds import Retrained
-from jaxinf.evaluation.measuring import Measured, Measuring
-from jaxinf.runs.config import as_dict
-from jaxinf.runs.run import Run, content_of_stage, draw_design, load_samples, load_task
+from jaxinf.evaluation.measuring import Measured
+from jaxinf.evaluation.measuring import measure as take_measurements
+from jaxinf.runs.run import Run, content_of_stage, load_model, own_settings
+from jaxinf.runs.sampling import load_samples
 
 _LOG = logging.getLogger("jaxinf")
 
@@ -116,10 +117,8 @@ def measured_everywhere(run: Run, names: Sequence[str]) -> set[str]:
 
 def key_of_measurement(run: Run, name: str) -> dict:
   """What one measurement depends on, apart from which models it was taken of."""
-  config = as_dict(run.config.measure)
-  own = {field: config[field] for field in ("draws", "draw_groups", "design")}
   return common_key(run) | {
-    "measure": own,
+    "measure": own_settings(run, "measure"),
     "measurement": name,
     "samples_content": content_of_stage(run, "sample"),
     "share": run.config.retrain.share,
@@ -132,19 +131,15 @@ def _measure(
   run: Run, models: Sequence[str], measurements: Mapping[str, Measurement], stage: str, place: str
 ) -> None:
   """Adds the measurements by `models` to the artefacts."""
-  config, task = run.config.measure, load_task(run)
   (of,) = {measurement.of for measurement in measurements.values()}
   samples = load_samples(run, trajectories=of == "trajectories")
-  if of not in samples:
-    raise ValueError(
-      f"{run.folder('sample') / of} is not there, which {', '.join(measurements)} needs: delete "
-      "the samples and generate them anew, or leave it out of measure.measurements."
-    )
-  measuring = Measuring(
-    task.apply_fn, task.schedule, samples[of], example_numbers(samples["ids"]), measurements,
-    draws=config.draws, draw_groups=config.draw_groups, design=draw_design(config.design),
-    seed=run.config.seed, batch_size=config.batch_size, devices=run.devices,
-  )  # fmt: skip
+  queries, model, config = (
+    Examples(samples[of], samples["ids"]),
+    load_model(run),
+    run.config.measure,
+  )
+  draws = run.draws(config.draws, config.draw_groups, config.design)
+  compute = run.compute(config.batch_size)
   at_once = run.config.retrain.models_at_once
   with Progress("measure", len(models), "models") as progress:
     for i in range(0, len(models), at_once):
@@ -152,7 +147,9 @@ def _measure(
       with measured() as cost:
         params = [load_params(run, name, place) for name in group]
         params += [params[-1]] * (at_once - len(group))  # so that nothing compiles anew
-        found = measuring(params)
+        found = take_measurements(
+          model, params, queries, measurements, draws=draws, compute=compute
+        )
       for name, values in found.items():
         _append(run, name, group, values, samples["ids"], stage, cost)
       progress.advance(len(group))
@@ -160,9 +157,14 @@ def _measure(
 
 
 def _append(
-  run: Run, name: str, models: Sequence[str], found: Measured, query_ids: np.ndarray,
-  stage: str, cost: dict,
-) -> None:  # fmt: skip
+  run: Run,
+  name: str,
+  models: Sequence[str],
+  found: Measured,
+  query_ids: np.ndarray,
+  stage: str,
+  cost: dict,
+) -> None:
   """Adds the measurements of `models` (the first rows of `found`) to an artefact."""
   before = _read(run, name, stage)
   rows = lambda old, new: np.concatenate([old.reshape(-1, *new.shape[1:]), new[: len(models)]])

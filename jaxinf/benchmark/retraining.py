@@ -23,10 +23,8 @@ from jaxinf.engine import artifacts, num_devices, processes
 from jaxinf.engine.progress import clock
 from jaxinf.engine.resources import measured
 from jaxinf.networks.retraining import Member, Retraining
-from jaxinf.networks.training import Hooks, TrainState
-from jaxinf.runs.config import as_dict
-from jaxinf.runs.run import PACE, Run, key_of
-from jaxinf.runs.sections import TrainConfig
+from jaxinf.networks.training import Hooks, TrainConfig, TrainState
+from jaxinf.runs.run import Run, key_of, own_settings
 
 _LOG = logging.getLogger("jaxinf")
 
@@ -101,9 +99,9 @@ def train_config(run: Run, steps: int) -> TrainConfig:
 def common_key(run: Run) -> dict:
   """What every retrained model depends on, besides its examples, seed and steps."""
   key = {name: value for name, value in key_of(run, "train").items() if name != "train"}
-  own = PACE["train"] | {"steps", "warmup_steps"}
+  own = own_settings(run, "train")
   return key | {
-    "train": {k: v for k, v in as_dict(run.config.train).items() if k not in own},
+    "train": {k: v for k, v in own.items() if k not in ("steps", "warmup_steps")},
     "warmup_share": run.config.train.warmup_steps / run.config.train.steps,
   }
 
@@ -174,17 +172,15 @@ def train_models(
     steps = group[0].steps
     if steps not in engines:
       engines[steps] = Retraining(
-        run.model, run.schedule, run.dataset, train_config(run, steps), run.devices
+        run.model, run.process, run.dataset, train_config(run, steps), run.devices
       )
     with measured() as cost:
       state, loss = _train_group(run, engines[steps], todo, stage, f"{stage} {num_done}/{total}")
     _save(run, todo, state, stage, cost, loss)
     shutil.rmtree(_unfinished(run, todo, stage), ignore_errors=True)  # only now: they are safe
     num_done += len(todo)
-    _LOG.info(
-      "%s: %d of %d models, the last %d in %s", stage, num_done, total, len(todo),
-      clock(cost["seconds"]),
-    )  # fmt: skip
+    took = clock(cost["seconds"])
+    _LOG.info("%s: %d of %d models, the last %d in %s", stage, num_done, total, len(todo), took)
   left = missing(run, needed, stage)
   if not left:  # of groups that were put together otherwise
     shutil.rmtree(folder(run, stage) / "unfinished", ignore_errors=True)

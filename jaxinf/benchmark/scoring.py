@@ -1,38 +1,38 @@
 """Scores of every method for the proof: one artefact a method and measurement, at all dampings."""
 
 import dataclasses
-import logging
 import pathlib
-import shutil
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from jaxinf.attribution.methods import Method, Question, method_named
+from jaxinf.attribution.methods import Attribution, Ingredients, Method, method_named
 from jaxinf.attribution.similarity import clip_embeddings
+from jaxinf.compression.projection import Projection
+from jaxinf.core.checks import checked_count
+from jaxinf.core.examples import Examples
 from jaxinf.curvature.curvature import Curvature
+from jaxinf.curvature.kinds import Kind
 from jaxinf.data.files import read_embeddings
 from jaxinf.diffusion.measurements import measurement_named
-from jaxinf.diffusion.model import Task
+from jaxinf.diffusion.model import DiffusionModel
 from jaxinf.engine import artifacts, processes
-from jaxinf.engine.checkpoints import Resume
-from jaxinf.engine.progress import clock
-from jaxinf.engine.resources import measured
-from jaxinf.runs import stages
-from jaxinf.runs.config import as_dict
+from jaxinf.engine.artifacts import Outcome
+from jaxinf.engine.checkpoints import Checkpointing
+from jaxinf.runs.config import settings
+from jaxinf.runs.perform import perform
 from jaxinf.runs.run import (
-  PACE,
   Run,
   content_of_stage,
-  draw_design,
+  kind_of_config,
   load_curvature,
-  load_samples,
-  load_task,
+  load_model,
+  own_settings,
 )
+from jaxinf.runs.sampling import load_samples
 from jaxinf.scores.scores import Scores
+from jaxinf.scores.sweep import Sweep
 
-_LOG = logging.getLogger("jaxinf")
 _NO_CLIP = "The method clip needs score.clip: a folder with a CLIP, or embeddings.npz."
 
 
@@ -56,6 +56,20 @@ class Row:
   @property
   def kind(self) -> Method:
     return method_named(self.method)
+
+  def scores(self, run: Run, sums: pathlib.Path) -> Sweep:
+    """The scores, at every damping; `sums` is where unfinished work is kept.
+
+    A method that takes a curvature answers the samples in score.passes parts, each with a pass of
+    its own over the training examples.
+    """
+    given, parts = ingredients(run, self), 1
+    if self.kind.curved:
+      parts = min(
+        checked_count(run.config.score.passes, "score.passes"), len(samples_of(run, self))
+      )
+    method = self.kind.make(given)
+    return answered(run, self, method, sums, parts)
 
 
 def rows_of(run: Run) -> list[Row]:
@@ -110,7 +124,7 @@ def is_scored(run: Run, row: Row) -> bool:
   return artifacts.finished(_folder(run, row), score_key(run, row))
 
 
-def scored(run: Run, row: Row) -> list[Scores]:
+def scored(run: Run, row: Row) -> Sweep:
   """Scores of one row at every damping (or one), computed where they are not there yet.
 
   Raises:
@@ -118,94 +132,114 @@ def scored(run: Run, row: Row) -> list[Scores]:
   """
   if processes.count() > 1:
     raise ValueError("Scores for a proof take one process: start it alone.")
-  folder, key = _folder(run, row), score_key(run, row)
-  if not artifacts.finished(folder, key):
-    artifacts.begin(folder, key)
-    _LOG.info("score: %s begins", row.name)
-    with measured() as cost:
-      found = list(row.kind.scores(_question(run, row, folder / "sums")))
+  folder = _folder(run, row)
+
+  def compute() -> Outcome:
+    found = row.scores(run, folder / "sums")
     arrays = {
       "values": np.stack([scores.values for scores in found]),
       "query_ids": found[0].query_ids,
       "train_ids": found[0].train_ids,
     }
     notes = {"settings": [dict(scores.settings) for scores in found]}
-    artifacts.write(folder, key, arrays, notes=notes, cost=cost)
-    shutil.rmtree(folder / "sums", ignore_errors=True)
-    _LOG.info("score: %s in %s", row.name, clock(cost["seconds"]))
-  artifact = artifacts.read(folder)
+    return arrays, notes, f"scores at {len(found)} dampings"
+
+  artifact = artifacts.cached(folder, score_key(run, row), compute, label=f"score: {row.name}")
   ids = artifact.arrays["query_ids"], artifact.arrays["train_ids"]
-  return [
-    Scores(values[None], *ids, settings)
-    for values, settings in zip(artifact.arrays["values"], artifact.notes["settings"], strict=True)
-  ]
+  pairs = zip(artifact.arrays["values"], artifact.notes["settings"], strict=True)
+  return Sweep(Scores(values[None], *ids, settings) for values, settings in pairs)
 
 
 def _folder(run: Run, row: Row) -> pathlib.Path:
   return run.folder("score") / artifacts.file_name(row.name)
 
 
-def score_key(run: Run, row: Row) -> dict:
+def score_key(run: Run, row: Row) -> dict[str, Any]:
   """What the scores of a row depend on."""
-  config = as_dict(run.config.score)
-  key: dict[str, Any] = {}
-  if "clip" in row.kind.reads and config["clip"] is not None:
-    key["clip_content"] = artifacts.fingerprint_of_files(pathlib.Path(config["clip"]).expanduser())
+  section = settings(run.config.score)
+  key = {name: value for name, value in section.items() if name in row.kind.reads} | {
+    "seed": run.config.seed,
+    "method": row.method,
+    "measurement": row.measurement,
+    "dampings": row.kind.dampings(run.config.score.dampings),
+    "data": {"content": run.data_content, "random_flip": run.dataset.random_flip},
+    "train_content": content_of_stage(run, "train"),
+    "sample_content": content_of_stage(run, "sample"),
+  }
+  if "clip" in row.kind.reads and section["clip"] is not None:
+    path = pathlib.Path(section["clip"]).expanduser()
+    key["clip_content"] = artifacts.fingerprint_of_files(path)
   if row.kind.curved:
-    section = as_dict(run.config.curvature)
-    key["curvature"] = {k: v for k, v in section.items() if k not in PACE["curvature"]}
-  return (
-    key
-    | {name: config[name] for name in row.kind.reads}
-    | {
-      "seed": run.config.seed,
-      "method": row.method,
-      "measurement": row.measurement,
-      "dampings": row.kind.dampings(run.config.score.dampings),
-      "data": {"content": run.data_content, "random_flip": run.dataset.random_flip},
-      "train_content": content_of_stage(run, "train"),
-      "sample_content": content_of_stage(run, "sample"),
-    }
+    key["curvature"] = own_settings(run, "curvature")
+  return key
+
+
+def samples_of(run: Run, row: Row) -> Examples:
+  """The samples as a row takes them: images, or the trajectories on which they were made."""
+  samples = load_samples(run, trajectories=row.of == "trajectories")
+  if row.of not in samples:
+    raise ValueError(
+      f"{row.name} needs {row.of}, which the samples have not. Journey-TRAK makes predicted images "
+      "itself: measure something else by other methods."
+    )
+  return Examples(samples[row.of], samples["ids"])
+
+
+def answered(run: Run, row: Row, method: Attribution, sums: pathlib.Path, parts: int = 1) -> Sweep:
+  """A method's scores of the samples, asked in so many parts."""
+  config, queries = run.config.score, samples_of(run, row)
+  draws = run.draws(config.draws, config.draw_groups, config.design)
+  compute = run.compute(config.batch_size, checkpoint=Checkpointing(sums))
+  found = [
+    method.scores(
+      queries=queries.take(rows) if parts > 1 else queries,
+      train=run.dataset.examples,
+      draws=draws,
+      compute=compute.within(f"part-{number:03d}") if parts > 1 else compute,
+    )
+    for number, rows in enumerate(np.array_split(np.arange(len(queries)), parts))
+  ]
+  return Sweep.of_parts(found)
+
+
+def ingredients(run: Run, row: Row) -> Ingredients:
+  """What the method of a row is made of."""
+  config, model = run.config.score, load_model(run)
+  return Ingredients(
+    model=model,
+    curvature=lambda kind: _curvature(run, model, kind),
+    dampings=row.kind.dampings(config.dampings),
+    measurement=row.measurement or "loss",
+    query_draws=run.draws(config.query_draws, config.query_groups, config.design),
+    compression=config.compression,
+    projection=Projection(config.projection_dim, run.config.seed, config.projection),
+    journey_steps=config.journey_steps,
+    embed=lambda examples: _embeddings(run, examples),
   )
 
 
-def _question(run: Run, row: Row, sums: pathlib.Path) -> Question:
-  config, task = run.config.score, load_task(run)
-  samples, dataset = load_samples(run, trajectories=row.of == "trajectories"), run.dataset
-
-  def embeddings() -> tuple[np.ndarray, np.ndarray]:
-    path = pathlib.Path(config.clip or "").expanduser()
-    if config.clip is None:
-      raise ValueError(_NO_CLIP)
-    if path.suffix == ".npz":
-      queries, train = (read_embeddings(path, ids) for ids in (samples["ids"], dataset.ids))
-    else:
-      queries, train = (clip_embeddings(x, path) for x in (samples["images"], dataset.images))
-    return queries, train
-
-  return Question(
-    task=task, queries=samples["images"], query_ids=samples["ids"],
-    trajectories=samples.get("trajectories"), train_images=dataset.images,
-    train_ids=dataset.ids, measurement=row.measurement or "loss",
-    dampings=row.kind.dampings(config.dampings),
-    draws=config.draws, draw_groups=config.draw_groups, query_draws=config.query_draws,
-    query_groups=config.query_groups, design=draw_design(config.design, dataset.random_flip),
-    compression=config.compression, passes=config.passes, projection_dim=config.projection_dim,
-    projection=config.projection, journey_steps=config.journey_steps, embeddings=embeddings,
-    curvature=lambda options: _curvature(run, task, options), seed=run.config.seed,
-    batch_size=config.batch_size, devices=run.devices, resume=Resume(sums),
-  )  # fmt: skip
+def _embeddings(run: Run, examples: Examples) -> np.ndarray:
+  """CLIP's of examples, read or computed."""
+  if run.config.score.clip is None:
+    raise ValueError(_NO_CLIP)
+  path = pathlib.Path(run.config.score.clip).expanduser()
+  if path.suffix == ".npz":
+    return read_embeddings(path, examples.ids)
+  return clip_embeddings(examples.data, path)
 
 
-def _curvature(run: Run, task: Task, options: Mapping[str, str]) -> Curvature:
-  """The run's curvature, or one that differs in `options`, in a folder of its own."""
-  section = dataclasses.replace(run.config.curvature, **options)  # type: ignore[arg-type]
-  if section != run.config.curvature:
+def _curvature(run: Run, model: DiffusionModel, kind: Kind | None) -> Curvature:
+  """The run's curvature, or one of another kind, in a folder of its own."""
+  own = run.config.curvature
+  if kind is not None and kind != kind_of_config(own):
+    section = dataclasses.replace(
+      own, method=kind.name, sharing=kind.approx, estimator=kind.fisher, targets=kind.samples
+    )
     name = "curvature-" + "-".join((section.method, section.sharing, section.estimator))
     run = dataclasses.replace(
       run,
       config=dataclasses.replace(run.config, curvature=section),
       folders={**run.folders, "curvature": run.workdir / "score" / name},
     )
-  stages.curvature(run)
-  return load_curvature(run, task)
+  perform(run, "curvature")
+  return load_curvature(run, model)

@@ -5,12 +5,12 @@ Each extends what is there: more subsets, seeds, methods or measurements cost on
 
 import logging
 
-from jaxinf.benchmark.evaluating import evaluate
 from jaxinf.benchmark.measuring import check_measurements, measure_models, measured_everywhere
 from jaxinf.benchmark.retraining import subset_specs, train_models
 from jaxinf.benchmark.scoring import check_rows
-from jaxinf.runs import stages
+from jaxinf.runs.perform import perform
 from jaxinf.runs.run import Run
+from jaxinf.runs.stage import STAGES, hint
 
 _LOG = logging.getLogger("jaxinf")
 
@@ -22,8 +22,8 @@ def retrain(run: Run) -> None:
   specs = subset_specs(run)
   left = train_models(run, specs, done=measured)
   there = len(specs) - len(left)
-  hint = f"{len(left)} are left to other shards" if left else "next: measure"
-  _LOG.info("retrain: %d of %d models are there; %s", there, len(specs), hint)
+  then = f"{len(left)} are left to other shards" if left else hint("retrain")
+  _LOG.info("retrain: %d of %d models are there; %s", there, len(specs), then)
 
 
 def measure(run: Run) -> None:
@@ -34,10 +34,9 @@ def measure(run: Run) -> None:
   missing = [spec.name for spec in specs if spec.name not in there]
   if len(missing) == len(specs):
     raise ValueError("There are no retrained models to measure: run the stage retrain first.")
-  hint = f"{len(missing)} are not trained yet" if missing else "next: evaluate"
-  _LOG.info(
-    "measure: %d of %d models are measured; %s", len(specs) - len(missing), len(specs), hint
-  )
+  then = f"{len(missing)} are not trained yet" if missing else hint("measure")
+  done = len(specs) - len(missing)
+  _LOG.info("measure: %d of %d models are measured; %s", done, len(specs), then)
 
 
 def benchmark(run: Run) -> None:
@@ -50,5 +49,5 @@ def benchmark(run: Run) -> None:
   check_rows(run)
   if run.config.retrain.num_subsets < 2:
     raise ValueError("Rank correlations need retrain.num_subsets of at least 2; 100 is usual.")
-  for stage in (stages.train, stages.sample, retrain, measure, evaluate):
-    stage(run)
+  for stage in STAGES["benchmark"].steps:
+    perform(run, stage)

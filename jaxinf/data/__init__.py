@@ -5,11 +5,11 @@ A new one is a function and a line in DATASETS; its first act is `check_options`
 
 from collections.abc import Callable
 
+from jaxinf.core.registry import named
 from jaxinf.data.cifar import cifar2, cifar10
-from jaxinf.data.dataset import Dataset
+from jaxinf.data.dataset import DataConfig, Dataset
 from jaxinf.data.digits import digits
 from jaxinf.data.files import arrays, folder
-from jaxinf.runs.sections import DataConfig
 
 
 def load(config: DataConfig) -> Dataset:
@@ -21,9 +21,7 @@ def load(config: DataConfig) -> Dataset:
     ValueError: an unknown name, an option that the data set does not read, files that cannot be
       read, or a subset larger than the data set.
   """
-  if config.name not in DATASETS:
-    raise ValueError(f"unknown data set {config.name!r}; the data sets are {', '.join(DATASETS)}.")
-  dataset = DATASETS[config.name](config)
+  dataset = named(DATASETS, config.name, "data set")(config)
   if config.num_examples is None:
     return dataset
   return dataset.sample(config.num_examples, config.seed)

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from jaxinf.data.dataset import Dataset, check_options, stratified_positions
-from jaxinf.runs.sections import DataConfig
+from jaxinf.data.dataset import DataConfig, Dataset, check_options, stratified_positions
 
 # Kept here since a data set that was prepared without the publisher's files lacks the names.
 _LABEL_NAMES = (

@@ -11,11 +11,23 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from jaxinf.core.arrays import blocks
 from jaxinf.core.examples import Examples, checked_data, checked_ids
-from jaxinf.runs.sections import DataConfig
 
 # Fields of DataConfig that only some loaders read.
 _OPTIONS = ("data_dir", "path", "image_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Which data set; the config's section `data`."""
+
+  name: str = "cifar10"  # one of jaxinf.data.DATASETS
+  data_dir: str | None = None  # TFDS folder; None: TFDS's default
+  path: str | None = None  # .npz file or image folder, for `arrays` and `folder`
+  image_size: int | None = None  # `folder` crops and resizes to it; None: images as they are
+  num_examples: int | None = None  # a seeded subset of that many; None: all
+  seed: int = 0  # of subsets
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,6 +76,13 @@ class Dataset:
   def image_shape(self) -> tuple[int, ...]:
     """The shape of an example, (H, W, C) of images."""
     return tuple(self.images.shape[1:])
+
+  @property
+  def is_pixels(self) -> bool:
+    """Whether the data are pixels: uint8, or images [N, H, W, C] of numbers in [-1, 1]."""
+    if self.images.dtype == np.uint8:
+      return True
+    return len(self.images.shape) == 4 and all(abs(x).max() <= 1.001 for x in blocks(self.images))
 
   def take(self, indices: Iterable[int] | np.ndarray) -> "Dataset":
     """The examples at `indices`, in that order; each in [0, N) and named at most once."""

@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from jaxinf.data.dataset import Dataset, check_options
-from jaxinf.runs.sections import DataConfig
+from jaxinf.data.dataset import DataConfig, Dataset, check_options
 
 
 def digits(config: DataConfig) -> Dataset:

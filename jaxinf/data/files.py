@@ -7,8 +7,7 @@ import zlib
 import numpy as np
 from PIL import Image, ImageOps
 
-from jaxinf.data.dataset import Dataset, check_options
-from jaxinf.runs.sections import DataConfig
+from jaxinf.data.dataset import DataConfig, Dataset, check_options
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _GREY_MODES = ("1", "L", "LA", "La")

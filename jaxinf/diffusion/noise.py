@@ -9,6 +9,7 @@ then draws are of (flip, t, ε).
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -49,6 +50,7 @@ def network_output(
 
 def squared_errors(outputs: jax.Array, pairs: Noised) -> jax.Array:
   """[B] mean over all elements of (output − target)², without weights."""
+  chex.assert_equal_shape([outputs, pairs.target])
   return jnp.mean(jnp.square(outputs - pairs.target), axis=tuple(range(1, outputs.ndim)))
 
 

@@ -4,7 +4,8 @@ A stage's folder holds `arrays.npz`, whatever files it adds, and last of all `ma
   key:      what the result depends on (config sections, content hashes of inputs);
   content:  a hash of the arrays;
   versions, git revision, cost and shapes, for the reader.
-A folder without a manifest is unfinished and never read as a result.
+A folder without a manifest is unfinished and never read as a result. `cached` is the life of an
+artefact: reused where it is there, or else begun, computed and written.
 """
 
 import dataclasses
@@ -12,11 +13,13 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import re
+import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,13 @@ import orbax.checkpoint as ocp
 
 from jaxinf.core.types import PyTree
 from jaxinf.engine import processes
+from jaxinf.engine.progress import clock
+from jaxinf.engine.resources import measured
 
+# What a stage computes: the arrays and notes of its artefact, and a word on them for the user.
+Outcome = tuple[Mapping[str, np.ndarray], Mapping[str, Any], str]
+
+_LOG = logging.getLogger("jaxinf")
 _PACKAGES = ("jaxinf", "jax", "jaxlib", "kfac-jax", "flax", "optax", "numpy")
 
 
@@ -50,6 +59,52 @@ class Artifact:
   def notes(self) -> Mapping[str, Any]:
     """What the stage recorded besides arrays: tables, settings."""
     return self.manifest["notes"]
+
+
+def cached(
+  folder: Path,
+  key: Mapping[str, Any],
+  compute: Callable[[], Outcome],
+  *,
+  label: str,
+  alone: bool = False,
+  anew: bool = False,
+  then: str = "",
+) -> Artifact:
+  """The artefact of `key` in `folder`: the one that is there, or what `compute` gives, written.
+
+  Unfinished work that `compute` keeps in `folder`/sums is deleted once the result is written.
+
+  Args:
+    folder: of the artefact.
+    key: what it depends on, alike in all processes.
+    compute: its arrays and notes, and a word on them. All processes compute; the first one writes,
+      and they go on when all is written.
+    label: what is computed, in messages.
+    alone: the first process computes alone.
+    anew: the result of another key is replaced.
+    then: what to do next, in messages.
+
+  Raises:
+    StaleArtifact: the folder holds the result of another key, and `anew` is not set.
+  """
+  processes.check_same(json.dumps(plain(key)), f"what the stage {label} depends on")
+  after = f"; {then}" if then else ""
+  if processes.agreed((holds if anew else finished)(folder, key)):
+    _LOG.info("%s: reused %s%s", label, folder, after)
+    return read(folder)
+  if processes.is_primary():
+    begin(folder, key)
+  _LOG.info("%s: begins (its functions are compiled first)", label)
+  with measured() as cost:
+    arrays, notes, what = compute() if processes.is_primary() or not alone else ({}, {}, "")
+  artifact = None
+  if processes.is_primary():
+    artifact = write(folder, key, arrays, notes=notes, cost=cost)
+    shutil.rmtree(folder / "sums", ignore_errors=True)
+    _LOG.info("%s: wrote %s to %s in %s%s", label, what, folder, clock(cost["seconds"]), after)
+  processes.wait_for_all(f"{label} written")
+  return artifact or read(folder)
 
 
 def finished(folder: Path, key: Mapping[str, Any]) -> bool:

@@ -37,13 +37,18 @@ class Program:
     function: of arrays without a device axis.
     devices: of this process; None for those of all processes.
     donate: whether the first argument is given up to the program.
+    x64: whether it computes in 64 bits.
   """
 
   def __init__(
-    self, function: Callable, devices: Sequence[jax.Device] | None, donate: bool = False
+    self,
+    function: Callable,
+    devices: Sequence[jax.Device] | None,
+    donate: bool = False,
+    x64: bool = False,
   ):
     donated = (0,) if donate else ()
-    self._x64 = bool(getattr(function, "x64", False))
+    self._x64 = x64
     self._mapped = jax.pmap(function, axis_name=AXIS, devices=devices, donate_argnums=donated)
 
   def __call__(self, *arguments: PyTree) -> PyTree:
@@ -59,7 +64,7 @@ class Program:
 @functools.lru_cache(maxsize=_MOST_PROGRAMS)
 def compiled(kernel: Kernel, devices: tuple[jax.Device, ...]) -> Program:
   """kernel(operands, value) on each device, for replicated operands and sharded values."""
-  return Program(kernel, devices)
+  return Program(kernel, devices, x64=_computes_in_64_bits(kernel))
 
 
 @functools.lru_cache(maxsize=_MOST_PROGRAMS)
@@ -72,7 +77,7 @@ class Summing:
   """zeros(operands, batch), accumulate(sums, operands, batch), total(sums), place(sums)."""
 
   def __init__(self, kernel: Kernel, devices: tuple[jax.Device, ...]):
-    x64 = bool(getattr(kernel, "x64", False))
+    x64 = _computes_in_64_bits(kernel)
 
     def zeros(operands, batch):
       shapes = jax.eval_shape(kernel, operands, batch)
@@ -89,10 +94,14 @@ class Summing:
     def place(sums):
       return sums
 
-    for function in (zeros, accumulate, total, place):
-      function.x64 = x64  # type: ignore[attr-defined]
-    self.zeros, self.accumulate = Program(zeros, devices), Program(accumulate, devices, donate=True)
-    self.total, self.place = Program(total, devices), Program(place, devices)
+    self.zeros = Program(zeros, devices, x64=x64)
+    self.accumulate = Program(accumulate, devices, donate=True, x64=x64)
+    self.total, self.place = Program(total, devices, x64=x64), Program(place, devices, x64=x64)
+
+
+def _computes_in_64_bits(kernel: Kernel) -> bool:
+  """What a kernel says of itself, which is no for one that says nothing."""
+  return bool(getattr(kernel, "x64", False))
 
 
 @functools.lru_cache(maxsize=_MOST_PROGRAMS)

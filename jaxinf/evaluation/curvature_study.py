@@ -29,11 +29,9 @@ from jaxinf.core.examples import Examples, check_alike
 from jaxinf.core.types import Matrices
 from jaxinf.curvature.curvature import Curvature, ExactCurvature
 from jaxinf.curvature.eigenbasis import precondition
-from jaxinf.curvature.fit import fit_curvature
 from jaxinf.curvature.ggn import Residuals, Solver
 from jaxinf.curvature.kinds import EKFAC, KFAC, Diagonal, ExactGGN, Identity, Kind
 from jaxinf.diffusion.measurements import LOSS
-from jaxinf.diffusion.model import DiffusionModel
 from jaxinf.engine.compute import Compute
 from jaxinf.engine.maps import Blocks, map_batches
 from jaxinf.engine.worklist import Rows
@@ -97,12 +95,11 @@ class CurvatureStudy:
 
 
 def curvature_study(
-  model: DiffusionModel,
+  fit: Callable[[Kind], Curvature],
   *,
   queries: Examples,
   train: Examples,
   dampings: Sequence[float],
-  draws: Draws,
   gradient_draws: Draws,
   kinds: Mapping[str, Kind] = APPROXIMATIONS,
   solver: Solver = Solver(),
@@ -112,15 +109,14 @@ def curvature_study(
   """Compares approximations with the exact GGN; a few hundred examples and a few queries.
 
   Args:
-    model: the model.
+    fit: kind → the curvature of that kind, as functools.partial(fit_curvature, model, train, …).
     queries: a few.
     train: the curvatures are of them, and they are scored.
     dampings: λ > 0.
-    draws: of (t, ε) for each training example, in the curvatures.
-    gradient_draws: likewise for the gradients of queries and training examples.
+    gradient_draws: of (t, ε) for the gradients of queries and training examples.
     kinds: name → kind of curvature that is compared.
     solver: of the conjugate gradients.
-    compute: how.
+    compute: how gradients are computed.
     keep: keeps solutions, for a study that may be stopped.
 
   Raises:
@@ -128,7 +124,6 @@ def curvature_study(
   """
   dampings = checked_dampings(dampings)
   check_alike(queries, train)
-  fit = functools.partial(fit_curvature, model, train, draws=draws, compute=compute)
   reference = fit(ExactGGN(solver))
   assert isinstance(reference, ExactCurvature)
   one = dataclasses.replace(gradient_draws, replicates=1)
@@ -159,8 +154,8 @@ def curvature_study(
     settings={
       "num_images": len(train),
       "num_queries": len(queries),
-      "draws": draws.num,
-      "seed": draws.seed,
+      "draws": reference.settings["draws"],
+      "seed": reference.settings["seed"],
       "gradient_draws": gradient_draws.num,
       "solver": dataclasses.asdict(solver),
       "num_parameters": reference.coverage.num_covered,

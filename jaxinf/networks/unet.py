@@ -19,20 +19,22 @@ from jaxinf.networks import modules
 class UNet(nn.Module):
   """Predicts the noise ε of x_t: [B, H, W, C] float32 in, [B, H, W, out_channels] out.
 
-  H and W must be multiples of 2^(levels − 1). Raises ValueError where the fields do not fit.
+  H and W must be multiples of 2^(levels − 1). Raises ValueError where the fields do not fit. The
+  defaults are the network of 38.3 M parameters that the paper trains on CIFAR-10.
   """
 
   out_channels: int
-  channels: tuple[int, ...]  # by level, highest resolution first
-  blocks_per_level: int  # residual blocks of a level going down; one more going up
-  attention_levels: tuple[bool, ...]  # by level: attention after each residual block, down and up
-  norm_groups: int
-  norm_eps: float
-  scale_shift: bool  # time scales and shifts a norm's output; False: time is added before the norm
-  sin_first: bool  # order of the sinusoidal time features
-  freq_shift: float  # see modules.timestep_embedding
-  dropout: float
-  downsample_padding: int  # 1: on every side; 0: bottom and right only
+  channels: tuple[int, ...] = (128, 256, 256, 256)  # by level, highest resolution first
+  blocks_per_level: int = 2  # residual blocks of a level going down; one more going up
+  # By level: attention after each residual block, down and up.
+  attention_levels: tuple[bool, ...] = (False, True, False, False)
+  norm_groups: int = 32
+  norm_eps: float = 1e-6
+  scale_shift: bool = True  # time scales and shifts a norm's output; False: added before the norm
+  sin_first: bool = True  # order of the sinusoidal time features
+  freq_shift: float = 1.0  # see modules.timestep_embedding
+  dropout: float = 0.1
+  downsample_padding: int = 0  # 1: on every side; 0: bottom and right only
   mid_attention: bool = True
   head_dim: int | None = None  # channels of an attention head; None: a single head
 

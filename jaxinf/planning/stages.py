@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 
 import jax
 
@@ -19,8 +20,6 @@ from jaxinf.planning.trials import Stopwatch
 from jaxinf.runs.run import Run, key_of
 
 _LOG = logging.getLogger("jaxinf")
-
-STAGES = ("train", "sample", "curvature", "attribute", "index")
 
 
 def plan(run: Run, *, watch: Stopwatch | None = None, limits: Limits | None = None) -> Plan:
@@ -41,7 +40,7 @@ def plan(run: Run, *, watch: Stopwatch | None = None, limits: Limits | None = No
   subject = Subject(run, watch)
   with measured() as process:
     costs = _costs(subject)
-  finished, notes = _finished(run)
+  finished, notes = _finished(run, [cost.stage for cost in costs])
   return Plan(
     costs, len(devices), limits, process["peak_host_mib"] * 2**20, finished,
     time.perf_counter() - began, notes,
@@ -68,11 +67,11 @@ def show(run: Run) -> Plan:
   return found
 
 
-def _finished(run: Run) -> tuple[tuple[str, ...], tuple[str, ...]]:
-  """Stages whose results are in the workdir, and sentences on those of other settings."""
+def _finished(run: Run, names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+  """Those stages whose results are in the workdir, and sentences on those of other settings."""
   found: list[str] = []
   notes: dict[str, None] = {}  # in order, once: what depends on a stale stage says the same
-  for name in STAGES:
+  for name in names:
     try:
       if artifacts.finished(run.folder(name), key_of(run, name)):
         found.append(name)

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from jaxinf.report.canvas import FAINT, INK, PALETTE, VERMILION, new_figure, png, spread, tidy
+from jaxinf.report.words import number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +78,15 @@ def changes_figure(panels: Sequence[ChangePanel], *, columns: int = 2) -> bytes:
     # Samples by their mean change, so that neighbours in colour are neighbours in height.
     ranks = np.argsort(np.argsort(panel.actual.mean(axis=0)))
     axes.scatter(
-      panel.predicted.ravel(), panel.actual.ravel(), c=np.tile(ranks, len(panel.actual)),
-      cmap="viridis", s=5, alpha=0.45, linewidths=0, rasterized=True,
-    )  # fmt: skip
+      panel.predicted.ravel(),
+      panel.actual.ravel(),
+      c=np.tile(ranks, len(panel.actual)),
+      cmap="viridis",
+      s=5,
+      alpha=0.45,
+      linewidths=0,
+      rasterized=True,
+    )
     ends = np.array([panel.predicted.min(), panel.predicted.max()])
     axes.plot(ends, panel.line[0] * ends + panel.line[1], color=VERMILION, linewidth=1.5)
     axes.axhline(0, color=INK, linewidth=0.8)
@@ -99,12 +106,19 @@ def weights_figure(weights: Mapping[str, np.ndarray]) -> bytes:
   for i, (name, values) in enumerate(weights.items()):
     shown = np.where(values > 0, values, np.nan)
     axes.plot(
-      np.arange(1, len(values) + 1), shown, label=name, linewidth=1.8,
-      color=INK if i == 0 else PALETTE[i - 1], linestyle=("--", "-", "-", ":")[i % 4],
-    )  # fmt: skip
+      np.arange(1, len(values) + 1),
+      shown,
+      label=name,
+      linewidth=1.8,
+      color=INK if i == 0 else PALETTE[i - 1],
+      linestyle=("--", "-", "-", ":")[i % 4],
+    )
   axes.set(
-    xscale="log", yscale="log", xlabel="timestep t, from 1", ylabel="weight of $\\ell_t$"
-  )  # fmt: skip
+    xscale="log",
+    yscale="log",
+    xlabel="timestep t, from 1",
+    ylabel="weight of $\\ell_t$",
+  )
   tidy(axes)
   figure.legend(loc="outside upper center", ncols=len(weights), frameon=False)
   return png(figure)
@@ -119,9 +133,14 @@ def _heatmap(axes: Axes, heatmap: Heatmap) -> None:
     red, green, blue, _ = image.cmap(image.norm(value))
     dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
     axes.text(
-      column, row, format(value, heatmap.unit).replace("-", "−"), ha="center", va="center",
-      fontsize=8, color="white" if dark else INK,
-    )  # fmt: skip
+      column,
+      row,
+      number(value, heatmap.unit),
+      ha="center",
+      va="center",
+      fontsize=8,
+      color="white" if dark else INK,
+    )
   axes.set_xticks(range(len(heatmap.columns)), heatmap.columns, fontsize=9)
   axes.set_yticks(range(len(heatmap.rows)), heatmap.rows, fontsize=9)
   axes.tick_params(length=0)

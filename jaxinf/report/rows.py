@@ -1,4 +1,4 @@
-"""What page and figure both show: for each query, its training images in three groups.
+"""What page and figure both show: for each query, its training examples in three groups.
 
 Numbers of one report share a power of ten and a number of decimals, so that they compare at sight.
 """
@@ -9,22 +9,31 @@ import math
 import numpy as np
 
 from jaxinf.data.dataset import Dataset
+from jaxinf.report.pictures import picture_of
+from jaxinf.report.words import Unit
 from jaxinf.scores.scores import Ranking, Scores
+
+# Groups of training examples, in the order they are shown, and their titles.
+TITLES = {
+  "supporting": "Most supporting",
+  "opposing": "Most opposing",
+  "neutral": "Most neutral",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Neighbour:
-  """One training image beside a query.
+  """One training example beside a query.
 
   Attributes:
-    image: [H, W, C] as the data set holds it.
+    picture: uint8 [H, W, C]; None: it has none. See `pictures.picture_of`.
     id: its id.
     label: name of its label, or None.
     score: its score for the query.
     std_error: of the score; NaN where unknown.
   """
 
-  image: np.ndarray
+  picture: np.ndarray | None
   id: str
   label: str | None
   score: float
@@ -33,41 +42,19 @@ class Neighbour:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One query and its top_k training images of each kind, best first.
+  """One query and its top_k training examples of each group, best first.
 
   Attributes:
-    image: [H, W, C] float32 in [-1, 1], the sample.
+    picture: uint8 [H, W, C] of the sample; None: it has none.
     id: its id.
-    groups: "supporting", "opposing" and "neutral" → training images.
+    groups: name of each of TITLES → training examples.
     values: [N] all scores, ascending.
   """
 
-  image: np.ndarray
+  picture: np.ndarray | None
   id: str
   groups: dict[str, list[Neighbour]]
   values: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Unit:
-  """How scores are written: as multiples of 10^exponent, with `decimals` decimals."""
-
-  exponent: int
-  decimals: int
-
-  def number(self, value: float, *, signed: bool = True) -> str:
-    """The value with a typographic minus, and a plus where `signed`; nothing before a zero."""
-    text = f"{value / 10.0**self.exponent:+.{self.decimals}f}"
-    if float(text) == 0 or (not signed and text[0] == "+"):
-      text = text[1:]
-    return text.replace("-", "−")
-
-  def error(self, std_error: float) -> str:
-    """`± 0.12`, or nothing where the error is NaN."""
-    return "" if math.isnan(std_error) else f"± {self.number(std_error, signed=False)}"
-
-  def with_error(self, value: float, std_error: float) -> str:
-    return f"{self.number(value)} {self.error(std_error)}".rstrip()
 
 
 def explained_rows(
@@ -76,16 +63,17 @@ def explained_rows(
   """Rows of the first `num_queries` samples, or of all where there are fewer.
 
   Args:
-    dataset: the training images.
-    samples: [Q, H, W, C] float32 in [-1, 1].
+    dataset: the N training examples.
+    samples: [Q, …], the queries.
     scores: of these samples and this data set, in their order.
     num_queries: 1 or more.
-    top_k: training images in each group, 1 to N.
+    top_k: training examples in each group; all N where it is more.
 
   Raises:
-    ValueError: the scores belong to other samples or data, or a number is out of range.
+    ValueError: the scores belong to other samples or data, or a number is below 1.
   """
   _check(dataset, samples, scores, num_queries=num_queries, top_k=top_k)
+  top_k = min(top_k, len(dataset))
   rankings = {
     "supporting": scores.top(top_k),
     "opposing": scores.bottom(top_k),
@@ -94,7 +82,7 @@ def explained_rows(
   values = np.sort(scores.values, axis=1)
   return [
     Row(
-      image=samples[q],
+      picture=picture_of(samples[q]),
       id=str(scores.query_ids[q]),
       groups={name: _neighbours(dataset, ranking, q) for name, ranking in rankings.items()},
       values=values[q],
@@ -123,7 +111,11 @@ def common_unit(rows: list[Row]) -> Unit:
 def _neighbours(dataset: Dataset, ranking: Ranking, query: int) -> list[Neighbour]:
   return [
     Neighbour(
-      dataset.images[n], str(dataset.ids[n]), _label(dataset, n), float(score), float(error)
+      picture=picture_of(dataset.images[n]),
+      id=str(dataset.ids[n]),
+      label=_label(dataset, n),
+      score=float(score),
+      std_error=float(error),
     )
     for n, score, error in zip(
       ranking.positions[query], ranking.values[query], ranking.std_errors[query], strict=True
@@ -151,9 +143,7 @@ def _check(
     raise ValueError(f"Got {len(samples)} samples and scores of {len(scores.query_ids)} samples.")
   if num_queries < 1:
     raise ValueError(f"report.num_queries must be at least 1; got {num_queries}.")
-  if not 1 <= top_k <= len(dataset):
-    raise ValueError(
-      f"report.top_k must lie in 1…{len(dataset)}, the number of training images; got {top_k}."
-    )
+  if top_k < 1:
+    raise ValueError(f"report.top_k must be at least 1; got {top_k}.")
   if not np.isfinite(scores.group_values).all():
     raise ValueError("The scores hold NaN or infinity: raise attribute.damping, then score again.")

@@ -1,42 +1,38 @@
-"""The door between config files and code: a ConfigDict becomes the typed sections of sections.py.
+"""The door between config files and code: the sections as a ConfigDict, and back again.
 
-Unknown and missing fields are errors that name the valid ones. The fields of `model` besides its
-name are those of the model's class.
+Config files start from `default_config()`, which is locked: a field that there is not is refused,
+with the nearest that there is. Only `model` is open, for the fields of any model's class.
 """
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
+from jaxinf.networks import MODELS
 from jaxinf.runs.sections import Config, ModelConfig
 
 
-def typed(config: ConfigDict) -> Config:
-  """The sections of a ConfigDict; raises ValueError for unknown, missing or mistyped fields."""
-  return _section(Config, config, "config")
+def default_config() -> ConfigDict:
+  """Every field at its default, locked; of an absent value the type is known."""
+  config = _opened(Config())
+  config.lock()
+  config.model.unlock()
+  return config
 
 
-def check_path(path: str) -> None:
-  """Raises ValueError unless `path`, such as "train.steps", leads to a field of Config.
+def typed(config: Mapping | ConfigDict) -> Config:
+  """The sections of a config; what it leaves out has its default.
 
-  What lies below `model` is left to the model's class.
+  Raises:
+    ValueError: unknown or mistyped fields, or values that a section refuses.
   """
-  *sections, name = path.split(".")
-  cls: Any = Config
-  for depth, part in enumerate([*sections, name]):
-    if cls is ModelConfig:
-      return
-    above = ".".join(["config", *sections[:depth]])
-    if not dataclasses.is_dataclass(cls):
-      raise ValueError(f"{above} is a field, not a section: config.{path} does not exist.")
-    fields = typing.get_type_hints(cls)
-    if part not in fields:
-      raise ValueError(f"{above} has no field {part}. Its fields are: {', '.join(fields)}.")
-    cls = fields[part]
+  return _section(Config, config, "config")
 
 
 def as_dict(section: Any) -> Any:
@@ -51,19 +47,69 @@ def as_dict(section: Any) -> Any:
   return section
 
 
+def settings(section: Any) -> Any:
+  """`as_dict` for the key of a result: without fields that have the value from before they came."""
+  if not dataclasses.is_dataclass(section):
+    return as_dict(section)
+  values = {field: getattr(section, field.name) for field in dataclasses.fields(section)}
+  came = lambda field, value: "before" not in field.metadata or value != field.metadata["before"]
+  return {field.name: settings(value) for field, value in values.items() if came(field, value)}
+
+
+def refusal(error: AttributeError | KeyError) -> str:
+  """What ml_collections says of an unknown field, in one line and without the values of others."""
+  cause: Any = error
+  while isinstance(cause, Exception):
+    cause = cause.args[0]
+  text = str(cause)
+  name = re.match(r"""(?:Key )?["'](\w+)["']""", text)
+  if not name:
+    return text.splitlines()[0]
+  near = re.search(r"Did you mean .*$", text)
+  return f'The config has no field "{name[1]}".' + (f" {near[0]}" if near else "")
+
+
+def _opened(section: Any) -> ConfigDict:
+  """A section as a ConfigDict."""
+  hints: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(section)}
+  values = {name: getattr(section, name) for name in hints}
+  if isinstance(section, ModelConfig):  # its fields stand beside its name
+    hints |= {field.name: field.type for field in dataclasses.fields(MODELS[section.name])}
+    values = {"name": section.name, **section.fields}
+  config = ConfigDict()
+  for name, value in values.items():
+    if dataclasses.is_dataclass(value):
+      config[name] = _opened(value)
+    else:
+      config[name] = _absent(hints[name]) if value is None else value
+  return config
+
+
+def _absent(hint: Any) -> Any:
+  """No value yet, of a known type."""
+  present = _present(hint)
+  return placeholder(typing.get_origin(present) or present)
+
+
+def _present(hint: Any) -> Any:
+  """The type of a field's values that are there: `tuple[str, ...]` of `tuple[str, ...] | None`."""
+  if isinstance(hint, types.UnionType):
+    return next(t for t in typing.get_args(hint) if t is not types.NoneType)
+  return hint
+
+
 def _section(cls: type, config: Any, path: str) -> Any:
   if not isinstance(config, Mapping | ConfigDict):
     raise ValueError(f"{path} must be a section of fields; got {config!r}.")
   if cls is ModelConfig:
     return _model_section(config, path)
-  types_of = typing.get_type_hints(cls)
-  unknown = sorted(set(config) - set(types_of))
-  missing = [name for name in types_of if name not in config]
-  if unknown or missing:
-    complaints = [f"unknown: {', '.join(unknown)}"] * bool(unknown)
-    complaints += [f"missing: {', '.join(missing)}"] * bool(missing)
-    raise ValueError(f"{path} has {'; '.join(complaints)}. Its fields are: {', '.join(types_of)}.")
-  return cls(**{k: _value(t, config[k], f"{path}.{k}") for k, t in types_of.items()})
+  hints = typing.get_type_hints(cls)
+  unknown = sorted(set(config) - set(hints))
+  if unknown:
+    raise ValueError(
+      f"{path} has no field {', '.join(unknown)}. Its fields are: {', '.join(hints)}."
+    )
+  return cls(**{k: _value(hints[k], config[k], f"{path}.{k}") for k in config})
 
 
 def _model_section(config: Any, path: str) -> ModelConfig:
@@ -78,17 +124,16 @@ def _value(expected: Any, value: Any, path: str) -> Any:
   """`value` as type `expected`: numbers are widened, sequences become tuples."""
   if dataclasses.is_dataclass(expected):
     return _section(typing.cast(type, expected), value, path)
-  if isinstance(expected, types.UnionType):
-    if value is None:
-      return None
-    expected = next(t for t in typing.get_args(expected) if t is not types.NoneType)
-  if typing.get_origin(expected) is tuple:
-    (item, _) = typing.get_args(expected)
+  if isinstance(expected, types.UnionType) and value is None:
+    return None
+  kind = _present(expected)
+  if typing.get_origin(kind) is tuple:
     if isinstance(value, str) or not isinstance(value, list | tuple):
       raise ValueError(f"{path} must be a sequence; got {value!r}.")
+    (item, _) = typing.get_args(kind)
     return tuple(_value(item, element, f"{path}[{i}]") for i, element in enumerate(value))
-  if expected is float and isinstance(value, int) and not isinstance(value, bool):
+  if kind is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
-  if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
-    raise ValueError(f"{path} must be {expected.__name__}; got {value!r}.")
+  if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    raise ValueError(f"{path} must be {kind.__name__}; got {value!r}.")
   return value

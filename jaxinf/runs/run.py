@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,37 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinf import data, networks
-from jaxinf.core.random import example_numbers
-from jaxinf.core.types import ApplyFn, Eigenbasis, Params
+from jaxinf.core.draws import Draws
+from jaxinf.core.registry import named
+from jaxinf.core.types import ApplyFn, Params
 from jaxinf.curvature.curvature import Curvature
-from jaxinf.curvature.ggn import GGN, Solver
+from jaxinf.curvature.kinds import Kind, kind_of
+from jaxinf.curvature.saving import curvature_from
 from jaxinf.data.dataset import Dataset
-from jaxinf.diffusion.model import Task
-from jaxinf.diffusion.noise import DrawDesign
-from jaxinf.diffusion.schedule import SCHEDULES, Schedule
+from jaxinf.diffusion.model import DiffusionModel
+from jaxinf.diffusion.process import PROCESSES, Process
+from jaxinf.diffusion.schedule import SCHEDULES
 from jaxinf.engine import artifacts
-from jaxinf.engine.worklist import Rows
-from jaxinf.layers.coverage import Coverage, Row
-from jaxinf.layers.specs import Layer
-from jaxinf.runs.config import as_dict
-from jaxinf.runs.sections import Config, DrawConfig
+from jaxinf.engine.compute import Compute
+from jaxinf.runs.config import settings
+from jaxinf.runs.sections import Config, CurvatureConfig, DiffusionConfig, DrawConfig
+from jaxinf.runs.stage import STAGES
 from jaxinf.scores.scores import Scores
-
-ORDER = ("train", "sample", "curvature", "attribute", "report")
-
-# What a stage computes: the arrays and notes of its artefact, and a word on them for the user.
-Outcome = tuple[Mapping[str, np.ndarray], Mapping[str, Any], str]
-
-# Fields that change how fast a stage goes but not what it computes.
-PACE = {
-  "train": {"log_every", "checkpoint_every"},
-  "sample": {"batch_size"},
-  "curvature": {"batch_size", "partitions", "checkpoint_every"},
-  "curvature-study": {"batch_size"},
-  "compress-study": {"batch_size"},
-  "attribute": {"batch_size", "query_blocks", "checkpoint_every"},
-  "index": {"batch_size", "reserve_mib"},
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,126 +74,109 @@ class Run:
     return networks.build(section.name, dict(section.fields), self.dataset.image_shape[-1])
 
   @property
-  def schedule(self) -> Schedule:
-    """The noise schedule."""
-    section = self.config.diffusion
-    if section.schedule not in SCHEDULES:
-      raise ValueError(
-        f"Unknown diffusion.schedule {section.schedule!r}; there are: {', '.join(SCHEDULES)}."
-      )
-    return SCHEDULES[section.schedule](section.num_steps, section.beta_start, section.beta_end)
+  def process(self) -> Process:
+    """How data are noised, and what the network predicts."""
+    return process_of(self.config.diffusion)
+
+  def compute(self, batch_size: int, **how: Any) -> Compute:
+    """How this run computes, so many pairs at a time; `how` are further fields of Compute."""
+    return Compute(batch_size, self.devices, **how)
+
+  def draws(self, num: int, replicates: int | None, design: DrawConfig) -> Draws:
+    """Draws from the run's seed."""
+    return Draws(num, replicates, seed=self.config.seed, **dataclasses.asdict(design))
 
 
-def key_of(run: Run, stage: str) -> dict:
-  """What the result of a stage depends on: config fields and contents of its inputs.
+def process_of(section: DiffusionConfig) -> Process:
+  """The process that a config asks for; ValueError where its settings do not fit together."""
+  make = named(PROCESSES, section.prediction, "diffusion.prediction")
+  if section.prediction == "flow":
+    return make(section.time, shift=section.shift, weight=section.weight)
+  if section.prediction == "edm":
+    weight = None if section.weight is None else float(section.weight)
+    return make(section.sigma_data, weight=weight)
+  schedule = named(SCHEDULES, section.schedule, "diffusion.schedule")(
+    section.num_steps, section.beta_start, section.beta_end
+  )
+  return make(schedule.with_zero_terminal_snr() if section.zero_terminal_snr else schedule,
+              section.weight)  # fmt: skip
+
+
+def key_of(run: Run, name: str) -> dict[str, Any]:
+  """What the result of a stage depends on, as its row of STAGES says: settings, and its inputs.
 
   Raises:
     ValueError: an input is not finished, or was made with other settings (StaleArtifact).
   """
-  config = run.config
-  pace = PACE.get(stage, set())
-  section = as_dict(getattr(config, stage.replace("-", "_")))
-  own = {k: v for k, v in section.items() if k not in pace}
-  sections, inputs = _DEPENDS[stage]
-  key: dict[str, Any] = {"seed": config.seed, stage: own}
-  key |= {name: as_dict(getattr(config, name)) for name in sections}
-  dataset = run.dataset
-  if stage != "sample":
-    key["data"] = {"content": run.data_content, "random_flip": dataset.random_flip}
-  if stage == "curvature-study":
-    key["skip"] = list(config.curvature.skip)
-  if stage == "report":
-    labels = {} if dataset.labels is None else {"labels": dataset.labels}
-    key["data"] |= {
-      "name": dataset.name,
-      "labels": artifacts.fingerprint(labels),
-      "label_names": dataset.label_names,
-    }
-  return key | {f"{name}_content": content_of_stage(run, name) for name in inputs}
+  stage = named(STAGES, name, "stage")
+  key: dict[str, Any] = {"seed": run.config.seed, name: own_settings(run, name)}
+  for path in stage.reads:
+    key[path.rpartition(".")[2]] = settings(operator.attrgetter(path)(run.config))
+  if stage.data:
+    key["data"] = {"content": run.data_content, "random_flip": run.dataset.random_flip}
+  if stage.data == "labelled":
+    key["data"] |= _labels(run.dataset)
+  return key | {f"{needed}_content": content_of_stage(run, needed) for needed in stage.needs}
 
 
-# Stage → further config sections and earlier stages it depends on.
-_DEPENDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-  "train": (("model", "diffusion"), ()),
-  "sample": (("diffusion",), ("train",)),
-  "curvature": (("diffusion",), ("train",)),
-  "curvature-study": (("diffusion",), ("train", "sample")),
-  "compress-study": ((), ("train", "sample", "curvature")),
-  "attribute": ((), ("train", "sample", "curvature")),
-  "index": ((), ("train", "curvature")),
-  "report": ((), ("attribute",)),
-}
+def own_settings(run: Run, name: str) -> dict[str, Any]:
+  """The fields of a stage's own section that its result depends on."""
+  stage = named(STAGES, name, "stage")
+  assert stage.section is not None
+  section = settings(getattr(run.config, stage.section))
+  return {k: v for k, v in section.items() if k not in (*stage.pace, *stage.extent)}
 
 
-def draw_design(config: DrawConfig, random_flip: bool = False) -> DrawDesign:
-  """The design of draws that a config section asks for; with flips for training images."""
-  return DrawDesign(**dataclasses.asdict(config), random_flip=random_flip)
+def _labels(dataset: Dataset) -> dict[str, Any]:
+  labels = {} if dataset.labels is None else {"labels": dataset.labels}
+  return {
+    "name": dataset.name,
+    "labels": artifacts.fingerprint(labels),
+    "label_names": dataset.label_names,
+  }
 
 
-def load_task(run: Run) -> Task:
+def load_model(run: Run) -> DiffusionModel:
   """The trained model of a run."""
   arrays = artifacts.read(run.folder("train")).arrays
   params: Params = flax.traverse_util.unflatten_dict(dict(arrays), sep="/")
-  return Task(_apply_fn(run), params, run.schedule)
+  return DiffusionModel(_apply_fn(run), params, run.process)
 
 
-def fresh_task(run: Run) -> Task:
+def fresh_model(run: Run) -> DiffusionModel:
   """The model of a run with parameters of zero, for what depends on shapes alone."""
-  network = run.model
-  images, t = jnp.zeros((1, *run.dataset.image_shape)), jnp.zeros(1, jnp.int32)
-  shapes = jax.eval_shape(network.init, jax.random.key(0), images, t)["params"]
+  inputs = jnp.zeros((1, *run.dataset.image_shape)), jnp.zeros(1, jnp.int32)
+  shapes = jax.eval_shape(run.model.init, jax.random.key(0), *inputs)["params"]
   params = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
-  return Task(_apply_fn(run), params, run.schedule)
+  return DiffusionModel(_apply_fn(run), params, run.process)
 
 
-def load_samples(run: Run, trajectories: bool = True) -> dict[str, np.ndarray]:
-  """The arrays `ids` and `images` of the samples, and `trajectories` if asked for and kept."""
-  arrays = dict(artifacts.read(run.folder("sample")).arrays)
-  place = run.folder("sample") / "trajectories"
-  there = (place / "arrays.npz").exists()  # they may be left out of a copy, being large
-  if trajectories and there and artifacts.finished(place, key_of(run, "sample")):
-    arrays["trajectories"] = artifacts.read(place).arrays["trajectories"]
-  return arrays
-
-
-def load_curvature(run: Run, task: Task) -> Curvature:
-  """The fitted curvature of a run, for its task."""
+def load_curvature(run: Run, model: DiffusionModel) -> Curvature:
+  """The fitted curvature of a run, for its model."""
   artifact = artifacts.read(run.folder("curvature"))
-  layers = tuple(_from_json(Layer, layer) for layer in artifact.notes["layers"])
-  coverage = load_coverage(artifact.manifest)
-  parts = [field.name for field in dataclasses.fields(Eigenbasis)]
-  bases = {
-    layer.name: Eigenbasis(*(artifact.arrays.get(f"{layer.name}/{part}") for part in parts))
-    for layer in layers
-  }
-  settings, diagnostics = (dict(artifact.notes[name]) for name in ("settings", "diagnostics"))
-  exact = None
-  if settings["method"] == "cg":
-    rows = Rows(run.dataset.images, example_numbers(run.dataset.ids), settings["draws"])
-    exact = GGN(
-      task, layers, rows, seed=settings["seed"], batch_size=run.config.curvature.batch_size,
-      devices=run.devices, solver=Solver(**settings["solver"]),
-      random_flip=settings.get("random_flip", False),
-    )  # fmt: skip
-  return Curvature(layers, bases, coverage, task, settings, diagnostics, exact)
+  compute = run.compute(run.config.curvature.batch_size)
+  return curvature_from(artifact.arrays, artifact.notes, model, run.dataset.examples, compute)
 
 
-def load_coverage(manifest: Mapping[str, Any]) -> Coverage:
-  """The coverage table from the manifest of a curvature."""
-  return Coverage(tuple(_from_json(Row, row) for row in manifest["notes"]["coverage"]))
+def kind_of_config(config: CurvatureConfig) -> Kind:
+  """The kind of curvature that a config asks for."""
+  fields = {"fisher": config.estimator, "samples": config.targets}
+  settings = {"name": config.method, "approx": config.sharing, "solver": vars(config.solver)}
+  return kind_of(settings | fields)
 
 
 def load_scores(run: Run) -> Scores:
   """The scores of a run."""
   artifact = artifacts.read(run.folder("attribute"))
   own = {name: array for name, array in artifact.arrays.items() if "/" not in name}
-  return Scores(**own, settings=artifact.notes["settings"])
+  return Scores(settings=artifact.notes["settings"], **own)  # type: ignore[arg-type]
 
 
 def scores_arrays(scores: Scores, prefix: str = "") -> dict[str, np.ndarray]:
   """The arrays of scores by name, as `load_scores` takes them; ids only without a prefix."""
   names = ["group_values"] + ["query_group_values"] * (scores.query_group_values is not None)
   names += ["query_ids", "train_ids"] * (not prefix)
+  names += ["train_groups"] * (not prefix and scores.train_groups is not None)
   return {prefix + name: getattr(scores, name) for name in names}
 
 
@@ -218,11 +187,6 @@ def _apply_fn(run: Run) -> ApplyFn:
     return network.apply({"params": params}, x_t, t)
 
   return apply_fn
-
-
-def _from_json(cls: type, fields: Mapping[str, Any]) -> Any:
-  """A dataclass from its fields as JSON keeps them: lists were tuples."""
-  return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
 def content_of_stage(run: Run, stage: str) -> str:

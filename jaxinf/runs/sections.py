@@ -1,251 +1,269 @@
-"""The sections of a config, frozen and typed. Their defaults stand in configs/base.py alone."""
+"""The sections of a config, frozen and typed, each field once: its type, default and meaning.
+
+The defaults are the paper's: DDPM on CIFAR-10. Sections that a package of the library owns, such as
+`TrainConfig`, stand there. The line of commands and their sections is in stage.py.
+"""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jaxinf.core.draws import Draws
+from jaxinf.curvature.fit import SKIP_NORMALISATION
+from jaxinf.curvature.ggn import Solver
+from jaxinf.data import DataConfig
+from jaxinf.networks import UNet
+from jaxinf.networks.training import TrainConfig
 
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-  name: str  # one of jaxinf.data.DATASETS
-  data_dir: str | None  # TFDS folder; None: TFDS's default
-  path: str | None  # .npz file or image folder, for `arrays` and `folder`
-  image_size: int | None  # `folder` crops and resizes to it; None: images as they are
-  num_examples: int | None  # a seeded subset of that many; None: all
-  seed: int  # of subsets
+
+def added(value: Any) -> Any:
+  """A field that came after results were kept; `value` is its default, and what gave all of them.
+
+  Keys of results leave the field out while it has that value, so that they stay as they were. A
+  later change of the default keeps `before` as it is.
+  """
+  return dataclasses.field(default=value, metadata={"before": value})
+
+
+def _unet() -> dict[str, Any]:
+  """The fields of the paper's U-Net, as its class has them."""
+  fields = dataclasses.fields(UNet)
+  unset = ("out_channels", "parent", "name")  # the data set's, and Flax's own
+  return {field.name: field.default for field in fields if field.name not in unset}
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  name: str  # one of jaxinf.networks.MODELS
-  fields: Mapping[str, Any]  # of that class
+  name: str = "unet"  # one of jaxinf.networks.MODELS
+  fields: Mapping[str, Any] = dataclasses.field(default_factory=_unet)  # of that class
 
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
-  schedule: str  # linear or scaled_linear
-  num_steps: int
-  beta_start: float
-  beta_end: float
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-  steps: int
-  batch_size: int
-  learning_rate: float  # the peak
-  warmup_steps: int
-  decay: str  # cosine (to zero) or constant
-  weight_decay: float
-  clip_norm: float
-  ema_max_decay: float
-  ema_warmup_power: float
-  checkpoint_every: int  # steps
-  log_every: int  # steps
+  schedule: str = "linear"  # one of jaxinf.diffusion.schedule.SCHEDULES
+  num_steps: int = 1000
+  beta_start: float = 1e-4
+  beta_end: float = 0.02
+  prediction: str = added("epsilon")  # of the network: epsilon, sample, v, flow or edm
+  zero_terminal_snr: bool = added(False)  # the schedule is rescaled to end in noise alone
+  weight: str | None = added(None)  # of the loss, by timestep; None: the prediction's own
+  time: str = added("uniform")  # the law of t in training
+  shift: float = added(1.0)  # of t towards noise, for flow
+  sigma_data: float = added(0.5)  # standard deviation of the data, for edm
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-  num_samples: int
-  sampler: str  # ddpm or ddim
-  num_steps: int | None  # None: all of the schedule
-  batch_size: int
-  keep_trajectory: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class SolverConfig:
-  tolerance: float  # relative residual of a solve
-  max_iterations: int  # for each query
-  precision: str  # float32 or float64
-  sketch_rank: int  # of the Nyström preconditioner; 0: EK-FAC preconditions
-
-
-@dataclasses.dataclass(frozen=True)
-class CurvatureConfig:
-  method: str  # kfac, ekfac, diagonal, identity or cg (exact, for small sets)
-  sharing: str  # expand or reduce, over positions
-  estimator: str  # mc, empirical or exact
-  targets: int  # model-sampled targets for each draw
-  draws: int  # of (t, ε) for each example
-  batch_size: int  # (example, draw) pairs at a time
-  skip: tuple[str, ...]  # regular expressions on parameter paths to leave out
-  diagonal: tuple[str, ...]  # likewise, layers whose curvature is diagonal
-  only: tuple[str, ...] | None  # likewise, parameters to keep; None: all
-  partitions: int  # groups of layers fitted one after another, in less memory
-  decompose: str  # host (float64) or devices (float32)
-  solver: SolverConfig  # of cg
-  checkpoint_every: int  # batches
-
-
-@dataclasses.dataclass(frozen=True)
-class CurvatureStudyConfig:
-  num_images: int  # training images: the curvatures are of them, and they are scored
-  num_queries: int  # samples
-  draws: int  # of (t, ε) for each image, in the curvatures
-  gradient_draws: int  # for each gradient
-  dampings: tuple[float, ...]
-  batch_size: int  # (example, draw) pairs at a time
-  solver: SolverConfig  # of the exact reference
-
-
-@dataclasses.dataclass(frozen=True)
-class CompressStudyConfig:
-  num_images: int  # training images that are scored
-  num_queries: int  # samples
-  draws: int  # of (t, ε) for each gradient
-  damping: float  # λ
-  svd_ranks: tuple[int, ...]
-  truncation_shares: tuple[float, ...]  # of a layer's numbers that are kept
-  projection_shares: tuple[float, ...]  # likewise
-  batch_size: int  # (image, draw) pairs at a time
+  num_samples: int = 200
+  sampler: str = "ddpm"  # ddpm, ddim or euler
+  num_steps: int | None = None  # None: all of the schedule
+  batch_size: int = 25
+  keep_trajectory: bool = False
+  clip: bool | None = added(None)  # predicted data to [-1, 1]; None: where the data are pixels
 
 
 @dataclasses.dataclass(frozen=True)
 class DrawConfig:
-  timesteps: str  # stratified or uniform
-  antithetic: bool  # draws in pairs of (t, ε) and (t, −ε)
-  shared: bool  # whether all examples have the same draws
+  """How draws of (t, ε) are made: by default the best of those measured, which is the library's."""
+
+  timesteps: str = Draws.timesteps  # stratified or uniform
+  antithetic: bool = Draws.antithetic  # draws in pairs of (t, ε) and (t, −ε)
+  shared: bool = Draws.shared  # whether all examples have the same draws
+
+
+@dataclasses.dataclass(frozen=True)
+class CurvatureConfig:
+  method: str = "kfac"  # kfac, ekfac, diagonal, identity or cg (exact, for small sets)
+  sharing: str = "expand"  # expand or reduce, over positions
+  estimator: str = "mc"  # mc, empirical or exact
+  targets: int = 1  # model-sampled targets for each draw
+  draws: int = 250  # of (t, ε) for each example
+  batch_size: int = 128  # (example, draw) pairs at a time
+  skip: tuple[str, ...] = SKIP_NORMALISATION  # regular expressions on parameter paths to leave out
+  diagonal: tuple[str, ...] = ()  # likewise, layers whose curvature is diagonal
+  only: tuple[str, ...] | None = None  # likewise, parameters to keep; None: all
+  partitions: int = 1  # groups of layers fitted one after another, in less memory
+  decompose: str = "host"  # host (float64) or devices (float32)
+  solver: Solver = Solver(tolerance=1e-3, max_iterations=500, sketch_rank=500)  # of cg
+  checkpoint_every: int = 500  # batches
+
+
+@dataclasses.dataclass(frozen=True)
+class CurvatureStudyConfig:
+  num_images: int = 512  # training images: the curvatures are of them, and they are scored
+  num_queries: int = 8  # samples
+  draws: int = 1  # of (t, ε) for each image, in the curvatures
+  gradient_draws: int = 16  # for each gradient
+  dampings: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+  batch_size: int = 128  # (example, draw) pairs at a time
+  # Of the exact reference.
+  solver: Solver = Solver(tolerance=1e-2, max_iterations=200, sketch_rank=1_000)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressStudyConfig:
+  num_images: int = 512  # training images that are scored
+  num_queries: int = 8  # samples
+  draws: int = 16  # of (t, ε) for each gradient
+  damping: float = 1e-8  # λ
+  svd_ranks: tuple[int, ...] = (1, 5, 10, 20, 50, 100)
+  truncation_shares: tuple[float, ...] = (0.5, 0.25, 0.1, 0.05)  # of a layer's numbers kept
+  projection_shares: tuple[float, ...] = (0.5, 0.1, 0.02)  # likewise
+  batch_size: int = 128  # (image, draw) pairs at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class StopConfig:
-  top_k: int  # examples of each query whose order is to be stable
-  agreement: float  # share of them that two halves of the draws have in common
-  group_size: int  # draws of an example in a group; a round is draw_groups groups
+  top_k: int = 10  # examples of each query whose order is to be stable
+  agreement: float = 0.8  # share of them that two halves of the draws have in common
+  group_size: int = 8  # draws of an example in a group; a round is draw_groups groups
 
 
 @dataclasses.dataclass(frozen=True)
 class AttributeConfig:
-  measurement: str  # one of jaxinf.diffusion.measurements.MEASUREMENTS
-  damping: float  # λ
-  sweep: tuple[float, ...]  # further λ, scored in the same pass, of which one is recommended
-  draws: int  # of (t, ε) for each example; at most, where auto_draws
-  draw_groups: int  # groups the draws are split into, for standard errors
-  auto_draws: bool  # rounds of draws until the top of the order is stable
-  stop: StopConfig  # of auto_draws
-  query_draws: int | None  # for each query; None: as many as for an example, 256 for auto_draws
-  query_groups: int  # groups these are split into; each takes as much memory as one
-  design: DrawConfig
-  compression: str | None  # of the preconditioned query gradients: int8, int4, … or None
-  compression_size: float | None  # rank of svd; None: its default
-  query_blocks: int  # parts of the queries, of which one is on the devices at a time
-  precision: str | None  # of products in training gradients: bfloat16, tensorfloat32, float32
-  batch_size: int  # (example, draw) pairs at a time
-  checkpoint_every: int  # batches
+  measurement: str = "loss"  # one of jaxinf.diffusion.measurements.MEASUREMENTS
+  damping: float = 1e-8  # λ
+  sweep: tuple[float, ...] = ()  # further λ, scored in the same pass, of which one is recommended
+  draws: int = 250  # of (t, ε) for each example; at most, where auto_draws
+  draw_groups: int = 5  # groups the draws are split into, for standard errors
+  auto_draws: bool = False  # rounds of draws until the top of the order is stable
+  stop: StopConfig = StopConfig()  # of auto_draws
+  # For each query; None: as many as for an example, 256 for auto_draws. Queries are few, so that
+  # their noise costs little to lower.
+  query_draws: int | None = 1_000
+  query_groups: int = 2  # groups these are split into; each takes as much memory as one
+  design: DrawConfig = DrawConfig()
+  compression: str | None = "int8"  # of the preconditioned query gradients: int8, int4, … or None
+  compression_size: float | None = None  # rank of svd; None: its default
+  query_chunk: int | None = None  # queries on the devices at a time; None: all of them
+  precision: str | None = None  # of training gradients' products: bfloat16, tensorfloat32, float32
+  batch_size: int = 128  # (example, draw) pairs at a time
+  checkpoint_every: int = 100  # batches
 
 
 @dataclasses.dataclass(frozen=True)
 class IndexConfig:
-  draws: int  # of (t, ε) for each example
-  draw_groups: int  # rows kept for each example, for standard errors; 1 takes half of 2's disk
-  design: DrawConfig
-  compression: str | None  # of the rows: int8, int4, int16, bfloat16, truncation or None
-  compression_size: float | None  # share of truncation; None: its default
-  batch_size: int  # (example, draw) pairs at a time
-  reserve_mib: int  # of the disk that are left free
+  draws: int = 250  # of (t, ε) for each example
+  draw_groups: int = 2  # rows kept for each example, for standard errors; 1 takes half of 2's disk
+  design: DrawConfig = DrawConfig()
+  compression: str | None = "int8"  # of the rows: int8, int4, int16, bfloat16, truncation or None
+  compression_size: float | None = None  # share of truncation; None: its default
+  batch_size: int = 128  # (example, draw) pairs at a time
+  reserve_mib: int = 1024  # of the disk that are left free
 
 
 @dataclasses.dataclass(frozen=True)
 class QueryConfig:
-  measurement: str  # one of jaxinf.diffusion.measurements.MEASUREMENTS
-  damping: float  # λ
-  draws: int  # of (t, ε) for each query
-  query_groups: int  # groups these are split into, for standard errors
-  layers: tuple[str, ...] | None  # regular expressions on layers, of which only those count
-  top_k: int  # examples shown for each query
-  batch_size: int  # (query, draw) pairs at a time
+  measurement: str = "loss"  # one of jaxinf.diffusion.measurements.MEASUREMENTS
+  damping: float = 1e-8  # λ
+  draws: int = 1_000  # of (t, ε) for each query
+  query_groups: int = 2  # groups these are split into, for standard errors
+  layers: tuple[str, ...] | None = None  # regular expressions on layers: only those count
+  top_k: int = 10  # examples shown for each query
+  batch_size: int = 128  # (query, draw) pairs at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class RetrainConfig:
-  num_subsets: int  # random subsets of the training images; more extend fewer
-  num_seeds: int  # models trained on each, and on all images
-  share: float  # of the images in a subset
-  steps: int  # of each subset's model; warm-up and decay are train's in proportion
-  outside_weight: float  # in the loss, of images outside the subset; 0: they are removed
-  models_at_once: int  # on each device, as one vmapped step
+  num_subsets: int = 100  # random subsets of the training images; more extend fewer
+  num_seeds: int = 5  # models trained on each, and on all images
+  share: float = 0.5  # of the images in a subset
+  steps: int = 80_000  # of each subset's model; warm-up and decay are train's in proportion
+  outside_weight: float = 0.0  # in the loss, of images outside the subset; 0: they are removed
+  models_at_once: int = 1  # on each device, as one vmapped step
 
 
 @dataclasses.dataclass(frozen=True)
 class MeasureConfig:
-  measurements: tuple[str, ...]  # true measurements of the samples by each retrained model
-  draws: int  # of (t, ε) for each sample
-  draw_groups: int  # groups these are split into, for standard errors
-  design: DrawConfig
-  batch_size: int  # (sample, draw) pairs at a time
+  measurements: tuple[str, ...] = ("loss", "elbo")  # of the samples by each retrained model
+  draws: int = 5_000  # of (t, ε) for each sample
+  draw_groups: int = 20  # groups these are split into, for standard errors
+  design: DrawConfig = DrawConfig()
+  batch_size: int = 500  # (sample, draw) pairs at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoreConfig:
-  methods: tuple[str, ...]  # of jaxinf.attribution.methods.METHODS
-  measurements: tuple[str, ...]  # whose gradients are taken at the samples
-  dampings: tuple[float, ...]  # λ of every method, beside its default
-  draws: int  # of (t, ε) for each image
-  draw_groups: int
-  query_draws: int
-  query_groups: int
-  design: DrawConfig
-  compression: str | None  # of preconditioned query gradients
-  passes: int  # parts of the samples, each with a pass over the images: the more, the less memory
-  projection_dim: int  # of TRAK and its kin
-  projection: str  # rademacher or normal
-  journey_steps: int  # timesteps of a sampling trajectory, for Journey-TRAK
-  clip: str | None  # a folder with a CLIP model, or an .npz of embeddings
-  batch_size: int  # (image, draw) pairs at a time
+  # Of jaxinf.attribution.methods.METHODS.
+  methods: tuple[str, ...] = ("influence", "trak", "dtrak", "pixel", "random")
+  measurements: tuple[str, ...] = ("loss", "elbo")  # whose gradients are taken at the samples
+  # λ of every method, beside its default.
+  dampings: tuple[float, ...] = tuple(10.0**power for power in range(-9, 2))
+  draws: int = 250  # of (t, ε) for each image
+  draw_groups: int = 1  # no standard errors, which the LDS does not need: half the work
+  query_draws: int = 250
+  query_groups: int = 1
+  design: DrawConfig = DrawConfig()
+  compression: str | None = "int8"  # of preconditioned query gradients
+  # Parts of the samples, each with a pass over the images: the more, the less memory. A quarter of
+  # 200 samples at 11 dampings are 21 GB of int8 gradients.
+  passes: int = 4
+  projection_dim: int = 32_768  # of TRAK and its kin
+  projection: str = "rademacher"  # or normal
+  journey_steps: int = 10  # timesteps of a sampling trajectory, for Journey-TRAK
+  clip: str | None = None  # a folder with a CLIP model, or an .npz of embeddings
+  batch_size: int = 128  # (image, draw) pairs at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-  num_resamples: int  # of the bootstrap over subsets
+  num_resamples: int = 1_000  # of the bootstrap over subsets
 
 
 @dataclasses.dataclass(frozen=True)
 class CounterfactualConfig:
-  methods: tuple[str, ...]  # whose most supporting images are removed, beside random ones
-  dampings: tuple[float, ...]  # λ of each of them; (): their defaults
-  measurement: str  # whose gradients rank, and which is measured
-  shares: tuple[float, ...]  # of the training images that are removed
-  num_queries: int  # samples, each with models of its own
-  num_seeds: int  # models trained without each set
+  # Whose most supporting images are removed, beside random ones.
+  methods: tuple[str, ...] = ("influence", "trak", "dtrak")
+  dampings: tuple[float, ...] = ()  # λ of each of them; (): their defaults
+  measurement: str = "loss"  # whose gradients rank, and which is measured
+  shares: tuple[float, ...] = (0.02, 0.1)  # of the training images that are removed
+  num_queries: int = 5  # samples, each with models of its own
+  num_seeds: int = 1  # models trained without each set
 
 
 @dataclasses.dataclass(frozen=True)
 class StudyConfig:
-  measurement: str  # gradient of approximations, damping and half precision; truth of the first
-  approximations: tuple[str, ...]  # methods that differ in the curvature
-  methods: tuple[str, ...]  # of damping and half precision
-  draws: tuple[int, ...]  # of (t, ε) in all gradients, of damping
-  timesteps: tuple[int, ...]  # from 0, whose losses predict each other
-  change_timesteps: tuple[int, ...]  # from 0, whose predicted and actual changes are compared
-  outside_weight: float  # in the loss, of images outside the subset, for timesteps-half
-  num_models: int  # in the table of correlations, the one of all images among them
+  # Gradient of approximations, damping and half precision; truth of the first.
+  measurement: str = "loss"
+  # Methods that differ in the curvature.
+  approximations: tuple[str, ...] = (
+    "influence", "ekfac", "kfac-empirical", "kfac-reduce", "kfac-reduce-empirical", "diagonal",
+    "identity",
+  )  # fmt: skip
+  methods: tuple[str, ...] = ("influence", "trak", "dtrak")  # of damping and half precision
+  draws: tuple[int, ...] = (10, 50, 250)  # of (t, ε) in all gradients, of damping
+  # From 0, whose losses predict each other.
+  timesteps: tuple[int, ...] = (0, 9, 19, 49, 79, 99, 199, 499, 799, 998)
+  # From 0, whose predicted and actual changes are compared.
+  change_timesteps: tuple[int, ...] = (0, 49, 99)
+  outside_weight: float = 0.5  # in the loss, of images outside the subset, for timesteps-half
+  num_models: int = 8  # in the table of correlations, the one of all images among them
 
 
 @dataclasses.dataclass(frozen=True)
 class ReportConfig:
-  num_queries: int  # samples shown
-  top_k: int  # training images in each row
+  num_queries: int = 12  # samples shown
+  top_k: int = 8  # training images in each row
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  seed: int
-  data: DataConfig
-  model: ModelConfig
-  diffusion: DiffusionConfig
-  train: TrainConfig
-  sample: SampleConfig
-  curvature: CurvatureConfig
-  curvature_study: CurvatureStudyConfig
-  compress_study: CompressStudyConfig
-  attribute: AttributeConfig
-  index: IndexConfig
-  query: QueryConfig
-  retrain: RetrainConfig
-  measure: MeasureConfig
-  score: ScoreConfig
-  evaluate: EvaluateConfig
-  counterfactual: CounterfactualConfig
-  study: StudyConfig
-  report: ReportConfig
+  seed: int = 0
+  data: DataConfig = DataConfig()
+  model: ModelConfig = ModelConfig()
+  diffusion: DiffusionConfig = DiffusionConfig()
+  train: TrainConfig = TrainConfig()
+  sample: SampleConfig = SampleConfig()
+  curvature: CurvatureConfig = CurvatureConfig()
+  curvature_study: CurvatureStudyConfig = CurvatureStudyConfig()
+  compress_study: CompressStudyConfig = CompressStudyConfig()
+  attribute: AttributeConfig = AttributeConfig()
+  index: IndexConfig = IndexConfig()
+  query: QueryConfig = QueryConfig()
+  retrain: RetrainConfig = RetrainConfig()
+  measure: MeasureConfig = MeasureConfig()
+  score: ScoreConfig = ScoreConfig()
+  evaluate: EvaluateConfig = EvaluateConfig()
+  counterfactual: CounterfactualConfig = CounterfactualConfig()
+  study: StudyConfig = StudyConfig()
+  report: ReportConfig = ReportConfig()

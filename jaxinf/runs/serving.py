@@ -14,14 +14,13 @@ import numpy as np
 
 from jaxinf import data
 from jaxinf.compression.compression import compression_named
-from jaxinf.data.dataset import Dataset
+from jaxinf.core.examples import Examples
+from jaxinf.data import DataConfig, Dataset
 from jaxinf.engine import artifacts, processes
-from jaxinf.engine.artifacts import Artifact
-from jaxinf.engine.resources import measured
-from jaxinf.runs.config import as_dict
-from jaxinf.runs.run import Outcome, Run, draw_design, load_curvature, load_task
-from jaxinf.runs.sections import DataConfig
-from jaxinf.store.index import build_index, open_index
+from jaxinf.engine.artifacts import Artifact, Outcome
+from jaxinf.runs.run import Run, load_curvature, load_model, own_settings
+from jaxinf.scores.scores import Ranking
+from jaxinf.store.build import build_store, open_store
 from jaxinf.store.store import Store
 
 _LOG = logging.getLogger("jaxinf")
@@ -30,14 +29,16 @@ _MIB = 2**20
 
 def index(run: Run) -> Outcome:
   """The store of all training gradients."""
-  config, task = run.config.index, load_task(run)
-  store = build_index(
-    store_folder(run), task, load_curvature(run, task), run.dataset.images, draws=config.draws,
-    seed=run.config.seed, train_ids=run.dataset.ids, draw_groups=config.draw_groups,
-    design=draw_design(config.design, run.dataset.random_flip),
+  config = run.config.index
+  store = build_store(
+    store_folder(run),
+    load_curvature(run, load_model(run)),
+    train=run.dataset.examples,
+    draws=run.draws(config.draws, config.draw_groups, config.design),
     compression=compression_named(config.compression, config.compression_size),
-    batch_size=config.batch_size, reserve_bytes=config.reserve_mib * _MIB, devices=run.devices,
-  )  # fmt: skip
+    reserve_bytes=config.reserve_mib * _MIB,
+    compute=run.compute(config.batch_size),
+  )
   notes = {"settings": store.settings, "num_bytes": store.num_bytes, "files": ["store"]}
   what = f"the gradients of {len(store)} images ({store.num_bytes / _MIB:,.1f} MiB)"
   return {}, notes, what
@@ -45,8 +46,7 @@ def index(run: Run) -> Outcome:
 
 def load_store(run: Run) -> Store:
   """The store of a run, checked against its model and curvature."""
-  task = load_task(run)
-  return open_index(store_folder(run), task, load_curvature(run, task))
+  return open_store(store_folder(run), load_curvature(run, load_model(run)))
 
 
 def store_folder(run: Run) -> Path:
@@ -56,34 +56,25 @@ def store_folder(run: Run) -> Path:
 
 def query(run: Run) -> Artifact:
   """The best training images of each of `run.images`, from the store; printed, and kept."""
-  config, images = run.config.query, _given_images(run)
-  processes.check_same(images.fingerprint(), "the images of --images")
-  store = load_store(run)
-  section = {k: v for k, v in as_dict(config).items() if k != "batch_size"}
-  key = artifacts.plain({
-    "seed": run.config.seed, "query": section, "images": images.fingerprint(),
-    "index": store.rows.ledger.content,
-  })  # fmt: skip
+  images = _given_images(run)
   assert run.images is not None
-  folder = run.folder("query") / f"{run.images.stem}-{artifacts.fingerprint_of(key)[:8]}"
-  if processes.agreed(artifacts.finished(folder, key)):
-    artifact = artifacts.read(folder)
-  else:
-    with measured() as cost:
-      found = store.query(
-        images.images, damping=config.damping, draws=config.draws, seed=run.config.seed,
-        measurement=config.measurement, query_ids=images.ids, query_groups=config.query_groups,
-        layers=config.layers, top_k=config.top_k, batch_size=config.batch_size,
-        devices=run.devices,
-      )  # fmt: skip
-    arrays = {"query_ids": images.ids, **dataclasses.asdict(found)}
-    if processes.is_primary():
-      artifacts.write(folder, key, arrays, notes={"settings": store.settings}, cost=cost)
-    processes.wait_for_all("query written")
-    artifact = artifacts.read(folder)
+  store = load_store(run)
+  key = {
+    "seed": run.config.seed,
+    "query": own_settings(run, "query"),
+    "images": images.fingerprint(),
+    "index": store.rows.ledger.content,
+  }
+  digest = artifacts.fingerprint_of(artifacts.plain(key))[:8]
+  folder = run.folder("query") / f"{run.images.stem}-{digest}"
+
+  def compute() -> Outcome:
+    arrays = {"query_ids": images.ids, **dataclasses.asdict(_found(run, store, images))}
+    return arrays, {"settings": store.settings}, f"the best training images of {len(images)}"
+
+  artifact = artifacts.cached(folder, key, compute, label="query")
   if processes.is_primary():
     print(_table(artifact.arrays))
-    _LOG.info("query: %d images; the numbers are in %s", len(images), folder / "arrays.npz")
   return artifact
 
 
@@ -93,9 +84,10 @@ def append(run: Run) -> Store:
   processes.check_same(images.fingerprint(), "the images of --images")
   store = load_store(run)
   store.append(
-    images.images, images.ids, batch_size=config.batch_size,
-    reserve_bytes=config.reserve_mib * _MIB, devices=run.devices,
-  )  # fmt: skip
+    Examples(images.images, images.ids, random_flip=run.dataset.random_flip),
+    reserve_bytes=config.reserve_mib * _MIB,
+    compute=run.compute(config.batch_size),
+  )
   _LOG.info("index-append: %d images, now %d in the store", len(images), len(store))
   return store
 
@@ -119,6 +111,19 @@ def verify(run: Run) -> Store:
   return store
 
 
+def _found(run: Run, store: Store, images: Dataset) -> Ranking:
+  config = run.config.query
+  return store.top(
+    Examples(images.images, images.ids),
+    min(config.top_k, len(store)),
+    damping=config.damping,
+    draws=run.draws(config.draws, config.query_groups, run.config.index.design),
+    measurement=config.measurement,
+    layers=config.layers,
+    compute=run.compute(config.batch_size),
+  )
+
+
 def _given_images(run: Run) -> Dataset:
   """The images of `run.images`, an .npz file or a folder."""
   if run.images is None:
@@ -129,7 +134,7 @@ def _given_images(run: Run) -> Dataset:
   if not (run.images.is_dir() if name == "folder" else run.images.is_file()):
     raise ValueError(f"--images must be an .npz file or a folder of images; got {run.images}.")
   size = run.config.data.image_size if name == "folder" else None
-  return data.load(DataConfig(name, None, str(run.images), size, None, run.config.data.seed))
+  return data.load(DataConfig(name, path=str(run.images), image_size=size))
 
 
 def _table(arrays: Mapping[str, np.ndarray]) -> str:

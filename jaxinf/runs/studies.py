@@ -1,5 +1,6 @@
 """What the studies of a run compute, beside the line from training to report, and its memory."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,37 +9,35 @@ from typing import Any
 import numpy as np
 
 from jaxinf.compression.compression import Compression, compression_named
-from jaxinf.curvature.fit import partition
-from jaxinf.curvature.ggn import Solver
+from jaxinf.core.draws import Draws
+from jaxinf.core.examples import Examples
+from jaxinf.curvature.fit import fit_curvature, partition
 from jaxinf.curvature.memory import layer_memory, memory_table
 from jaxinf.engine import artifacts, num_devices, processes
+from jaxinf.engine.artifacts import Outcome
 from jaxinf.engine.checkpoints import Kept
+from jaxinf.engine.worklist import Rows
 from jaxinf.evaluation.compression_study import compression_study
 from jaxinf.evaluation.curvature_study import curvature_study as evaluate_curvatures
 from jaxinf.layers.coverage import Selection
-from jaxinf.layers.register import register
-from jaxinf.report.compression_page import write_compression_study
-from jaxinf.report.study import write_study
-from jaxinf.runs.config import as_dict
-from jaxinf.runs.run import Outcome, Run, fresh_task, load_curvature, load_task
+from jaxinf.layers.register import layers_of
+from jaxinf.report.studies import write_compression_study, write_curvature_study
+from jaxinf.runs.run import Run, fresh_model, kind_of_config, load_curvature, load_model
 from jaxinf.runs.sections import CompressStudyConfig
 
 
 def curvature_memory(run: Run) -> str:
   """What the curvature would take, as a table; needs no trained model and computes nothing."""
-  config, task, image_shape = run.config.curvature, fresh_task(run), run.dataset.image_shape
-  diagonal = (".",) if config.method == "diagonal" else config.diagonal
-  selection = Selection(config.skip, diagonal, config.only)
-  model = register(task.apply_fn, task.params, image_shape, selection)
-  devices = num_devices(run.devices)
-  targets = math.prod(image_shape) if config.estimator == "exact" else config.targets
-  memory = layer_memory(
-    model, task.params, image_shape, method=config.method, sharing=config.sharing,
-    targets=targets, batch_size=math.ceil(config.batch_size / devices),
-  )  # fmt: skip
-  table = memory_table(memory, partition(model.layers, config.partitions))
+  config, model, kind = run.config.curvature, fresh_model(run), kind_of_config(run.config.curvature)
+  train, devices = run.dataset.examples, num_devices(run.devices)
+  selection = kind.selection(Selection(config.skip, config.diagonal, config.only))
+  layers = layers_of(model, train, selection)
+  each = math.ceil(config.batch_size / devices)
+  row = Rows.of(train, 1).padded_batch(0, 1)
+  memory = layer_memory(layers, model, row, kind, batch_size=each)
+  table = memory_table(memory, partition(layers.layers, config.partitions))
   return (
-    f"{model.coverage.summary()}\nMiB a layer, each on every one of {devices} devices but for "
+    f"{layers.coverage.summary()}\nMiB a layer, each on every one of {devices} devices but for "
     f"eigenbases (host and disk); workspace is at most, for {config.batch_size} pairs:\n{table}\n"
     "More curvature.partitions make the sums and rotations smaller, a smaller "
     "curvature.batch_size the workspace."
@@ -47,35 +46,52 @@ def curvature_memory(run: Run) -> str:
 
 def curvature_study(run: Run) -> Outcome:
   """Approximations of the curvature against the exact one."""
-  config, folder = run.config.curvature_study, run.folder("curvature-study")
-  dataset = run.dataset.sample(config.num_images, run.config.seed)
-  queries, query_ids = _samples(run, config.num_queries, "curvature_study")
+  config, folder, seed = run.config.curvature_study, run.folder("curvature-study"), run.config.seed
+  train, compute = (
+    run.dataset.sample(config.num_images, seed).examples,
+    run.compute(config.batch_size),
+  )
+  fit = functools.partial(
+    fit_curvature,
+    load_model(run),
+    train,
+    draws=Draws(config.draws, seed=seed),
+    skip=run.config.curvature.skip,
+    compute=compute,
+  )
   study = evaluate_curvatures(
-    load_task(run), dataset.images, queries, dampings=config.dampings,
-    draws=config.draws, gradient_draws=config.gradient_draws, seed=run.config.seed,
-    ids=dataset.ids, query_ids=query_ids, skip=run.config.curvature.skip,
-    solver=Solver(**as_dict(config.solver)),
-    batch_size=config.batch_size, devices=run.devices, keep=Kept(folder / "sums"),
-  )  # fmt: skip
+    fit,
+    queries=_samples(run, config.num_queries, "curvature_study"),
+    train=train,
+    dampings=config.dampings,
+    gradient_draws=Draws(config.gradient_draws, seed=seed),
+    solver=config.solver,
+    compute=compute,
+    keep=Kept(folder / "sums"),
+  )
   arrays = _arrays(study, "dampings", "errors", "correlations", "residuals", "iterations")
+  files = _shown(folder, study, write_curvature_study)
   notes = {
-    "files": _shown(folder, study, write_study), "names": study.names, "settings": study.settings,
+    "files": files,
+    "names": study.names,
+    "settings": study.settings,
     "largest_eigenvalue": study.largest_eigenvalue,
-  }  # fmt: skip
+  }
   return arrays, notes, f"a comparison of {len(study.names)} approximations"
 
 
 def compress_study(run: Run) -> Outcome:
   """Compressions of the query gradients against float32."""
-  config, task = run.config.compress_study, load_task(run)
-  variants = _variants(config)
-  dataset = run.dataset.sample(config.num_images, run.config.seed)
-  queries, query_ids = _samples(run, config.num_queries, "compress_study")
+  config, seed = run.config.compress_study, run.config.seed
   study = compression_study(
-    task, load_curvature(run, task), dataset.images, queries, damping=config.damping,
-    draws=config.draws, seed=run.config.seed, variants=variants, train_ids=dataset.ids,
-    query_ids=query_ids, batch_size=config.batch_size, devices=run.devices,
-  )  # fmt: skip
+    load_curvature(run, load_model(run)),
+    queries=_samples(run, config.num_queries, "compress_study"),
+    train=run.dataset.sample(config.num_images, seed).examples,
+    damping=config.damping,
+    draws=Draws(config.draws, seed=seed),
+    variants=_variants(config),
+    compute=run.compute(config.batch_size),
+  )
   arrays = _arrays(study, "sizes", "errors", "pearson", "spearman")
   files = _shown(run.folder("compress-study"), study, write_compression_study)
   notes = {"files": files, "names": study.names, "settings": study.settings}
@@ -94,15 +110,15 @@ def _variants(config: CompressStudyConfig) -> Mapping[str, Compression]:
   return {compression.description: compression for compression in variants}
 
 
-def _samples(run: Run, num: int, section: str) -> tuple[np.ndarray, np.ndarray]:
-  """Images and ids of the first samples; ValueError where there are not as many."""
+def _samples(run: Run, num: int, section: str) -> Examples:
+  """The first samples; ValueError where there are not as many."""
   samples = artifacts.read(run.folder("sample")).arrays
   if not 1 <= num <= len(samples["images"]):
     raise ValueError(
       f"{section}.num_queries must lie in 1…{len(samples['images'])}, the number of samples; "
       f"got {num}."
     )
-  return samples["images"][:num], samples["ids"][:num]
+  return Examples(samples["images"][:num], samples["ids"][:num])
 
 
 def _shown(folder: Path, study: Any, write: Callable[[Path, Any], list[Path]]) -> list[str]:

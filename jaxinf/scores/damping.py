@@ -12,6 +12,7 @@ one at λ₀, has that of the noise-free scores as its mean.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,8 +20,8 @@ import numpy as np
 from scipy import stats
 
 from jaxinf.scores.scores import Scores
-from jaxinf.scores.stability import query_groups, split_halves, split_weights
-from jaxinf.scores.statistics import jackknife_error, spearman
+from jaxinf.scores.stability import groups_of, num_groups, split_halves, split_weights
+from jaxinf.scores.statistics import centred, jackknife_error, spearman
 from jaxinf.scores.sweep import Sweep, shared_settings
 
 
@@ -30,17 +31,18 @@ class TooFewDraws(ValueError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recommendation:
-  """What L dampings are worth for Q queries; see `recommend_damping`.
+  """What L dampings are worth for Q queries; see `weigh_dampings`.
 
   Attributes:
     dampings: [L] λ in ascending order, in squared gradients of the pixel-mean loss.
     agreement: [L, Q] Spearman's rank correlation between halves of the draws, mean over splits.
     fidelity: [L, Q] in [−1, 1], the correlation of the scores at λ, noise included, with the
       noise-free ones at the smallest damping; comparable between the dampings of a query.
-    agreement_errors: [L] standard errors of the mean over queries, under fresh draws.
+    agreement_errors: [L] standard errors of the mean over queries, under fresh draws; NaN where
+      there are two groups of training draws only.
     fidelity_errors: [L] the same.
     loss_errors: [L] the same, of the best mean fidelity less that at λ.
-    repeats: [L] bool, whether the mean agreement is clearly above 0; somewhere it is.
+    repeats: [L] bool, whether the mean agreement is clearly above 0.
     settings: of the scores, without their damping.
   """
 
@@ -54,14 +56,27 @@ class Recommendation:
   settings: Mapping[str, Any]
 
   @property
-  def recommended(self) -> float:
-    """The least damping that repeats and has a mean fidelity within one error of the best."""
-    return float(self.dampings[self._place])
+  def candidates(self) -> np.ndarray:
+    """[L] bool: dampings that repeat and whose mean fidelity is within one error of the best."""
+    means = self.fidelity.mean(axis=1)
+    return self.repeats & (means.max() - means <= self.loss_errors)
 
   @property
-  def _place(self) -> int:
-    means = self.fidelity.mean(axis=1)
-    return int(np.argmax(self.repeats & (means.max() - means <= self.loss_errors)))
+  def recommended(self) -> float:
+    """The least of the candidates; TooFewDraws where there are none."""
+    if not self.candidates.any():
+      rows = zip(self.dampings, self.agreement.mean(axis=1), self.agreement_errors, strict=True)
+      said = ", ".join(f"{mean:.3f} ± {error:.3f} at {damping:g}" for damping, mean, error in rows)
+      cause = (
+        "how well scores repeat can be told from 3 groups of training draws on (replicates=5)"
+        if np.isnan(self.agreement_errors).any()
+        else "halves of the draws agree on the order of the training examples no better than noise "
+        "alone may. Score with more draws, of queries and training examples, or larger dampings"
+      )
+      raise TooFewDraws(
+        f"Too few draws to recommend a damping: {cause}. Rank correlation of halves: {said}."
+      )
+    return float(self.dampings[self.candidates.argmax()])
 
   def table(self) -> str:
     """Mean over queries ± standard error over draws of both numbers, a row a damping."""
@@ -71,7 +86,7 @@ class Recommendation:
     for place, row in enumerate(zip(self.dampings, agreement, fidelity, strict=True)):
       damping, *pairs = row
       cells = "".join(f"{'{:.3f} ± {:.3f}'.format(*pair):>18}" for pair in pairs)
-      mark = "  ← recommended" if place == self._place else ""
+      mark = "  ← recommended" if place in np.flatnonzero(self.candidates)[:1] else ""
       lines.append(f"{damping:>10.3g}{cells}{mark}")
     return "\n".join(lines)
 
@@ -79,7 +94,88 @@ class Recommendation:
 def recommend_damping(
   sweep: Sequence[Scores], *, seed: int = 0, num_splits: int = 20
 ) -> Recommendation:
+  """Finds the damping at which scores are most faithful, from their draws alone.
+
+  As `weigh_dampings`, but where the scores do not repeat it refuses.
+
+  Raises:
+    TooFewDraws: no scores repeat that are as faithful as the best, to one standard error, or there
+      are two groups of training draws only, which have no errors. (It is a ValueError.)
+    ValueError: as of `weigh_dampings`.
+  """
+  found = weigh_dampings(sweep, seed=seed, num_splits=num_splits)
+  assert found.recommended in found.dampings  # it raises where there is none
+  return found
+
+
+def weigh_dampings(
+  sweep: Sequence[Scores], *, seed: int = 0, num_splits: int = 20
+) -> Recommendation:
   """Weighs the bias of damping against the noise of draws, at every damping of a sweep.
+
+  Two numbers a damping and query: the agreement between rankings of two halves of the draws, as of
+  `rank_stability`, and the `fidelity`.
+
+  What it cannot know: errors of the curvature approximation, which are the same in every draw and
+  which damping may hide, and whether the noise-free scores at λ₀ are the ones to aim at. Only
+  retraining tells (the linear datamodelling score, LDS). The noise of query gradients counts only
+  where the scores have groups of query draws.
+
+  Standard errors are those of the jackknife: everything is computed again without each group of
+  training draws and without each group of query draws, and both variances add. Queries share the
+  draws of training examples, and often their own, so that their spread says little: scores that are
+  noise alone agree by chance in all queries alike. The jackknife takes only groups as independent.
+  In simulations of noise alone it says 1.3 to 2.5 times the true error, on the safe side. Where
+  two groups of query draws carry most of the noise beside a signal, it may say half of it, because
+  two groups tell little of their own spread: take more groups of query draws.
+
+  A damping is recommended only if its mean agreement is above 0 by Student's test at 5 %, one-sided
+  with G − 1 degrees of freedom: if its scores repeat.
+
+  Args:
+    sweep: scores in the same G groups of the same draws, at two dampings or more; G ≥ 3 for errors.
+    seed: of the splits, where there are more than num_splits.
+    num_splits: to average over; all distinct ones where there are fewer.
+
+  Raises:
+    ValueError: fewer than two dampings or groups of training draws, one training example, or scores
+      that are no `Sweep`.
+  """
+  sweep = Sweep(sweep).ascending()
+  groups = num_groups(sweep[0])
+  if len(sweep) < 2:
+    raise ValueError(f"To choose from, a sweep needs at least two dampings; got {sweep.dampings}.")
+  if len(sweep[0].train_ids) < 2:
+    raise ValueError("Correlations need at least two training examples; the scores are of one.")
+  halves = functools.partial(split_weights, seed=seed, num_splits=num_splits)
+  products = _Products.of(sweep)
+  agreement, faithful = _agreement(sweep, halves(*groups)), products.fidelity(groups[0])
+  best = faithful.mean(axis=1).argmax()
+  # Without one of two groups there are no halves.
+  variances = np.full((3, len(sweep)), np.nan if groups[0] == 2 else 0.0)
+  for side in _left_out(*groups) if groups[0] > 2 else ():
+    left_out = []
+    for matrix, fewer in side:
+      again = products.of_groups(matrix).fidelity(fewer[0]).mean(axis=1)
+      agreed = _agreement(sweep, halves(*fewer) @ matrix).mean(axis=1)
+      left_out.append((agreed, again, again[best] - again))
+    variances += np.square(jackknife_error(np.array(left_out)))
+  agreement_errors, fidelity_errors, loss_errors = np.sqrt(variances)
+  repeats = agreement.mean(axis=1) > stats.t.ppf(0.95, groups[0] - 1) * agreement_errors
+  return Recommendation(
+    dampings=sweep.dampings,
+    agreement=agreement,
+    fidelity=faithful,
+    agreement_errors=agreement_errors,
+    fidelity_errors=fidelity_errors,
+    loss_errors=loss_errors,
+    repeats=repeats,
+    settings=shared_settings(sweep[0]),
+  )
+
+
+def fidelity(sweep: Sequence[Scores]) -> np.ndarray:
+  """[L, Q] how well noisy scores at λ correlate with noise-free ones at λ₀, the least damping.
 
   For each query, with T(λ) an estimate of the covariance over n of the noise-free scores at λ with
   those at λ₀, and s_λ the scores from all draws,
@@ -99,142 +195,100 @@ def recommend_damping(
   compare, but the level means nothing. Noise that hides the scores at λ₀ altogether favours larger
   dampings a little: below an agreement of some 0.1 there, begin the sweep higher.
 
-  What it cannot know: errors of the curvature approximation, which are the same in every draw and
-  which damping may hide, and whether the noise-free scores at λ₀ are the ones to aim at. Only
-  retraining tells (the linear datamodelling score, LDS). The noise of query gradients counts only
-  where the scores have groups of query draws.
-
-  Standard errors are those of the jackknife: everything is computed again without each group of
-  training draws and without each group of query draws, and both variances add. Queries share the
-  draws of training examples, and often their own, so that their spread says little: scores that are
-  noise alone agree by chance in all queries alike. The jackknife takes only groups as independent.
-  It errs on the safe side for noise alone (simulated: 1.1 to 1.8 times the true error) and by a
-  third or so below it where two groups of query draws carry most of the noise.
-
-  A damping is recommended only if its mean agreement is above 0 by Student's test at 5 %, one-sided
-  with G − 1 degrees of freedom: if its scores repeat.
-
   Args:
-    sweep: scores in the same G ≥ 3 groups of the same draws, at two dampings or more.
-    seed: of the splits, where there are more than num_splits.
-    num_splits: to average over; all distinct ones where there are fewer.
+    sweep: scores in the same G ≥ 2 groups of the same draws.
 
-  Raises:
-    TooFewDraws: no scores repeat that are as faithful as the best within one standard error, or
-      they are in two groups of training draws, which have no jackknife. (It is a ValueError.)
-    ValueError: fewer than two dampings, one training example, or scores that are no `Sweep`.
+  Returns:
+    Numbers in [−1, 1], dampings in ascending order.
   """
   sweep = Sweep(sweep).ascending()
-  num_groups, _, num_train = sweep[0].group_values.shape
-  if len(sweep) < 2:
-    raise ValueError(f"To choose from, a sweep needs at least two dampings; got {sweep.dampings}.")
-  if num_train < 2:
-    raise ValueError("Correlations need at least two training examples; the scores are of one.")
-  if num_groups < 3:
-    raise TooFewDraws(
-      "Too few draws to recommend a damping: how well scores repeat can be told from 3 groups of "
-      f"training draws on, and these have {num_groups}. Score with Draws(…, replicates=5)."
-    )
-  options = dict(seed=seed, num_splits=num_splits)
-  agreement, fidelity = _agreement(sweep, **options), _fidelity(sweep)
-  best = fidelity.mean(axis=1).argmax()
-  variances = np.zeros((3, len(sweep)))
-  for side in (_without_train_groups, _without_query_groups):
-    left_out = []
-    for fewer in zip(*map(side, sweep), strict=True):
-      again = _fidelity(fewer).mean(axis=1)
-      left_out.append((_agreement(fewer, **options).mean(axis=1), again, again[best] - again))
-    if left_out:
-      variances += np.square(jackknife_error(np.array(left_out)))
-  agreement_errors, fidelity_errors, loss_errors = np.sqrt(variances)
-  repeats = agreement.mean(axis=1) > stats.t.ppf(0.95, num_groups - 1) * agreement_errors
-  found = Recommendation(
-    dampings=sweep.dampings,
-    agreement=agreement,
-    fidelity=fidelity,
-    agreement_errors=agreement_errors,
-    fidelity_errors=fidelity_errors,
-    loss_errors=loss_errors,
-    repeats=repeats,
-    settings=shared_settings(sweep[0]),
-  )
-  if not repeats[found._place]:
-    rows = zip(sweep.dampings, agreement.mean(axis=1), agreement_errors, strict=True)
-    said = ", ".join(f"{mean:.3f} ± {error:.3f} at {damping:g}" for damping, mean, error in rows)
-    raise TooFewDraws(
-      "Too few draws to recommend a damping: halves of the draws agree on the order of the "
-      "training examples no better than noise alone may. Score with more draws, of queries and "
-      f"training examples, or with larger dampings. Rank correlation of halves: {said}."
-    )
+  return _Products.of(sweep).fidelity(num_groups(sweep[0])[0])
+
+
+def _agreement(sweep: Sweep, weights: np.ndarray) -> np.ndarray:
+  """[L, Q] Spearman's rank correlation between halves of the draws, mean over splits."""
+  found = np.zeros((len(sweep), len(sweep[0].query_ids)))
+  for place in np.ndindex(found.shape):
+    halves = list(split_halves(groups_of(sweep[place[0]], place[1]), weights))
+    found[place] = spearman(*np.stack(halves, axis=1)).mean()
   return found
 
 
-def _agreement(sweep: Sequence[Scores], *, seed: int, num_splits: int) -> np.ndarray:
-  """[L, Q] Spearman's rank correlation between halves of the draws, mean over splits."""
-  weights = split_weights(sweep[0], seed=seed, num_splits=num_splits)
-  halves = lambda scores, query: np.stack(list(split_halves(scores, query, weights)), axis=1)
-  queries = range(len(sweep[0].query_ids))
-  return np.array([[spearman(*halves(s, query)).mean() for query in queries] for s in sweep])
+@dataclasses.dataclass(frozen=True)
+class _Products:
+  """Covariances over training examples of the scores of H groups of draws, training groups first.
 
-
-def _fidelity(sweep: Sequence[Scores]) -> np.ndarray:
-  """[L, Q] fidelity of scores in ascending order of damping; see `recommend_damping`."""
-  queries = range(len(sweep[0].query_ids))
-  covariance = np.array([[_noise_free_covariance(s, sweep[0], q) for q in queries] for s in sweep])
-  std = np.array([s.group_values.mean(axis=0, dtype=np.float64).std(axis=1) for s in sweep])
-  ratio = _quotient(covariance, std)
-  factor = np.maximum(np.sqrt(np.maximum(covariance[0], 0)), np.abs(ratio).max(axis=0))
-  return _quotient(ratio, np.broadcast_to(factor, ratio.shape))
-
-
-def _without_train_groups(scores: Scores) -> Iterator[Scores]:
-  """The scores without each of the G groups of training draws."""
-  for rest, change in _rests(scores.group_values):
-    others = scores.query_group_values
-    moved = None if others is None else others + change
-    yield dataclasses.replace(scores, group_values=rest, query_group_values=moved)
-
-
-def _without_query_groups(scores: Scores) -> Iterator[Scores]:
-  """The scores without each of the A groups of query draws; none where A < 2."""
-  for rest, change in _rests(query_groups(scores)):
-    moved = scores.group_values + change
-    yield dataclasses.replace(scores, group_values=moved, query_group_values=rest)
-
-
-def _rests(groups: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Yields groups without each of them, and how that moves their mean.
-
-  Groups of the other side have means over all draws of this one: to first order they move alike.
+  Attributes:
+    reference: [L, Q, H, H] of groups at λ with groups at λ₀, the smallest damping.
+    own: [L, Q, H, H] of groups at λ with each other.
   """
-  for left_out, group in enumerate(groups):
-    rest = np.delete(groups, left_out, axis=0)
-    mean = rest.mean(axis=0, dtype=np.float64)
-    yield rest, ((mean - group) / len(groups)).astype(np.float32)
+
+  reference: np.ndarray
+  own: np.ndarray
+
+  @classmethod
+  def of(cls, sweep: Sweep) -> "_Products":
+    num_queries, num_train = sweep[0].group_values.shape[1:]
+    size = sum(num_groups(sweep[0]))
+    found = np.zeros((2, len(sweep), num_queries, size, size))
+    for query in range(num_queries):
+      groups = [centred(groups_of(scores, query), axis=1) for scores in sweep]
+      for place, own in enumerate(groups):
+        found[:, place, query] = own @ groups[0].T / num_train, own @ own.T / num_train
+    return cls(*found)
+
+  def of_groups(self, matrix: np.ndarray) -> "_Products":
+    """Those of other groups, matrix [H', H] of these."""
+    return _Products(matrix @ self.reference @ matrix.T, matrix @ self.own @ matrix.T)
+
+  def fidelity(self, num_train: int) -> np.ndarray:
+    """[L, Q] the `fidelity` of scores whose first `num_train` groups are of training draws."""
+    first = slice(num_train)
+    std = np.sqrt(np.maximum(self.own[..., first, first].mean(axis=(-2, -1)), 0))
+    covariance = _noise_free_covariance(self.reference, num_train)
+    ratio = _quotient(covariance, std)
+    factor = np.maximum(np.sqrt(np.maximum(covariance[0], 0)), np.abs(ratio).max(axis=0))
+    return _quotient(ratio, np.broadcast_to(factor, ratio.shape))
 
 
-def _noise_free_covariance(scores: Scores, reference: Scores, query: int) -> float:
-  """T(λ) of one query, from scores at λ and the reference at λ₀; see `recommend_damping`."""
-  pair = scores, reference
-  all_draws, train = _covariances(*(member.group_values[:, query] for member in pair))
-  if not len(query_groups(scores)):
+def _noise_free_covariance(products: np.ndarray, num_train: int) -> np.ndarray:
+  """T […] of covariances [..., H, H] between groups; see `fidelity`."""
+  of_train = products[..., :num_train, :num_train]
+  of_queries = products[..., num_train:, num_train:]
+  train = _between(of_train)
+  if not of_queries.size:
     return train
-  _, other = _covariances(*(query_groups(member)[:, query] for member in pair))
-  if all_draws <= 0:
-    return min(train, other)
-  return min(train, other) * abs(max(train, other)) / all_draws  # below 0 where either is
+  all_draws, other = of_train.mean(axis=(-2, -1)), _between(of_queries)
+  low, high = np.minimum(train, other), np.abs(np.maximum(train, other))
+  # Below 0 where either is.
+  return low * np.divide(high, all_draws, out=np.ones_like(high), where=all_draws > 0)
 
 
-def _covariances(groups: np.ndarray, others: np.ndarray) -> tuple[float, float]:
-  """Covariances over n of two sets of groups [G, N]: of their means, and of different groups.
+def _between(products: np.ndarray) -> np.ndarray:
+  """[…] the mean over all pairs of different groups g ≠ g' of [..., G, G], as over all splits."""
+  num = products.shape[-1]
+  return (products.sum(axis=(-2, -1)) - np.trace(products, axis1=-2, axis2=-1)) / (num * (num - 1))
 
-  The latter is the mean over all pairs g ≠ g' of cov(groups_g, others_g'), as over all splits.
+
+def _left_out(num_train: int, num_query: int) -> Iterator[list[tuple[np.ndarray, tuple[int, int]]]]:
+  """Yields, for either side's draws, what is left of all groups without each one of that side.
+
+  That is a matrix [H', G + A] which makes the scores of the H' groups left from those of all, and
+  their numbers (G', A'). Groups of the other side have means over all draws of this one, from which
+  the group left out is taken, to first order. One group of query draws left alone is none.
   """
-  num_groups, num_train = groups.shape
-  groups = groups - groups.mean(axis=1, keepdims=True, dtype=np.float64)
-  means = float(groups.mean(axis=0) @ others.mean(axis=0, dtype=np.float64)) / num_train
-  same = float(np.vdot(groups, others)) / (num_groups * num_train)
-  return means, (num_groups * means - same) / (num_groups - 1)
+  groups = np.eye(num_train + num_query)
+  for begin, end in ((0, num_train), (num_train, len(groups))):
+    side = []
+    for left_out in range(begin, end):
+      rest = [group for group in range(begin, end) if group != left_out]
+      matrix = groups + groups[rest].mean(axis=0) - groups[begin:end].mean(axis=0)
+      matrix[begin:end] = groups[begin:end]
+      fewer = (num_train - 1, num_query) if begin == 0 else (num_train, num_query - 1)
+      dropped = list(range(num_train, len(groups))) if fewer[1] == 1 else [left_out]
+      side.append((np.delete(matrix, dropped, axis=0), (fewer[0], fewer[1] if fewer[1] > 1 else 0)))
+    if side:
+      yield side
 
 
 def _quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:

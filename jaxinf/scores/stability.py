@@ -93,7 +93,7 @@ def rank_stability(scores: Scores, *, seed: int = 0, num_splits: int = 20) -> Ra
   Raises:
     ValueError: there is one group of draws only, or one training example.
   """
-  weights = split_weights(scores, seed=seed, num_splits=num_splits)
+  weights = split_weights(*num_groups(scores), seed=seed, num_splits=num_splits)
   _, num_queries, num_train = scores.group_values.shape
   if num_train < 2:
     raise ValueError("Ranks need at least two training examples; the scores are of one.")
@@ -101,7 +101,7 @@ def rank_stability(scores: Scores, *, seed: int = 0, num_splits: int = 20) -> Ra
   shared = np.zeros((num_queries, len(depths)))
   correlation = np.zeros(num_queries)
   for query in range(num_queries):
-    for halves in split_halves(scores, query, weights):
+    for halves in split_halves(groups_of(scores, query), weights):
       ordered = np.sort(halves)
       for column, k in enumerate(depths):
         shared[query, column] += _num_shared(halves, ordered[:, -k], k)
@@ -118,27 +118,38 @@ def top_overlap(scores: Scores, k: int, *, seed: int = 0, num_splits: int = 20) 
   Raises:
     ValueError: there is one group of draws only, or k is not in 1…N.
   """
-  weights = split_weights(scores, seed=seed, num_splits=num_splits)
+  weights = split_weights(*num_groups(scores), seed=seed, num_splits=num_splits)
   _, num_queries, num_train = scores.group_values.shape
   if not 1 <= k <= num_train:
     raise ValueError(f"k must lie in 1…{num_train}, the number of training examples; got {k}.")
   shared = np.zeros(num_queries)
   for query in range(num_queries):
-    for halves in split_halves(scores, query, weights):
+    for halves in split_halves(groups_of(scores, query), weights):
       shared[query] += _num_shared(halves, np.partition(halves, -k)[:, -k], k)
   return shared / (len(weights) * k)
 
 
-def split_weights(scores: Scores, *, seed: int, num_splits: int) -> np.ndarray:
+def num_groups(scores: Scores) -> tuple[int, int]:
+  """(G, A) groups of training draws and of query draws; A = 0 where these do not split."""
+  of_queries = scores.query_group_values
+  num_query = 0 if of_queries is None else len(of_queries)
+  return len(scores.group_values), num_query if num_query > 1 else 0
+
+
+def split_weights(num_train: int, num_query: int, *, seed: int, num_splits: int) -> np.ndarray:
   """[S, 2, G + A] weights of groups of draws in the two halves of S distinct splits.
 
-  Training groups come first, then query groups (none where A < 2). Of an odd number of groups a
-  split leaves one out. Swapping both halves gives the same split.
+  Training groups come first, then query groups. Of an odd number of groups a split leaves one out.
+  Swapping both halves gives the same split.
+
+  Args:
+    num_train: G.
+    num_query: A, 0 or at least 2.
+    seed, num_splits: as of `rank_stability`.
 
   Raises:
     ValueError: there is one group of training draws only, or num_splits < 1.
   """
-  num_train, num_query = len(scores.group_values), len(query_groups(scores))
   if num_train < 2:
     raise ValueError(
       "Halves of the draws need at least 2 groups of training draws; the scores have 1. Compute "
@@ -164,16 +175,16 @@ def split_weights(scores: Scores, *, seed: int, num_splits: int) -> np.ndarray:
   return weights
 
 
-def query_groups(scores: Scores) -> np.ndarray:
-  """[A, Q, N] scores from groups of query draws; A = 0 where these do not split."""
-  groups = scores.query_group_values
-  return scores.group_values[:0] if groups is None or len(groups) < 2 else groups
+def groups_of(scores: Scores, query: int) -> np.ndarray:
+  """[G + A, N] float64 scores of one query, of groups of training draws and of query draws."""
+  groups, of_queries = scores.group_values[:, query], scores.query_group_values
+  if of_queries is not None and len(of_queries) > 1:
+    groups = np.concatenate([groups, of_queries[:, query]])
+  return groups.astype(np.float64)
 
 
-def split_halves(scores: Scores, query: int, weights: np.ndarray) -> Iterator[np.ndarray]:
-  """Yields (h₁, h₂) [2, N] float32 of one query for each split of weights [S, 2, G + A]."""
-  both = scores.group_values[:, query], query_groups(scores)[:, query]
-  groups = np.concatenate(both).astype(np.float64)
+def split_halves(groups: np.ndarray, weights: np.ndarray) -> Iterator[np.ndarray]:
+  """Yields (h₁, h₂) [2, N] float32 of groups [G + A, N] for each split of weights [S, 2, G + A]."""
   for pair in weights:
     yield (pair @ groups).astype(np.float32)
 

@@ -67,12 +67,18 @@ def jackknife_error(left_out: np.ndarray, axis: int = 0) -> np.ndarray:
   return left_out.std(axis=axis, ddof=1) * (num - 1) / num**0.5
 
 
+def centred(values: np.ndarray, axis: int) -> np.ndarray:
+  """Values less their mean; exactly 0 where all are equal, which rounding of the mean is not."""
+  spread = np.ptp(values, axis=axis, keepdims=True)
+  return np.where(spread == 0, 0, values - values.mean(axis=axis, keepdims=True))
+
+
 def pearson(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
   """Pearson's correlations of x and y along an axis, which they lose; other axes broadcast.
 
   Values that are all equal say nothing: their correlation is 0. NaN gives NaN.
   """
-  x, y = (_centred(np.asarray(values, np.float64), axis) for values in (x, y))
+  x, y = (centred(np.asarray(values, np.float64), axis) for values in (x, y))
   return _quotient((x * y).sum(axis=axis), (x * x).sum(axis=axis), (y * y).sum(axis=axis))
 
 
@@ -91,7 +97,7 @@ def spearman_matrix(x: np.ndarray, y: np.ndarray) -> np.ndarray:
   Such as of R measurements whose gradients predict with C true ones, or of C with themselves; the
   mean over queries is what a heatmap shows. Ties and constants as in `spearman`.
   """
-  x, y = (_centred(stats.rankdata(values, axis=1), 1) for values in (x, y))
+  x, y = (centred(stats.rankdata(values, axis=1), 1) for values in (x, y))
   products = np.einsum("rmq,cmq->rcq", x, y, optimize=True)
   return _quotient(products, (x * x).sum(axis=1)[:, None], (y * y).sum(axis=1)[None])
 
@@ -229,12 +235,6 @@ def paired_test(
 
 def _degrees(samples: Resamples) -> int:
   return min(samples.subsets.shape[1], samples.queries.shape[1]) - 1
-
-
-def _centred(values: np.ndarray, axis: int) -> np.ndarray:
-  """Values less their mean; exactly 0 where all are equal, which rounding of the mean is not."""
-  spread = np.ptp(values, axis=axis, keepdims=True)
-  return np.where(spread == 0, 0, values - values.mean(axis=axis, keepdims=True))
 
 
 def _resampled_ranks(column: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Scores of the same queries and training examples at several dampings λ."""
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,11 @@ class Sweep(tuple[Scores, ...]):
       _check_alike(scores, sweep[0])
     return sweep
 
+  @classmethod
+  def of_parts(cls, sweeps: Sequence["Sweep"]) -> "Sweep":
+    """The sweep of all queries, from sweeps of parts of them, in order."""
+    return cls(map(_of_parts, zip(*sweeps, strict=True)))
+
   @property
   def dampings(self) -> np.ndarray:
     """[L] the λ of the members; NaN of one whose method has none."""
@@ -57,6 +63,19 @@ class Sweep(tuple[Scores, ...]):
   def __repr__(self) -> str:
     dampings = ", ".join(f"{x:g}" for x in self.dampings)
     return f"Sweep(λ = {dampings}; {self[0].size()})"
+
+
+def _of_parts(parts: Sequence[Scores]) -> Scores:
+  """The scores of all queries, from those of parts of them."""
+  if len(parts) == 1:
+    return parts[0]
+  of_queries = [part.query_group_values for part in parts if part.query_group_values is not None]
+  return dataclasses.replace(
+    parts[0],
+    group_values=np.concatenate([part.group_values for part in parts], axis=1),
+    query_ids=np.concatenate([part.query_ids for part in parts]),
+    query_group_values=np.concatenate(of_queries, axis=1) if of_queries else None,
+  )
 
 
 def shared_settings(scores: Scores) -> dict[str, Any]:

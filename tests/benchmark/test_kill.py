@@ -17,8 +17,8 @@ import pytest
 from jaxinf import benchmark
 from jaxinf.engine import artifacts
 from jaxinf.runs import run as runs
-from jaxinf.runs import stages
 from jaxinf.runs.config import typed
+from jaxinf.runs.perform import perform
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -72,8 +72,8 @@ def test_a_killed_group_goes_on_and_gives_the_same_models(tmp_path):
   config = tiny.get_config()
   config.update_from_flattened_dict({**FIELDS, "train.checkpoint_every": 2 * STEPS})
   run = runs.Run(typed(config), whole, jax.devices()[:1])  # one device, as in the processes
-  stages.train(run)
-  stages.sample(run)
+  perform(run, "train")
+  perform(run, "sample")
   shutil.copytree(whole, killed)
   models = killed / "retrain"
   manifests = [[models / name / "manifest.json" for name in group] for group in GROUPS]

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxinf.data import DATASETS, Dataset, load
+from jaxinf.data import DATASETS, DataConfig, Dataset, load
 from jaxinf.data.dataset import stratified_positions
-from jaxinf.runs.sections import DataConfig
 
 CIFAR_LABELS = [
   "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
@@ -244,10 +243,10 @@ def test_cifar2_is_half_automobiles_and_half_horses_of_cifar10(loaded):
 def test_cifar2_depends_on_the_seed_alone_and_loads_quietly_without_tensorflow(loaded):
   cifar2, cifar10 = loaded("cifar2"), loaded("cifar10")
   code = (  # in a process of its own, to see what is imported and printed
-    "import sys, jaxinf.data as data, jaxinf.runs.sections as c\n"
+    "import sys, jaxinf.data as data\n"
     "assert 'tensorflow_datasets' not in sys.modules\n"
     "print('loading', file=sys.stderr, flush=True)\n"
-    "dataset = data.load(c.DataConfig('cifar2', None, None, None, None, 1))\n"
+    "dataset = data.load(data.DataConfig('cifar2', seed=1))\n"
     "assert 'tensorflow' not in sys.modules\n"
     "print(*dataset.ids)"
   )

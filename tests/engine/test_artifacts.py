@@ -115,6 +115,49 @@ def test_no_flipped_byte_is_read_as_a_result(folder, arrays):
   assert refused > 0.7 * len(sound) / 5
 
 
+def test_a_cached_result_is_computed_once_and_its_unfinished_work_deleted(tmp_path, arrays, caplog):
+  computed = []
+
+  def compute():
+    (tmp_path / "stage" / "sums").mkdir()
+    assert json.loads((tmp_path / "stage" / "started.json").read_text())["key"]["seed"] == 0
+    computed.append(1)
+    return arrays, {"rows": [1, 2]}, "three arrays"
+
+  with caplog.at_level("INFO", "jaxinf"):
+    first, again = (
+      artifacts.cached(tmp_path / "stage", KEY, compute, label="fit", then="next: rest")
+      for _ in range(2)
+    )
+  assert computed == [1] and not (tmp_path / "stage" / "sums").exists()
+  assert_equal(again.arrays, first.arrays)
+  assert first.manifest == again.manifest and first.manifest["cost"]["seconds"] >= 0
+  begins, wrote, reused = caplog.messages
+  assert begins.startswith("fit: begins") and wrote.startswith("fit: wrote three arrays to ")
+  assert reused == f"fit: reused {tmp_path / 'stage'}; next: rest"
+  assert wrote.endswith("; next: rest")
+
+
+def test_a_cached_result_of_another_key_is_refused_or_made_anew(folder, arrays):
+  other = {"ids": arrays["ids"]}
+  cached = lambda **how: artifacts.cached(
+    folder, KEY | {"seed": 1}, lambda: (other, {}, "one array"), label="fit", **how
+  )
+  with pytest.raises(StaleArtifact, match="seed: 0 → 1"):
+    cached()
+  assert_equal(cached(anew=True).arrays, other)
+  assert_equal(cached().arrays, other)
+
+
+def test_what_fails_leaves_no_result(tmp_path):
+  def compute():
+    raise ValueError("no such thing")
+
+  with pytest.raises(ValueError, match="no such thing"):
+    artifacts.cached(tmp_path / "stage", KEY, compute, label="fit")
+  assert not artifacts.finished(tmp_path / "stage", KEY)
+
+
 @pytest.mark.parametrize("kept", [0, 0.3, 0.9])
 def test_a_truncated_file_is_refused_by_name(folder, kept):
   path = folder / "arrays.npz"

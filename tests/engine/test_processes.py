@@ -17,9 +17,10 @@ import pytest
 
 from jaxinf.engine import artifacts, processes
 from jaxinf.runs import run as runs
-from jaxinf.runs import serving, stages
-from jaxinf.runs.commands import COMMANDS
+from jaxinf.runs import serving
 from jaxinf.runs.config import typed
+from jaxinf.runs.perform import perform
+from jaxinf.runs.stage import MAIN_LINE
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -186,13 +187,13 @@ def finished(tmp_path_factory):
     runs.Run(typed(config), tmp_path_factory.mktemp(name), jax.devices()[:1])
     for name in ("one", "two")
   )
-  stages.train(one)
+  perform(one, "train")
   shutil.copytree(one.folder("train"), two.folder("train"))
   for made_later in ("manifest.json", "arrays.npz", "checkpoints/20"):
     path = two.folder("train") / made_later
     shutil.rmtree(path) if path.is_dir() else path.unlink()
   processes = start("all", two.workdir)
-  COMMANDS["all"](one)
+  perform(one, "all")
   said = logs(processes)
   assert [process.returncode for process in processes] == [0, 0], said
   return one, two, said
@@ -224,7 +225,7 @@ def test_two_processes_give_the_results_of_one(finished):
 def test_two_processes_write_the_store_that_one_writes(finished):
   one, two, _ = finished
   processes = start("index", two.workdir)
-  COMMANDS["index"](one)
+  perform(one, "index")
   said = logs(processes)
   assert [process.returncode for process in processes] == [0, 0], said
   samples = artifacts.read(one.folder("sample")).arrays["images"]
@@ -247,8 +248,8 @@ def test_the_first_process_writes_and_speaks_alone(finished):
   assert of_stages[0] == of_stages[1]
   lines = [(run.folder("train") / "metrics.jsonl").read_text().count("\n") for run in (one, two)]
   assert lines[0] == lines[1]
-  assert all(f"{stage}: wrote" in primary for stage in runs.ORDER)
-  assert not any(stage in other for stage in runs.ORDER)
+  assert all(f"{stage}: wrote" in primary for stage in MAIN_LINE)
+  assert not any(stage in other for stage in MAIN_LINE)
 
 
 def copied(run: runs.Run, workdir: Path, names: tuple[str, ...]) -> Path:

@@ -18,7 +18,7 @@ from jaxinf.diffusion.measurements import LOSS
 from jaxinf.diffusion.noise import DrawDesign
 from jaxinf.evaluation.compression_study import compression_study
 from jaxinf.layers.specs import to_matrices
-from jaxinf.report.compression_page import write_compression_study
+from jaxinf.report.studies import write_compression_study
 from tests import nets
 
 NUM, QUERIES, DRAWS, SEED, DAMPING = 12, 3, 2, 2, 1e-2

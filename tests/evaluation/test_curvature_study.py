@@ -17,7 +17,7 @@ from jaxinf.evaluation.curvature_study import curvature_study
 from jaxinf.layers.coverage import Selection
 from jaxinf.layers.register import register
 from jaxinf.layers.specs import to_matrices
-from jaxinf.report.study import write_study
+from jaxinf.report.studies import write_curvature_study
 from tests import nets
 
 NUM, QUERIES, SEED, DAMPINGS, GRADIENT_DRAWS = 12, 3, 2, (1e-2, 1.0), 2
@@ -134,7 +134,7 @@ def test_solutions_are_kept_for_a_study_that_was_stopped(task, found, kept, monk
 
 
 def test_the_page_and_the_table_show_every_approximation_and_damping(found, tmp_path):
-  page, figure = write_study(tmp_path, found)
+  page, figure = write_curvature_study(tmp_path, found)
   text = page.read_text()
   for name in found.names:
     assert name in text and name in found.table()

@@ -12,6 +12,7 @@ from jaxinf.evaluation.comparison import compare, damping_lds
 from jaxinf.evaluation.lds import Retrained, lds, predictions
 from jaxinf.evaluation.oracle import noise_ceiling, retraining_lds
 from jaxinf.scores.scores import Scores
+from jaxinf.scores.sweep import Sweep
 
 NUM_SUBSETS, NUM_QUERIES, NUM_TRAIN = 24, 5, 40
 FAST = dict(num_resamples=50)
@@ -205,8 +206,10 @@ def test_best_damping_and_default_are_told_apart():
   assert found.default.mean == lds(sweep[1], subsets, retrained, **FAST).mean
   rows = found.table().splitlines()[1:]
   assert [row.partition("← ")[2] for row in rows] == ["default", "best on benchmark", ""]
-  with pytest.raises(ValueError, match="the default among them; .* and the default 1e-08"):
+  with pytest.raises(ValueError, match="damping 1e-08; the sweep has: 0.001, 0.01, 0.1"):
     damping_lds(sweep, subsets, retrained, default=1e-8)
+  as_sweep = damping_lds(Sweep(sweep), subsets, retrained, default=0.001, **FAST)
+  np.testing.assert_array_equal(as_sweep.per_query, found.per_query)
 
 
 def test_equal_predictions_count_as_0_and_are_said():

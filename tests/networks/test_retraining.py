@@ -7,11 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinf.core.examples import as_float
 from jaxinf.core.random import fold_in_each, stream
-from jaxinf.diffusion.objective import flipped, float_images, noised
+from jaxinf.diffusion.noise import flipped, noised
 from jaxinf.networks import training
 from jaxinf.networks.retraining import Member, Retraining
-from jaxinf.runs.sections import TrainConfig
+from jaxinf.networks.training import TrainConfig
+from tests.processes import PROCESSES
+
+PROCESS = PROCESSES["epsilon_min_snr"]  # whose weights count in every loss
 
 CONFIG = TrainConfig(
   steps=7, batch_size=4, learning_rate=1e-2, warmup_steps=1, decay="cosine", weight_decay=0.01,
@@ -21,8 +25,8 @@ MEMBERS = [Member(np.array(e)) for e in ([0, 2, 3, 5, 8], [1, 2, 4, 6, 9], [0, 1
 
 
 @pytest.fixture(scope="module")
-def together(mlp, schedule, dataset):
-  return Retraining(mlp, schedule, dataset, CONFIG, jax.local_devices()[:1])
+def together(mlp, dataset):
+  return Retraining(mlp, PROCESS, dataset, CONFIG, jax.local_devices()[:1])
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +46,9 @@ def assert_close(a, b):
 
 
 @pytest.mark.parametrize("i", [0, 2])
-def test_a_member_is_the_model_trained_alone_on_its_examples(mlp, schedule, dataset, states, i):
+def test_a_member_is_the_model_trained_alone_on_its_examples(mlp, dataset, states, i):
   alone = training.fit(
-    mlp, schedule, dataset.take(MEMBERS[i].examples), CONFIG, seed=3,
+    mlp, PROCESS, dataset.take(MEMBERS[i].examples), CONFIG, seed=3,
     devices=jax.local_devices()[:1],
   )  # fmt: skip
   together = member(states, i)
@@ -53,9 +57,9 @@ def test_a_member_is_the_model_trained_alone_on_its_examples(mlp, schedule, data
   assert_close(alone.params, together.params)
 
 
-def test_members_do_not_depend_on_devices_or_company(mlp, schedule, dataset, states):
+def test_members_do_not_depend_on_devices_or_company(mlp, dataset, states):
   """Three models on two devices: two each, the last place a repetition."""
-  on_two = Retraining(mlp, schedule, dataset, CONFIG, jax.local_devices()[:2])
+  on_two = Retraining(mlp, PROCESS, dataset, CONFIG, jax.local_devices()[:2])
   found = on_two.fit([MEMBERS[2], MEMBERS[0], MEMBERS[1]], seed=3, label=None)
   for i, j in enumerate((2, 0, 1)):
     assert_close(member(found, i).ema_params, member(states, j).ema_params)
@@ -77,7 +81,7 @@ def test_an_interrupted_group_ends_alike(together, states):
     np.testing.assert_array_equal(x, y)
 
 
-def test_weights_weigh_losses_and_gradients_but_not_their_number(mlp, schedule, dataset):
+def test_weights_weigh_losses_and_gradients_but_not_their_number(mlp, dataset):
   """Σ w ∇ℓ, Σ w ℓ and Σ mask against sums by hand, of one example at a time."""
   mask = np.array([1, 1, 0, 1, 1], np.float32)  # one place pads the batch
   weights = np.array([1, 0.5, 1, 0, 2], np.float32)
@@ -87,9 +91,10 @@ def test_weights_weigh_losses_and_gradients_but_not_their_number(mlp, schedule, 
 
   @jax.jit
   def loss_of(params, image, key):
-    """The mean squared error of ε of one example, at its place's flip, t and ε."""
-    pair = noised(schedule, flipped(float_images(image[None]), key[None]), key[None])
-    return jnp.mean((mlp.apply({"params": params}, pair.x_t, pair.t) - pair.noise) ** 2)
+    """The process's loss of one example, at its place's flip, t and ε."""
+    pair = noised(PROCESS, flipped(as_float(image[None]), key[None]), key[None])
+    errors = (mlp.apply({"params": params}, pair.inputs, pair.time) - pair.target) ** 2
+    return PROCESS.weights(pair.t)[0] * jnp.mean(errors)
 
   alone = [
     jax.value_and_grad(loss_of)(state.params, *pair)
@@ -99,7 +104,7 @@ def test_weights_weigh_losses_and_gradients_but_not_their_number(mlp, schedule, 
     float(w) * np.float64(part) for w, part in zip(mask * weights, parts, strict=True)
   )
   loss, gradients = jax.tree.map(by_hand, *alone)
-  sums, _ = training.train_step(mlp, schedule, CONFIG, random_flip=True, seed=3)
+  sums, _ = training.train_step(mlp, PROCESS, CONFIG, random_flip=True, seed=3)
   rows = training.TrainRows(dataset.images[:5], places, mask, weights)
   found, total, count = sums(state, rows)
   assert count == 4
@@ -126,7 +131,7 @@ def test_bad_input_is_refused(together):
     together.fit([], seed=0)
 
 
-def test_a_member_that_diverges_stops_all(mlp, schedule, dataset):
+def test_a_member_that_diverges_stops_all(mlp, dataset):
   config = dataclasses.replace(CONFIG, learning_rate=1e38, clip_norm=1e9)
   with pytest.raises(training.NonFiniteLoss):
-    Retraining(mlp, schedule, dataset, config).fit(MEMBERS, seed=0, label=None)
+    Retraining(mlp, PROCESS, dataset, config).fit(MEMBERS, seed=0, label=None)

@@ -6,14 +6,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.base import get_config
 from jaxinf import networks
 from jaxinf.core.random import fold_in_each, stream
 from jaxinf.data import Dataset
-from jaxinf.diffusion.objective import noised
+from jaxinf.diffusion.noise import flipped, noised
 from jaxinf.engine.artifacts import Checkpoints
 from jaxinf.networks import training
-from jaxinf.runs.sections import TrainConfig
+from jaxinf.networks.training import TrainConfig
+from tests.processes import PROCESSES
 
+PROCESS = PROCESSES["epsilon"]
 SHAPE = (4, 4, 1)
 
 
@@ -60,14 +63,14 @@ def start(unet):
 
 
 @pytest.fixture(scope="module")
-def run(unet, schedule, dataset, start):
+def run(unet, dataset, start):
   """Trains the U-Net with dropout and flips on the first so many devices."""
   assert dataset.random_flip
 
   def fit(num_devices, state=start, **options):
     devices = jax.local_devices()[:num_devices]
     return training.fit(
-      unet, schedule, dataset, settings(), seed=3, state=state, devices=devices, **options
+      unet, PROCESS, dataset, settings(), seed=3, state=state, devices=devices, **options
     )
 
   return fit
@@ -103,23 +106,21 @@ def test_one_and_two_devices_give_the_same_state(run, start, uninterrupted):
     assert not before.size or (two != before).any()
 
 
-def test_a_batch_that_devices_do_not_divide_weighs_every_example_once(
-  mlp, schedule, dataset, devices
-):
+def test_a_batch_that_devices_do_not_divide_weighs_every_example_once(mlp, dataset, devices):
   """A step's gradient is the mean over the batch of 5, whose padding to 6 counts nothing."""
   config = settings(steps=1, warmup_steps=0, clip_norm=1e9)
   saved = Saved()
   start = training.init_state(mlp, SHAPE, config, seed=0)
   training.fit(
-    mlp, schedule, dataset, config, seed=0, state=start, hooks=saved.hooks, devices=devices
+    mlp, PROCESS, dataset, config, seed=0, state=start, hooks=saved.hooks, devices=devices
   )
   rows = training.Batches(len(dataset), 5, seed=0).rows(dataset, 0)
   keys = fold_in_each(jax.random.fold_in(stream(0, "train"), 0), jnp.arange(5, dtype=jnp.uint32))
-  images = training.flipped(rows.images / np.float32(127.5) - 1, keys)
-  pairs = noised(schedule, images, keys)
+  images = flipped(rows.data / np.float32(127.5) - 1, keys)
+  pairs = noised(PROCESS, images, keys)
 
   def loss(params):
-    return jnp.mean((mlp.apply({"params": params}, pairs.x_t, pairs.t) - pairs.noise) ** 2)
+    return jnp.mean((mlp.apply({"params": params}, pairs.inputs, pairs.t) - pairs.target) ** 2)
 
   value, grads = jax.jit(jax.value_and_grad(loss))(start.params)
   norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in host(grads)))
@@ -160,9 +161,9 @@ def test_a_warm_up_that_does_not_end_in_the_run_is_refused(warmup):
 
 
 @pytest.mark.parametrize("field", ["steps", "batch_size", "checkpoint_every", "log_every"])
-def test_counts_below_one_are_refused_by_name(mlp, schedule, dataset, field):
+def test_counts_below_one_are_refused_by_name(mlp, dataset, field):
   with pytest.raises(ValueError, match=f"train.{field} must be at least 1; got 0"):
-    training.fit(mlp, schedule, dataset, settings(**{field: 0}), seed=0)
+    training.fit(mlp, PROCESS, dataset, settings(**{field: 0}), seed=0)
 
 
 def test_the_ema_decay_warms_up_to_its_maximum():
@@ -174,22 +175,20 @@ def test_the_ema_decay_warms_up_to_its_maximum():
 
 
 @pytest.fixture(scope="module")
-def mlp_run(mlp, schedule, dataset):
+def mlp_run(mlp, dataset):
   """(initial state, the states after each of 6 steps, metrics)."""
   saved = Saved()
   config = settings(checkpoint_every=1)
   start = training.init_state(mlp, SHAPE, config, seed=0)
-  training.fit(mlp, schedule, dataset, config, seed=0, state=start, hooks=saved.hooks)
+  training.fit(mlp, PROCESS, dataset, config, seed=0, state=start, hooks=saved.hooks)
   return start, saved.states, saved.metrics
 
 
-def test_an_interrupted_run_stops_in_the_state_that_others_pass_through(
-  mlp, schedule, dataset, mlp_run
-):
+def test_an_interrupted_run_stops_in_the_state_that_others_pass_through(mlp, dataset, mlp_run):
   start, states, _ = mlp_run
   config, saved = settings(checkpoint_every=1), Saved()
   stopped = training.fit(
-    mlp, schedule, dataset, config, seed=0, state=start, hooks=saved.hooks, stop_after=4
+    mlp, PROCESS, dataset, config, seed=0, state=start, hooks=saved.hooks, stop_after=4
   )
   assert list(saved.states) == [1, 2, 3, 4]
   assert_identical(stopped, states[4])
@@ -206,11 +205,11 @@ def test_the_ema_follows_the_parameters(mlp_run):
       np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-7)  # float32
 
 
-def test_states_are_saved_and_metrics_logged_at_the_declared_steps(mlp, schedule, dataset, mlp_run):
+def test_states_are_saved_and_metrics_logged_at_the_declared_steps(mlp, dataset, mlp_run):
   _, _, every_step = mlp_run
   saved = Saved()
   config = settings(steps=7, checkpoint_every=3, log_every=2, decay="constant")
-  state = training.fit(mlp, schedule, dataset, config, seed=0, hooks=saved.hooks)
+  state = training.fit(mlp, PROCESS, dataset, config, seed=0, hooks=saved.hooks)
   assert list(saved.states) == [3, 6, 7]  # the last step as well
   assert list(saved.metrics) == [2, 3, 4, 6, 7]  # saving looks at the metrics too
   assert_identical(saved.states[7], state)
@@ -226,7 +225,7 @@ def decoded(batches, step, num_devices=1):
   dataset = Dataset("numbers", images, np.arange(num).astype(str))
   rows = batches.rows(dataset, step, num_devices)
   np.testing.assert_array_equal(rows.places, np.arange(len(rows.places)))
-  return rows.images[:, 0, 0, 0], rows.mask
+  return rows.data[:, 0, 0, 0], rows.mask
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 17])  # of 7 examples
@@ -254,28 +253,26 @@ def test_a_batch_is_a_function_of_seed_and_step():
   assert any((decoded(batches(2), step)[0] != forward[step]).any() for step in range(10))
 
 
-def test_flips_mirror_half_of_the_images_whatever_their_noise(schedule):
+def test_flips_mirror_half_of_the_images_whatever_their_noise():
   keys = fold_in_each(stream(0, "test"), jnp.arange(4000))
   images = jnp.broadcast_to(jnp.arange(6.0).reshape(1, 2, 3, 1), (4000, 2, 3, 1))
-  after = np.asarray(training.flipped(images, keys))
+  after = np.asarray(flipped(images, keys))
   mirrored = after[:, 0, 0, 0] == 2
   np.testing.assert_array_equal(after[mirrored], np.asarray(images[mirrored])[:, :, ::-1])
   np.testing.assert_array_equal(after[~mirrored], images[~mirrored])
   # Four standard errors of a fair coin: 4 · ½ / √4000.
   assert abs(mirrored.mean() - 0.5) < 0.032
-  pairs = noised(schedule, images, keys)
-  for sign in (*(pairs.noise.reshape(4000, -1) < 0).T, pairs.t < 5):
+  pairs = noised(PROCESS, images, keys)
+  for sign in (*(pairs.target.reshape(4000, -1) < 0).T, pairs.t < 5):
     assert abs((mirrored == sign).mean() - 0.5) < 0.032
 
 
-def test_a_non_finite_loss_stops_with_its_step(mlp, schedule, dataset, tmp_path):
+def test_a_non_finite_loss_stops_with_its_step(mlp, dataset, tmp_path):
   checkpoints = Checkpoints(tmp_path)
   # The rate of step 1 is 0; step 2 makes the parameters absurd, and step 3 meets them.
   config = settings(steps=20, learning_rate=1e30, warmup_steps=3, checkpoint_every=2, log_every=100)
   with pytest.raises(training.NonFiniteLoss, match="loss of step 3 is .*learning_rate"):
-    training.fit(
-      mlp, schedule, dataset, config, seed=0, hooks=training.Hooks(save=checkpoints.save)
-    )
+    training.fit(mlp, PROCESS, dataset, config, seed=0, hooks=training.Hooks(save=checkpoints.save))
   # The last good state is on disk, and nothing after it.
   assert checkpoints.latest() == 2
   checkpoints.close()
@@ -290,10 +287,10 @@ class Kink(nn.Module):
     return jnp.broadcast_to(jnp.sqrt(scale), x_t.shape)
 
 
-def test_a_finite_loss_with_a_non_finite_gradient_is_not_saved(schedule, dataset):
+def test_a_finite_loss_with_a_non_finite_gradient_is_not_saved(dataset):
   saved = Saved()
   with pytest.raises(training.NonFiniteLoss, match="step 1 .* gradient's norm is (inf|nan)"):
-    training.fit(Kink(), schedule, dataset, settings(checkpoint_every=1), seed=0, hooks=saved.hooks)
+    training.fit(Kink(), PROCESS, dataset, settings(checkpoint_every=1), seed=0, hooks=saved.hooks)
   assert not saved.states
 
 
@@ -308,24 +305,83 @@ class Probe(nn.Module):
     return jnp.broadcast_to(number, x_t.shape)
 
 
-def test_dropout_is_on_and_new_in_every_step(schedule, dataset):
+def test_dropout_is_on_and_new_in_every_step(dataset):
   saved = Saved()
-  training.fit(Probe(), schedule, dataset, settings(), seed=0, hooks=saved.hooks)
+  training.fit(Probe(), PROCESS, dataset, settings(), seed=0, hooks=saved.hooks)
   drawn = [np.sqrt(metrics["loss"]) for metrics in saved.metrics.values()]
   # What is drawn is of size 50, ε of size 1: distinct draws show, and absent ones would be 1.
   assert len(np.unique(np.round(drawn))) > 3 and max(drawn) > 30
 
 
-def test_training_learns_to_tell_noise_from_a_constant_image(schedule):
+def test_training_learns_to_tell_noise_from_a_constant_image():
   images = np.full((3, *SHAPE), 200, np.uint8)
   dataset = Dataset("constant", images, np.array(["a", "b", "c"]))
   saved = Saved()
   config = settings(
-    steps=150, batch_size=32, learning_rate=1e-2, warmup_steps=10, log_every=50,
+    steps=150,
+    batch_size=32,
+    learning_rate=1e-2,
+    warmup_steps=10,
+    log_every=50,
     checkpoint_every=150,
-  )  # fmt: skip
-  model = networks.MLP(hidden=(32,), time_features=4)
-  training.fit(model, schedule, dataset, config, seed=0, hooks=saved.hooks)
+  )
+  network = networks.MLP(hidden=(32,), time_features=4)
+  training.fit(network, PROCESS, dataset, config, seed=0, hooks=saved.hooks)
   losses = [metrics["loss"] for metrics in saved.metrics.values()]
   # Predicting nothing costs 1; ε = (x_t − √ᾱ x_0) / √(1 − ᾱ) is a function of x_t and t here.
   assert losses[-1] < 0.3
+
+
+class Affine(nn.Module):
+  """slope · inputs + offset, whatever the time."""
+
+  @nn.compact
+  def __call__(self, inputs, time, *, dropout_ids=None):
+    slope = self.param("slope", nn.initializers.zeros, ())
+    return slope * inputs + self.param("offset", nn.initializers.zeros, ())
+
+
+def best_affine(process, mean, variance):
+  """(slope, offset) of least E[w_t (slope · u + offset − y)²], by the normal equations in float64.
+
+  u is the network's input and y its target; given t both are affine in x_0 and ε.
+  """
+  num = 20_000
+  t = process.times((jnp.arange(num, dtype=jnp.float32) + 0.5) / num)
+  a, b = (np.float64(level) for level in process.levels(t))
+  column = lambda values: np.float64(values)[:, 0]
+  one, zero = jnp.ones((num, 1)), jnp.zeros((num, 1))
+  scale, w = column(process.inputs(one, t)[0]), np.float64(process.weights(t))
+  c, d = column(process.target(zero, one, t)), column(process.target(one, zero, t))
+  square = np.mean(w * scale**2 * (a**2 * (variance + mean**2) + b**2))
+  first = np.mean(w * scale * a * mean)
+  product = np.mean(w * scale * (a * d * (variance + mean**2) + b * c))
+  matrix = [[square, first], [first, np.mean(w)]]
+  return np.linalg.solve(matrix, [product, np.mean(w * d * mean)])
+
+
+@pytest.mark.parametrize("name", ["v", "sample_table", "flow", "flow_logit_normal", "edm"])
+def test_training_finds_the_best_affine_network_of_each_process(name):
+  rng = np.random.default_rng(0)
+  images = np.clip(rng.normal(0.3, 0.3, (500, *SHAPE)), -1, 1).astype(np.float32)
+  dataset = Dataset("gaussian", images, np.arange(500).astype(str))
+  config = TrainConfig(
+    steps=400,
+    batch_size=256,
+    learning_rate=0.05,
+    warmup_steps=10,
+    decay="cosine",
+    weight_decay=0.0,
+    clip_norm=1e9,
+    checkpoint_every=400,
+  )
+  process = PROCESSES[name]
+  state = training.fit(Affine(), process, dataset, config, seed=0)
+  expected = best_affine(process, np.mean(images, dtype=np.float64), np.var(images))
+  found = [state.params[leaf] for leaf in ("slope", "offset")]
+  # The last hundreds of steps average some 10⁶ squared errors of size 1, at small rates.
+  np.testing.assert_allclose(found, expected, rtol=0, atol=0.02)
+
+
+def test_defaults_are_those_of_the_configs():
+  assert TrainConfig(**get_config().train) == TrainConfig()

@@ -12,8 +12,8 @@ from jaxinf.planning.passes import decomposition_seconds
 from jaxinf.planning.subject import Subject
 from jaxinf.planning.trials import num_operations, random_params
 from jaxinf.runs import run as runs
-from jaxinf.runs.commands import COMMANDS
 from jaxinf.runs.config import typed
+from jaxinf.runs.perform import perform
 from tests import tiny
 
 STAGES = ("train", "sample", "curvature", "attribute", "index")
@@ -65,7 +65,7 @@ def finished(tmp_path_factory):
   """A run whose stages are finished up to the index."""
   run = run_of(tmp_path_factory.mktemp("run") / "work")
   for stage in STAGES:
-    COMMANDS[stage](run)
+    perform(run, stage)
   return run
 
 

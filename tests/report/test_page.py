@@ -1,282 +1,83 @@
-"""The page shows what the scores say, needs nothing but itself, and its images are the data's."""
-
-import base64
-import dataclasses
-import io
-import re
-from html.parser import HTMLParser
+"""The page writer: what is given is shown once and escaped, and the page needs nothing else."""
 
 import numpy as np
 import pytest
-from PIL import Image
+from markupsafe import Markup
 
-from configs import digits
-from jaxinf.data.dataset import Dataset
-from jaxinf.layers.coverage import Coverage, Row
-from jaxinf.report.figures import png_bytes
-from jaxinf.report.page import write_report
-from jaxinf.report.rows import Unit, common_unit, explained_rows
-from jaxinf.runs.config import typed
-from jaxinf.scores.scores import Scores
+from jaxinf.report.page import Curve, Figure, Group, Sample, Section, Table, Tile, write_page
+from jaxinf.report.pictures import png_bytes, sorted_scores_paths
+from tests.report.parsed import Page
 
-NUM_TRAIN, NUM_QUERIES, TOP_K = 30, 2, 3
-
-COVERAGE = Coverage(
-  (
-    Row("conv_in/kernel", (3, 3, 1, 4), "conv2d (K-FAC expand)"),
-    Row("norm/scale", (4,), "skipped"),
-  )
+PNG = png_bytes(np.zeros((2, 3, 1), np.uint8))
+CURVE = Curve("sorted", sorted_scores_paths(np.arange(3.0), width=9, height=3), (9, 3), "0", "2")
+SAMPLE = Sample(
+  Tile("sample <1>", "a sample", PNG),
+  [Group("supporting", "Best", [Tile("train 7", "an image", PNG, True, "+1.0", "± 0.1", "car")])],
+  CURVE,
+  note="z = 2",
+)
+SECTION = Section(
+  title="A < B",
+  name="first",
+  text=["found & kept", Markup("<strong>{}</strong>").format("<b>")],
+  facts=[("Models", "8")],
+  figures=[Figure(PNG, "Bars by method", "read it so")],
+  samples=[SAMPLE],
+  tables=[
+    Table(("method", "LDS"), [("trak", "1.0 ± 0.2"), ("das", "×")], "Seen at once"),
+    Table(("method", "LDS"), [("random", "0.0")], "The numbers", folded=True),
+  ],
+  note="8 models",
 )
 
 
-class Page(HTMLParser):
-  """Text, image sources, and all addresses a browser would fetch or link to."""
-
-  def __init__(self, html: str):
-    super().__init__()
-    self.html, self.text, self.images, self.addresses, self.tags = html, "", [], [], set()
-    self.feed(html)
-    self.text = re.sub(r"\s+", " ", self.text)
-
-  def handle_starttag(self, tag, attrs):
-    self.tags.add(tag)
-    self.addresses += [value for name, value in attrs if name in ("src", "href", "srcset")]
-    self.images += [dict(attrs)["src"]] if tag == "img" else []
-
-  def handle_data(self, data):
-    if self.lasttag != "style":
-      self.text += f"{data} "
-
-  def pixels(self) -> list[np.ndarray]:
-    """Its images as [H, W] or [H, W, C]."""
-    return [decoded(base64.b64decode(src.split(",", 1)[1])) for src in self.images]
-
-
-def decoded(png: bytes) -> np.ndarray:
-  return np.asarray(Image.open(io.BytesIO(png)))
-
-
-def dataset_of(channels=1, dtype=np.uint8, **fields) -> Dataset:
-  levels = np.random.default_rng(1).integers(0, 256, (NUM_TRAIN, 4, 4, channels), np.uint8)
-  images = levels if dtype == np.uint8 else (levels / 127.5 - 1).astype(np.float32)
-  ids = np.array([f"folder/im<{n:02d}>&.png" for n in range(NUM_TRAIN)])
-  return Dataset(**(dict(name="tiny", images=images, ids=ids) | fields))
-
-
-def scores_of(dataset, num_groups=4, scale=1e-4) -> Scores:
-  values = np.random.default_rng(2).normal(size=(num_groups, NUM_QUERIES, len(dataset)))
-  settings = {"measurement": "loss", "damping": 1e-8, "draws": 8}
-  query_ids = np.array([f"sample_{q}" for q in range(NUM_QUERIES)])
-  return Scores((scale * values).astype(np.float32), query_ids, dataset.ids, settings)
-
-
-def samples_of(dataset) -> np.ndarray:
-  shape = (NUM_QUERIES, *dataset.image_shape)
-  return np.random.default_rng(3).uniform(-1, 1, shape).astype(np.float32)
-
-
-def config_of(num_queries=NUM_QUERIES, top_k=TOP_K):
-  config = digits.get_config()
-  config.report.num_queries, config.report.top_k = num_queries, top_k
-  return typed(config)
-
-
-def manifest(seconds, device_mib=None, revision=None) -> dict:
-  cost = {"seconds": seconds, "peak_host_mib": 2048, "peak_device_mib": device_mib}
-  versions = {"python": "3.12.1", "jax": "0.9.9"}
-  return {"cost": cost, "versions": versions, "devices": ["cpu"], "git_revision": revision}
-
-
-def write(folder, dataset, scores, **overrides) -> Page:
-  inputs = dict(
-    config=config_of(), dataset=dataset, samples=samples_of(dataset), scores=scores,
-    coverage=COVERAGE, manifests={"train": manifest(75), "attribute": manifest(1.25, 512, "abc1")},
-  )  # fmt: skip
-  (page, figure) = write_report(folder, **(inputs | overrides))
-  assert sorted(folder.iterdir()) == [figure, page]  # and no unfinished file
-  assert (page.name, figure.name) == ("index.html", "attributions.png")
-  return Page(page.read_text(encoding="utf-8"))
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_images_are_the_samples_and_the_ranked_training_images_pixel_by_pixel(
-  tmp_path, channels, dtype
-):
-  dataset = dataset_of(channels, dtype)
-  scores, samples = scores_of(dataset), samples_of(dataset)
-  levels = dataset_of(channels).images  # uint8, also where the data set holds float32
-  expected = []
-  for q in range(NUM_QUERIES):
-    expected.append(np.rint((samples[q] + 1) * 127.5).astype(np.uint8))
-    for ranking in (scores.top(TOP_K), scores.bottom(TOP_K), scores.neutral(TOP_K)):
-      expected += list(levels[ranking.positions[q]])
-  shown = write(tmp_path, dataset, scores).pixels()
-  assert len(shown) == len(expected)
-  for actual, wanted in zip(shown, expected, strict=True):
-    np.testing.assert_array_equal(actual, wanted[..., 0] if channels == 1 else wanted)
-
-
-def test_every_shown_image_has_its_id_score_and_error(tmp_path):
-  dataset = dataset_of()
-  scores = scores_of(dataset)
-  text = write(tmp_path, dataset, scores).text
-  assert "Scores are in units of 10⁻⁶" in text  # the largest is some 150e-6
-  for ranking in (scores.top(TOP_K), scores.bottom(TOP_K), scores.neutral(TOP_K)):
-    fields = (ranking.ids, ranking.values, ranking.std_errors)
-    for n, value, error in zip(*(field.flat for field in fields), strict=True):
-      number = f"{value * 1e6:+.0f}".replace("-", "−")
-      number = number[1:] if number[1:] == "0" else number
-      assert f" {number} ± {error * 1e6:.0f} {n} " in text
-
-
-def test_the_page_needs_nothing_but_itself(tmp_path):
-  page = write(tmp_path, dataset_of(), scores_of(dataset_of()))
-  assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
-  assert not page.tags & {"script", "link", "iframe", "object", "embed"}
-  assert "url(" not in page.html and "@import" not in page.html
-
-
-def test_settings_coverage_costs_and_versions_are_there(tmp_path):
-  text = write(tmp_path, dataset_of(), scores_of(dataset_of())).text
-  for part in (
-    "draw_groups", "channels 16, 32", "num_examples not set",
-    "conv_in/kernel 3 × 3 × 1 × 4 36 conv2d (K-FAC expand)", "norm/scale 4 4 skipped",
-    "train 1 min 15 s 2.0 GiB –", "attribute 1.2 s 2.0 GiB 512 MiB", "jax 0.9.9",
-    "git revision not recorded; abc1", "Model parameters 40", "Damping λ 10⁻⁸",
-  ):  # fmt: skip
-    assert part in text
-
-
-def test_labels_are_named_where_there_are_any(tmp_path):
-  labels = np.arange(NUM_TRAIN) % 2
-  scores = scores_of(dataset_of())
-  texts = [
-    write(tmp_path / str(i), dataset_of(**fields), scores).text
-    for i, fields in enumerate(
-      ({}, {"labels": labels}, {"labels": labels, "label_names": ("horse", "car")})
-    )
-  ]
-  best = scores.top(1)
-  (n, position) = (best.ids[0, 0], best.positions[0, 0])
-  assert f"{n} label {position % 2} " in texts[1]
-  assert f"{n} {('horse', 'car')[position % 2]} " in texts[2]
-  assert "label" not in texts[0] and f"{n} " in texts[0]
-
-
-def test_one_group_of_draws_shows_no_errors_and_says_what_is_missing(tmp_path):
-  dataset = dataset_of()
-  text = write(tmp_path, dataset, scores_of(dataset, num_groups=1)).text
-  assert "±" not in text and "nan" not in text.lower()
-  assert "attribute.draw_groups ≥ 2" in text
-  assert "it has one group of draws only" in text
-
-
-def test_the_check_says_whether_the_ranking_repeats(tmp_path):
-  dataset = dataset_of()
-  noise = scores_of(dataset)
-  values = noise.group_values.copy()
-  values[:, :, :10] += 1e-2  # a hundred standard deviations
-  planted = dataclasses.replace(noise, group_values=values)
-  assert "does not clearly repeat" in write(tmp_path / "noise", dataset, noise).text
-  text = write(tmp_path / "planted", dataset, planted).text
-  assert "So the ranking repeats under fresh draws" in text
-  assert "in 2 of 2 samples" in text
-  assert "only retraining without them proves that" in text
-
-
-def test_the_check_takes_fewer_images_where_there_are_few_and_says_why(tmp_path):
-  dataset = dataset_of().take(range(7))
-  text = write(tmp_path, dataset, scores_of(dataset)).text
-  assert "(3 and not 10, as there are 7 training images.)" in text
-
-
-def test_more_samples_asked_for_than_there_are_shows_all(tmp_path):
-  dataset = dataset_of()
-  few = write(tmp_path / "few", dataset, scores_of(dataset), config=config_of(num_queries=1))
-  many = write(tmp_path / "many", dataset, scores_of(dataset), config=config_of(num_queries=99))
-  assert "the first 1 of 2" in few.text and len(few.images) == 1 + 3 * TOP_K
-  assert "the first" not in many.text and len(many.images) == 2 * (1 + 3 * TOP_K)
-
-
-def test_wrong_inputs_are_named(tmp_path):
-  dataset = dataset_of()
-  scores = scores_of(dataset)
-  with pytest.raises(ValueError, match=r"report\.top_k must lie in 1…30.*got 31"):
-    write(tmp_path, dataset, scores, config=config_of(top_k=31))
-  with pytest.raises(ValueError, match=r"report\.num_queries must be at least 1"):
-    write(tmp_path, dataset, scores, config=config_of(num_queries=0))
-  with pytest.raises(ValueError, match="not those of data set 'tiny'"):
-    write(tmp_path, dataset.take(range(29)), scores)
-  with pytest.raises(ValueError, match="Got 1 samples and scores of 2 samples"):
-    write(tmp_path, dataset, scores, samples=samples_of(dataset)[:1])
-  broken = dataclasses.replace(scores, group_values=scores.group_values * np.float32(np.nan))
-  with pytest.raises(ValueError, match="NaN or infinity"):
-    write(tmp_path, dataset, broken)
-  assert not list(tmp_path.iterdir())
-
-
-def test_the_figure_shows_the_ranked_images_and_no_others(tmp_path):
-  colours = np.stack([np.array([8 * n, 250 - 8 * n, 90]) for n in range(NUM_TRAIN)])
-  images = np.broadcast_to(colours[:, None, None].astype(np.uint8), (NUM_TRAIN, 4, 4, 3))
-  dataset = dataset_of(images=images)
-  scores = scores_of(dataset)
-  write(tmp_path, dataset, scores)
-  figure = decoded((tmp_path / "attributions.png").read_bytes())[..., :3]
-  rankings = (scores.top(TOP_K), scores.bottom(TOP_K), scores.neutral(TOP_K))
-  shown = np.concatenate([ranking.positions.ravel() for ranking in rankings]).tolist()
-  for n, colour in enumerate(colours):
-    area = (figure == colour).all(axis=-1).sum()
-    # An image is 88 pixels wide; a pixel at each edge may be blended.
-    assert area >= 86**2 * shown.count(n)
-    assert area <= 90**2 * shown.count(n) + 20  # letters' smoothed edges may hit a colour
-
-
-@pytest.mark.parametrize("channels, mode", [(1, "L"), (2, "LA"), (3, "RGB"), (4, "RGBA")])
-def test_png_keeps_pixels_and_channels(channels, mode):
-  levels = np.random.default_rng(4).integers(0, 256, (5, 6, channels), np.uint8)
-  for image in (levels, (levels / 127.5 - 1).astype(np.float32)):
-    picture = Image.open(io.BytesIO(png_bytes(image)))
-    assert picture.mode == mode
-    np.testing.assert_array_equal(np.asarray(picture).reshape(levels.shape), levels)
-
-
-def test_floats_beyond_the_range_are_clipped_and_odd_shapes_refused():
-  image = np.array([-3.0, -1.0, 0.001, 1.0, 7.0], np.float32).reshape(1, 5, 1)
-  np.testing.assert_array_equal(decoded(png_bytes(image))[0], [0, 0, 128, 255, 255])
-  with pytest.raises(ValueError, match=r"got shape \(4, 4, 5\)"):
-    png_bytes(np.zeros((4, 4, 5), np.uint8))
+def written(folder, title, sections) -> Page:
+  (path,) = write_page(folder, title, sections)
+  return Page(path.read_text())
 
 
 @pytest.mark.parametrize(
-  "largest, error, unit",
-  [
-    (155.0, 8.0, Unit(0, 1)),
-    (0.0155, 0.0008, Unit(-3, 2)),
-    (2.5e4, 30.0, Unit(3, 3)),
-    (0.5, None, Unit(-3, 0)),
-    (3.21, None, Unit(0, 2)),
-    (0.0, 0.0, Unit(0, 0)),
-  ],
-)
-def test_numbers_share_a_power_of_ten_and_two_digits_of_the_error(largest, error, unit):
-  dataset = dataset_of()
-  values = np.zeros((2, NUM_QUERIES, NUM_TRAIN), np.float32) + np.float32(largest)
-  if error is None:
-    values = values[:1]
-  else:
-    values += np.array([1, -1], np.float32)[:, None, None] * np.float32(error)
-  scores = dataclasses.replace(scores_of(dataset), group_values=values)
-  rows = explained_rows(
-    dataset, samples=samples_of(dataset), scores=scores, num_queries=NUM_QUERIES, top_k=TOP_K
-  )
-  assert common_unit(rows) == unit
+  "part",
+  ["A < B", "found & kept", "<b>", "Models 8", "read it so", "sample <1>", "sorted", "z = 2",
+   "Best +1.0 ± 0.1 train 7 car", "method LDS trak 1.0 ± 0.2 das ×", "Seen at once",
+   "The numbers method LDS random 0.0", "8 models"],
+)  # fmt: skip
+def test_every_part_of_a_section_is_shown_once_and_escaped(tmp_path, part):
+  page = written(tmp_path, "title", [SECTION])
+  assert page.text.count(part) == 1 and len(page.images) == 3
 
 
-def test_numbers_are_set_with_signs_and_a_plain_zero():
-  unit = Unit(exponent=-3, decimals=1)
-  assert unit.number(0.0123) == "+12.3"
-  assert unit.number(-0.0123) == "−12.3"
-  assert unit.number(-0.00001) == "0.0"
-  assert unit.with_error(0.0123, 0.002) == "+12.3 ± 2.0"
-  assert unit.with_error(0.0123, float("nan")) == "+12.3"
+def test_the_page_needs_nothing_but_itself(tmp_path):
+  assert written(tmp_path, "title", [SECTION]).needs_nothing_else
+
+
+def test_empty_sections_show_nothing_but_the_title(tmp_path):
+  page = written(tmp_path, "title", [Section(tables=[Table((), ()), Table(("a",), [])])])
+  assert page.text.split() == ["title", "title"]  # of the window, then as a heading
+  assert not page.tags & {"h2", "table", "figure", "dl", "nav", "img"}
+
+
+def test_the_title_is_not_repeated_by_a_section_of_its_name(tmp_path):
+  section = Section("A < B", "only", text=["words"])
+  assert written(tmp_path, "A < B", [section]).headings == [("h1", "A < B")]
+  assert written(tmp_path, "C", [section]).headings == [("h1", "C"), ("h2", "A < B")]
+
+
+def test_pages_of_several_named_sections_begin_with_links_to_them(tmp_path):
+  second = Section("Second", "second")
+  assert "nav" not in written(tmp_path, "title", [SECTION, Section("no name")]).tags
+  page = written(tmp_path, "title", [SECTION, second])
+  assert [a for a in page.addresses if a[0] == "#"] == ["#first", "#second"]
+
+
+def test_columns_of_numbers_are_flush_right_and_others_left():
+  rows = [("conv", "3 × 4", "1,234", "skipped"), ("1", "5", "−0.5 ± 0.1", "3 heads")]
+  assert Table(("a", "b", "c", "d"), rows).are_numbers == [False, True, True, False]
+  assert Table(("a",), [("–",), ("< 0.001",), ("×",)]).are_numbers == [True]
+
+
+def test_files_stand_beside_the_page_and_are_named_after_it(tmp_path):
+  paths = write_page(tmp_path / "new", "title", [SECTION], {"figure.png": PNG})
+  assert [path.name for path in paths] == ["index.html", "figure.png"]
+  assert sorted(tmp_path.glob("new/*")) == sorted(paths)  # and no unfinished file
+  assert paths[1].read_bytes() == PNG

@@ -15,8 +15,8 @@ import pytest
 
 from jaxinf.engine import artifacts
 from jaxinf.runs import run as runs
-from jaxinf.runs import stages
 from jaxinf.runs.config import typed
+from jaxinf.runs.perform import perform
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ def test_a_killed_fit_goes_on_and_gives_the_same_curvature(tmp_path):
   config = tiny.get_config()
   config.curvature.update(CURVATURE)
   run = runs.Run(typed(config), whole, jax.devices()[:1])  # one device, as in the processes
-  stages.train(run)
+  perform(run, "train")
   shutil.copytree(whole, killed)
   sums = killed / "curvature" / "sums"
   kill_when(killed, sums / "curvature.npz")
@@ -64,7 +64,7 @@ def test_a_killed_fit_goes_on_and_gives_the_same_curvature(tmp_path):
     "the first pass is not redone"
   )
   assert not sums.exists()
-  stages.curvature(run)
+  perform(run, "curvature")
   ours, theirs = (artifacts.read(w / "curvature").arrays for w in (killed, whole))
   assert ours.keys() == theirs.keys()
   for name, expected in theirs.items():

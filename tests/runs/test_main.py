@@ -1,29 +1,51 @@
 """The command line: what it does not know it refuses in one line that names what there is."""
 
-import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from absl.testing import flagsaver
+
+from jaxinf import __main__ as entry
+from jaxinf.runs.stage import STAGES
 
 ROOT = Path(__file__).parents[2]
 RUN = ("train", "--config=configs/digits.py")
-STAGES = (
-  "plan, train, sample, curvature, curvature-study, compress-study, attribute, report, all, index, "
-  "index-append, index-delete, index-verify, query, retrain, measure, evaluate, benchmark, "
-  "counterfactual, study NAME"
-)
+UNKNOWN_FIELD = """
+from configs import digits
+
+def get_config():
+  config = digits.get_config()
+  config.train.stepz = 1
+  return config
+"""
 CASES = {
-  "unknown stage": (("trian", *RUN[1:]), f"Name one stage of {STAGES}; got trian."),
+  "unknown stage": (("trian", *RUN[1:]), f"Unknown stage 'trian'; there are: {', '.join(STAGES)}."),
   "unknown field": (
     (*RUN, "--config.train.stepz=1"),
-    "config.train has no field stepz. Its fields are: steps, batch_size, learning_rate,",
+    'The config has no field "stepz". Did you mean "steps" instead of "stepz"?',
   ),
+  "unknown section": (
+    (*RUN, "--config.trian.steps=1"),
+    'The config has no field "trian". Did you mean "train" instead of "trian"?',
+  ),
+  "no section": ((*RUN, "--config.train.steps.more=1"), "<class 'int'>.more does not exist"),
+  "unknown field in a file": (
+    ("train", "--config=UNKNOWN_FIELD"),
+    'The config has no field "stepz". Did you mean "steps" instead of "stepz"?',
+  ),
+  "no stage": (RUN[1:], f"Name a stage: {', '.join(STAGES)}. See --help."),
+  "two words": (("train", "digits", *RUN[1:]), "Too many words: train digits."),
+  "a flag of other stages": (
+    (*RUN, "--shard=0/2"),
+    "--shard goes with the stages retrain, counterfactual.",
+  ),
+  "a dry run of another stage": ((*RUN, "--dry-run"), "--dry-run goes with the stage curvature."),
   "unknown field of the model": ((*RUN, "--config.model.chanels=(8,)"), "'channels'"),
   "unknown data set": (
     (*RUN, "--config.data.name=digitz"),
-    "unknown data set 'digitz'; the data sets are digits, cifar10,",
+    "Unknown data set 'digitz'; there are: digits, cifar10,",
   ),
   "unknown config file": (
     ("train", "--config=configs/digitz.py", "--config.train.steps=1"),
@@ -32,46 +54,45 @@ CASES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Finished:
-  status: int
-  output: str
-  errors: str
+@pytest.fixture
+def ending(monkeypatch, tmp_path):
+  """What the arguments end with; in this process, as JAX takes seconds to import."""
+  file = tmp_path / "unknown_field.py"
+  file.write_text(UNKNOWN_FIELD)
+  monkeypatch.setattr(entry, "_speak", lambda: None)  # loggers stay as they are
 
+  def of(arguments):
+    words = [word.replace("UNKNOWN_FIELD", str(file)) for word in arguments]
+    monkeypatch.setattr(sys, "argv", ["jaxinf", *words, f"--workdir={tmp_path / 'work'}"])
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
+      entry.main(entry._parse_flags(sys.argv))
+    return ended.value.code
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-  """Command lines → how they ended; run side by side, since each takes seconds to import JAX."""
-  workdir = tmp_path_factory.mktemp("runs")
-  commands = {case: (*CASES[case][0], f"--workdir={workdir / case}") for case in CASES}
-  commands["help"] = ("--help",)
-  started = {
-    case: subprocess.Popen(
-      [sys.executable, "-m", "jaxinf", *arguments],
-      cwd=ROOT,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for case, arguments in commands.items()
-  }
-  ended = {case: process.communicate(timeout=120) for case, process in started.items()}
-  return {case: Finished(started[case].returncode, *texts) for case, texts in ended.items()}
+  return of
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_unknown_ends_in_one_line_with_the_valid_names(finished, case):
-  ended = finished[case]
-  assert ended.status == 1
-  (line,) = ended.errors.strip().splitlines()
-  assert line.startswith("jaxinf: ") and CASES[case][1] in line
+def test_what_is_unknown_ends_in_one_line_with_the_valid_names(ending, case):
+  arguments, complaint = CASES[case]
+  (line,) = ending(arguments).splitlines()
+  assert line.startswith("jaxinf: ") and complaint in line
 
 
-def test_help_shows_the_stages_in_order(finished):
-  output = finished["help"].output
-  main, _, store = output.partition("On a store")
-  for part, stages in ((main, STAGES.split(", ")[:9]), (store, STAGES.split(", ")[9:])):
-    assert sorted(part.count(f"\n  {stage} ") for stage in stages) == [1] * len(stages)
-  places = [main.index(f"\n  {stage} ") for stage in STAGES.split(", ")[:9]]
+def test_a_process_shows_one_line_and_no_traceback(tmp_path):
+  """The whole way once, as the user types it."""
+  arguments, complaint = CASES["unknown field"]
+  command = [sys.executable, "-m", "jaxinf", *arguments, f"--workdir={tmp_path}"]
+  ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert ended.returncode == 1
+  assert ended.stderr.strip() == f"jaxinf: {complaint}"
+
+
+def test_help_shows_every_stage_with_what_it_does():
+  command = [sys.executable, "-m", "jaxinf", "--help"]
+  output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+  words = " ".join(output.split())  # lines are wrapped
+  for stage in STAGES.values():
+    assert output.count(f"\n  {stage.name} ") == 1 and stage.help in words
+  places = [output.index(f"\n  {name} ") for name in STAGES]
   assert places == sorted(places)
   assert "--config" in output and "--workdir" in output

@@ -18,9 +18,9 @@ from jaxinf.attribution.influence import influence
 from jaxinf.diffusion.noise import DrawDesign
 from jaxinf.engine import artifacts
 from jaxinf.runs import run as runs
-from jaxinf.runs import serving, stages
-from jaxinf.runs.commands import COMMANDS
+from jaxinf.runs import serving
 from jaxinf.runs.config import typed
+from jaxinf.runs.perform import perform
 from jaxinf.store.rows import RowStore
 from tests import tiny
 
@@ -44,8 +44,8 @@ def changed(**fields):
 def fitted(tmp_path_factory):
   """A trained model and its curvature."""
   run = run_of(tmp_path_factory.mktemp("run") / "work")
-  stages.train(run)
-  stages.curvature(run)
+  perform(run, "train")
+  perform(run, "curvature")
   return run
 
 
@@ -66,7 +66,7 @@ def images(tmp_path_factory):
 def indexed(fitted):
   """The run with a store of float32 rows."""
   run = run_of(fitted.workdir, changed(compression=None))
-  stages.index(run)
+  perform(run, "index")
   return run
 
 
@@ -159,13 +159,13 @@ def test_a_finished_store_is_reused_and_a_missing_one_is_made_again(copy, monkey
     serving, "build_index", lambda *a, **k: (made.append(1), original(*a, **k))[1]
   )
   slower = run_of(copy.workdir, changed(compression=None, batch_size=7, reserve_mib=1))
-  stages.index(slower)
+  perform(slower, "index")
   assert not made
   before = RowStore.open(serving.store_folder(copy)).read(0, NUM_TRAIN)
   shutil.rmtree(serving.store_folder(copy))
   with pytest.raises(ValueError, match=r"holds no store.*Run the stage index"):
     serving.verify(copy)
-  stages.index(copy)
+  perform(copy, "index")
   assert made
   after = RowStore.open(serving.store_folder(copy)).read(0, NUM_TRAIN)
   for ours, theirs in zip(after, before, strict=True):
@@ -176,7 +176,7 @@ def test_a_finished_store_is_reused_and_a_missing_one_is_made_again(copy, monkey
 def test_other_settings_refuse_the_store_with_the_difference(indexed, field, value):
   config = changed(**{"compression": None, field: value})
   with pytest.raises(artifacts.StaleArtifact, match=rf"index\.{field}: .* → "):
-    stages.index(run_of(indexed.workdir, config))
+    perform(run_of(indexed.workdir, config), "index")
 
 
 def test_a_store_of_another_model_answers_nothing(copy, images):
@@ -184,11 +184,11 @@ def test_a_store_of_another_model_answers_nothing(copy, images):
   config.curvature.draws = 4
   shutil.rmtree(copy.folder("curvature"))
   run = run_of(copy.workdir, config, images=images)
-  stages.curvature(run)
+  perform(run, "curvature")
   with pytest.raises(artifacts.StaleArtifact, match="curvature: "):
     serving.query(run)
   with pytest.raises(artifacts.StaleArtifact, match="curvature_content: "):
-    stages.index(run)
+    perform(run, "index")
 
 
 def test_damage_is_told_and_the_file_named(copy, images):
@@ -215,7 +215,7 @@ def test_damage_is_told_and_the_file_named(copy, images):
 )
 def test_questions_without_sense_say_what_to_do(indexed, stage, what, message):
   with pytest.raises(ValueError, match=message):
-    COMMANDS[stage](dataclasses.replace(indexed, **what))
+    perform(dataclasses.replace(indexed, **what), stage)
 
 
 # A stage with chunks of one image, so that a process can be killed between two of them.
@@ -249,13 +249,13 @@ def test_a_killed_index_goes_on_to_the_same_scores(fitted, images, tmp_path):
   # Here one device too, and as many rows at a time.
   config = changed(**SLOW)
   run = run_of(workdir, config, images=images)
-  stages.index(run)
+  perform(run, "index")
   kept = [p for p, time_ns in written.items() if p.stat().st_mtime_ns == time_ns]
   assert len(kept) >= done // 2  # they are not written again
   whole = run_of(tmp_path / "whole", config, images=images)
   for stage in ("train", "curvature"):
     shutil.copytree(fitted.folder(stage), whole.folder(stage))
-  stages.index(whole)
+  perform(whole, "index")
   ours, theirs = (serving.query(r).arrays for r in (run, whole))
   for name, wanted in theirs.items():
     np.testing.assert_array_equal(ours[name], wanted)

@@ -13,9 +13,11 @@ import pytest
 from jaxinf.engine import artifacts
 from jaxinf.engine.checkpoints import PartialOutputs
 from jaxinf.runs import run as runs
-from jaxinf.runs import serving, stages, studies
-from jaxinf.runs.commands import COMMANDS
+from jaxinf.runs import serving, studies
 from jaxinf.runs.config import typed
+from jaxinf.runs.perform import perform
+from jaxinf.runs.sampling import load_samples
+from jaxinf.runs.stage import MAIN_LINE
 from tests import tiny
 
 # Of the largest number: training and sampling amplify float32 rounding, and where that moves a
@@ -31,13 +33,13 @@ def run_of(workdir, config=None, devices=None) -> runs.Run:
 def finished(tmp_path_factory):
   """A finished run on one device."""
   run = run_of(tmp_path_factory.mktemp("run") / "work", devices=jax.devices()[:1])
-  COMMANDS["all"](run)
+  perform(run, "all")
   return run
 
 
 def test_two_devices_give_the_same_results_in_every_stage(finished, tmp_path):
   both = run_of(tmp_path, devices=jax.devices()[:2])
-  COMMANDS["all"](both)
+  perform(both, "all")
   for stage in ("train", "sample", "attribute"):
     ours, theirs = (artifacts.read(run.folder(stage)).arrays for run in (finished, both))
     assert ours.keys() == theirs.keys()
@@ -64,11 +66,11 @@ def test_eight_devices_give_the_same_scores_and_the_same_store(finished, tmp_pat
   for stage in ("train", "sample", "curvature"):
     shutil.copytree(finished.folder(stage), tmp_path / stage)
   program = (
-    "import pathlib, sys, jax; from jaxinf.runs import run as runs, stages; "
-    "from jaxinf.runs.config import typed; "
+    "import pathlib, sys, jax; from jaxinf.runs import run as runs; "
+    "from jaxinf.runs.config import typed; from jaxinf.runs.perform import perform; "
     "from tests import tiny; assert jax.local_device_count() == 8; "
     "run = runs.Run(typed(tiny.get_config()), pathlib.Path(sys.argv[1])); "
-    "stages.attribute(run); stages.index(run)"
+    "perform(run, 'attribute'); perform(run, 'index')"
   )
   environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
   subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment, check=True)
@@ -89,7 +91,7 @@ def test_eight_devices_give_the_same_scores_and_the_same_store(finished, tmp_pat
 def test_the_artefacts_hold_what_they_say(finished):
   sample = artifacts.read(finished.folder("sample"))
   assert sample.arrays["images"].shape == (3, 8, 8, 1)
-  trajectories = runs.load_samples(finished)["trajectories"]
+  trajectories = load_samples(finished, trajectories=True)["trajectories"]
   assert trajectories.shape == (3, 21, 8, 8, 1)
   np.testing.assert_array_equal(trajectories[:, -1], sample.arrays["images"])
   scores = runs.load_scores(finished)
@@ -99,15 +101,34 @@ def test_the_artefacts_hold_what_they_say(finished):
   steps = [json.loads(s)["step"] for s in (finished.folder("train") / "metrics.jsonl").open()]
   assert steps == [5, 10, 15, 20]
   assert (finished.folder("report") / "index.html").stat().st_size > 1000
-  for stage in runs.ORDER:
+  for stage in MAIN_LINE:
     cost = artifacts.read(finished.folder(stage)).manifest["cost"]
     assert cost["seconds"] >= 0 and cost["peak_host_mib"] > 0
 
 
+def test_trajectories_that_a_copy_left_out_are_generated_again(finished, tmp_path):
+  for stage in ("train", "sample"):
+    shutil.copytree(
+      finished.folder(stage), tmp_path / stage, ignore=shutil.ignore_patterns("trajectories")
+    )
+  run = run_of(tmp_path, devices=jax.devices()[:1])
+  assert "trajectories" not in load_samples(run)
+  for samples in (load_samples(run, trajectories=True), load_samples(run, trajectories=True)):
+    expected = load_samples(finished, trajectories=True)["trajectories"]
+    np.testing.assert_array_equal(samples["trajectories"], expected)
+  assert not (run.folder("sample") / "sums").exists()
+  shutil.rmtree(run.folder("sample") / "trajectories")
+  artifact = artifacts.read(run.folder("sample"))
+  arrays = {**artifact.arrays, "images": -artifact.arrays["images"]}  # as if generated elsewhere
+  artifacts.write(run.folder("sample"), artifact.manifest["key"], arrays, notes={}, cost={})
+  with pytest.raises(ValueError, match="cannot be generated again here"):
+    load_samples(run, trajectories=True)
+
+
 def test_finished_stages_are_reused(finished):
-  before = {s: (finished.folder(s) / "manifest.json").stat().st_mtime_ns for s in runs.ORDER}
-  COMMANDS["all"](finished)
-  after = {s: (finished.folder(s) / "manifest.json").stat().st_mtime_ns for s in runs.ORDER}
+  before = {s: (finished.folder(s) / "manifest.json").stat().st_mtime_ns for s in MAIN_LINE}
+  perform(finished, "all")
+  after = {s: (finished.folder(s) / "manifest.json").stat().st_mtime_ns for s in MAIN_LINE}
   assert before == after
 
 
@@ -115,7 +136,7 @@ def test_the_pace_of_a_stage_may_change(finished):
   config = tiny.get_config()
   config.curvature.batch_size = 7
   config.attribute.batch_size = 7
-  stages.attribute(run_of(finished.workdir, config))
+  perform(run_of(finished.workdir, config), "attribute")
 
 
 @pytest.mark.parametrize(
@@ -134,7 +155,7 @@ def test_a_changed_config_refuses_the_stale_artefact_with_the_difference(
   old = config[section][field]
   config[section][field] = value
   with pytest.raises(artifacts.StaleArtifact) as caught:
-    COMMANDS["all"](run_of(finished.workdir, config))
+    perform(run_of(finished.workdir, config), "all")
   assert str(finished.folder(stage)) in str(caught.value)
   expected = "data.content" if section == "data" else f"{section}.{field}: {old} → {value}"
   assert expected in str(caught.value)
@@ -142,7 +163,7 @@ def test_a_changed_config_refuses_the_stale_artefact_with_the_difference(
 
 def test_a_stage_whose_inputs_are_missing_names_the_stage_to_run(tmp_path):
   with pytest.raises(ValueError, match="run the stage train"):
-    stages.sample(run_of(tmp_path))
+    perform(run_of(tmp_path), "sample")
 
 
 def test_an_unfinished_training_resumes_from_its_checkpoint(finished, tmp_path):
@@ -160,11 +181,11 @@ def test_an_unfinished_training_resumes_from_its_checkpoint(finished, tmp_path):
   artifacts.Checkpoints.save = save_then_die
   try:
     with pytest.raises(Killed):
-      stages.train(run)
+      perform(run, "train")
   finally:
     artifacts.Checkpoints.save = original
   assert not (run.folder("train") / "manifest.json").exists()
-  resumed = stages.train(run)
+  resumed = perform(run, "train")
   for name, expected in artifacts.read(finished.folder("train")).arrays.items():
     np.testing.assert_array_equal(resumed.arrays[name], expected)
 
@@ -175,7 +196,7 @@ def test_a_sweep_recommends_a_damping_and_the_report_says_so(finished, tmp_path)
   for stage in ("train", "sample", "curvature"):
     shutil.copytree(finished.folder(stage), tmp_path / stage)
   run = run_of(tmp_path, config, devices=jax.devices()[:1])
-  attributed = stages.attribute(run)
+  attributed = perform(run, "attribute")
   assert attributed.notes["recommended_damping"] in (1e-4, 1e-2, 1.0)
   assert "fidelity" in attributed.notes["sweep"]
   scores = runs.load_scores(run)
@@ -184,7 +205,7 @@ def test_a_sweep_recommends_a_damping_and_the_report_says_so(finished, tmp_path)
   # The same products with more rows, which may sum in another order.
   atol = 1e-5 * np.abs(alone.group_values).max()
   np.testing.assert_allclose(scores.group_values, alone.group_values, rtol=0, atol=atol)
-  stages.report(run)
+  perform(run, "report")
   page = (run.folder("report") / "index.html").read_text()
   assert "is recommended" in page and "How far down the order" in page
 
@@ -207,8 +228,8 @@ def test_sampling_that_was_stopped_goes_on_after_its_last_batch(finished, tmp_pa
 
   monkeypatch.setattr(PartialOutputs, "save", save_then_die)
   with pytest.raises(Killed):
-    stages.sample(run)
-  resumed = stages.sample(run)
+    perform(run, "sample")
+  resumed = perform(run, "sample")
   assert len(saved) == 3 and not (run.folder("sample") / "sums").exists()
   for name, expected in artifacts.read(finished.folder("sample")).arrays.items():
     if expected.dtype.kind == "f":
@@ -219,8 +240,8 @@ def test_sampling_that_was_stopped_goes_on_after_its_last_batch(finished, tmp_pa
 @pytest.mark.parametrize(
   ("section", "value", "message"),
   [
-    ("diffusion", {"schedule": "cosine"}, "there are: linear, scaled_linear"),
-    ("sample", {"sampler": "euler"}, "there are: ddpm, ddim"),
+    ("diffusion", {"schedule": "quadratic"}, "there are: linear, scaled_linear"),
+    ("sample", {"sampler": "heun"}, "there are: ddpm, ddim"),
     ("model", {"name": "resnet"}, "the models are mlp, unet"),
     ("data", {"name": "imagenet"}, "digits"),
   ],
@@ -233,14 +254,12 @@ def test_unknown_names_list_the_valid_ones(finished, tmp_path, section, value, m
     (workdir).mkdir()
     (workdir / "train").symlink_to(finished.folder("train"))
   with pytest.raises(ValueError, match=message):
-    stages.sample(run_of(workdir, config)) if section == "sample" else stages.train(
-      run_of(workdir, config)
-    )
+    perform(run_of(workdir, config), "sample" if section == "sample" else "train")
 
 
 def test_a_curvature_study_leaves_its_numbers_a_page_and_a_figure(finished, capsys):
   """It is no stage of `all`; its table goes to the screen too."""
-  artifact = COMMANDS["curvature-study"](finished)
+  artifact = perform(finished, "curvature-study")
   num = len(artifact.notes["names"])
   assert artifact.arrays["errors"].shape == artifact.arrays["correlations"].shape == (num, 1, 2)
   assert (artifact.arrays["residuals"] < 1e-2).all()
@@ -252,7 +271,7 @@ def test_a_curvature_study_leaves_its_numbers_a_page_and_a_figure(finished, caps
 
 def test_a_compress_study_leaves_its_numbers_a_page_and_a_figure(finished, capsys):
   """Beside the compressions that always take part, one svd, truncation and projection."""
-  artifact = COMMANDS["compress-study"](finished)
+  artifact = perform(finished, "compress-study")
   names = artifact.notes["names"]
   assert list(names[:4]) == ["int16", "int8", "int4", "bfloat16"] and len(names) == 7
   for name in ("errors", "pearson", "spearman"):
@@ -272,7 +291,7 @@ def test_more_queries_than_samples_are_refused_by_a_study(finished, tmp_path, st
     shutil.copytree(finished.folder(stage), tmp_path / stage)
   run = run_of(tmp_path, config, devices=jax.devices()[:1])
   with pytest.raises(ValueError, match=r"num_queries must lie in 1…3"):
-    COMMANDS[study](run)
+    perform(run, study)
 
 
 def test_the_memory_of_a_curvature_is_told_without_a_model(tmp_path):

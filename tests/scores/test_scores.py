@@ -1,6 +1,7 @@
-"""Standard errors of scores: how far these may be off for the noise of both gradients."""
+"""Standard errors of scores and of their sums: how far noise of both gradients may move them."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -54,3 +55,89 @@ def test_values_and_errors_of_groups_in_closed_form():
   one_group = dataclasses.replace(scores, group_values=column(2))
   assert np.isnan(one_group.std_errors).all() and one_group.std_errors.shape == (1, 1)
   assert scores.top(1).std_errors == scores.std_errors
+
+
+def grouped_scores(*, num_query_groups=3) -> Scores:
+  """Scores of 2 queries for 6 examples of 3 artists, in 4 groups of draws."""
+  rng = np.random.default_rng(0)
+  draw = lambda num: rng.normal(size=(num, 2, 6)).astype(np.float32)
+  return Scores(
+    draw(4),
+    np.array(["a", "b"]),
+    np.arange(6) + 10,
+    {"damping": 0.1},
+    draw(num_query_groups) if num_query_groups else None,
+    train_groups=np.array(["miro", "klee", "miro", "arp", "klee", "miro"]),
+  )
+
+
+def test_scores_by_group_are_sums_over_its_examples():
+  scores = grouped_scores()
+  summed = scores.by_group()
+  assert summed.train_ids.tolist() == ["arp", "klee", "miro"]
+  for column, members in enumerate(([3], [1, 4], [0, 2, 5])):
+    for name in ("group_values", "query_group_values"):
+      expected = getattr(scores, name)[..., members].astype(np.float64).sum(axis=-1)
+      # Rounded to float32 once.
+      np.testing.assert_allclose(getattr(summed, name)[..., column], expected, rtol=1e-7)
+  assert summed.query_group_values.shape == (3, 2, 3) and summed.train_groups is None
+  assert grouped_scores(num_query_groups=0).by_group().query_group_values is None
+  with pytest.raises(ValueError, match="need train_groups"):
+    summed.by_group()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_errors_of_sums_are_right_whether_or_not_examples_share_their_draws(shared):
+  """100 examples with noise 1 in each of 4 groups: their sum has the error 100 / √4 or 10 / √4."""
+  noise = np.random.default_rng(0).normal(size=(4, 500, 1 if shared else 100))
+  values = np.broadcast_to(noise, (4, 500, 100)).astype(np.float32)
+  groups = np.zeros(100, int)
+  scores = Scores(values, np.arange(500), np.arange(100), {}, train_groups=groups)
+  errors = scores.by_group().std_errors
+  # The variance from 4 groups is off by √(2/3) of itself: ten percent is 2.7 errors of 500.
+  assert np.mean(errors**2) == pytest.approx((100**2 if shared else 100) / 4, rel=0.1)
+
+
+@pytest.mark.parametrize("num_query_groups", [0, 1, 3])
+def test_removal_is_the_sum_of_scores_over_n_with_the_error_of_the_sum(num_query_groups):
+  scores = grouped_scores(num_query_groups=num_query_groups)
+  change, errors = scores.removal([15, 10, 12, 10])
+  groups = scores.group_values[..., [0, 2, 5]].astype(np.float64).sum(axis=-1) / 6
+  # Sums of float32 numbers in float64, on both sides.
+  np.testing.assert_allclose(change, groups.mean(axis=0), rtol=1e-12)
+  variance = groups.var(axis=0, ddof=1) / 4
+  if num_query_groups == 3:
+    parts = scores.query_group_values[..., [0, 2, 5]].astype(np.float64).sum(axis=-1) / 6
+    variance = variance + parts.var(axis=0, ddof=1) / 3
+  np.testing.assert_allclose(errors, np.sqrt(variance), rtol=1e-12)
+  # A group is removed by its name, and N still counts examples; sums are rounded to float32.
+  for ours, theirs in zip(scores.by_group().removal(["miro"]), (change, errors), strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+  nothing, no_error = scores.removal([])
+  assert (nothing == 0).all() and (no_error == 0).all()
+  for identity in (9, "10"):
+    with pytest.raises(ValueError, match=f"1 ids are of no training example: {identity!r}. There"):
+      scores.removal([identity, 10] if identity == 9 else [identity])
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (dict(group_values=np.zeros((2, 6))), "got shape (2, 6)"),
+    (dict(group_values=np.zeros((0, 2, 6))), "G ≥ 1 groups"),
+    (dict(query_ids=np.arange(3)), "query_ids must be 2"),
+    (dict(train_ids=np.arange(2)), "train_ids must be 6, as group_values (4, 2, 6) has them"),
+    (dict(train_groups=np.arange(5)), "train_groups must be 6"),
+    (dict(query_group_values=np.zeros((3, 6, 2))), "scores [A, 2, 6]"),
+  ],
+)
+def test_shapes_that_do_not_agree_are_refused(change, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    dataclasses.replace(grouped_scores(), **change)
+
+
+def test_scores_are_shown_in_a_line():
+  scores = grouped_scores()
+  said = "2 queries × 6 training examples, 4 groups of draws, 3 of query draws"
+  assert repr(scores) == f"Scores({said}; λ = 0.1)"
+  assert scores.summary().startswith(f"{said}; damping 0.1, root mean square ")

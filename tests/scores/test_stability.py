@@ -100,12 +100,10 @@ def test_equals_a_loop_over_all_splits(num_groups, num_query_groups):
 
 @pytest.mark.parametrize("num_groups, num_query_groups", [(2, 0), (5, 0), (4, 3), (6, 4)])
 def test_splits_are_distinct_disjoint_halves(num_groups, num_query_groups):
-  query = normal(num_query_groups, 1, 4) if num_query_groups else None
-  scores = scores_of(normal(num_groups, 1, 4), query)
   # {2 | 2}: 1; of five 5!/(2! 2! 1!)/2 = 15; 3 of four times 6 ordered of three; 10 times 6.
   expected = {(2, 0): 1, (5, 0): 15, (4, 3): 18, (6, 4): 60}[num_groups, num_query_groups]
   for num_splits in (7, 1000):
-    weights = split_weights(scores, seed=3, num_splits=num_splits)
+    weights = split_weights(num_groups, num_query_groups, seed=3, num_splits=num_splits)
     assert len(weights) == min(num_splits, expected)
     swapped = np.concatenate([weights, weights[:, ::-1]])
     assert len(np.unique(swapped, axis=0)) == 2 * len(weights)
@@ -163,11 +161,30 @@ def test_nothing_but_noise_on_both_sides_agrees_less_than_by_chance():
   assert (stability.depth() == 0).all()
 
 
-def test_scores_that_do_not_differ_do_not_agree():
-  stability = rank_stability(scores_of(np.full((4, 1, 1000), 0.1)))
-  # A random order against another: σ of the correlation is 1/√N.
-  assert abs(stability.correlation[0]) < 4 / np.sqrt(1000)
+@pytest.mark.parametrize("num_train", [2, 3, 1000])
+def test_scores_that_do_not_differ_agree_by_chance(num_train):
+  """Such as those of two identical images."""
+  scores = scores_of(np.full((4, 1, num_train), 0.1))
+  stability = rank_stability(scores)
+  assert stability.correlation[0] == 0 and stability.reliability[0] == 0
+  # N terms (k / N)² in float64.
+  np.testing.assert_allclose(stability.overlap[0], stability.chance, rtol=1e-12)
+  np.testing.assert_allclose(top_overlap(scores, 1), [1 / num_train], rtol=1e-12)
   assert stability.depth()[0] == 0
+
+
+def test_ties_agree_as_the_mean_over_all_their_orders():
+  halves = np.array([[3.0, 1, 2, 2, 2, 0], [5.0, 5, 2, 2, 2, 5]])
+  stability = rank_stability(scores_of(halves[:, None]))
+  orders = list(itertools.permutations(range(6)))
+  tops = lambda h, k: [set(sorted(order, key=lambda n: -h[n])[:k]) for order in orders]
+  for column, k in enumerate(stability.depths.tolist()):
+    first, second = ([[n in top for n in range(6)] for top in tops(h, k)] for h in halves)
+    # The orders of both halves are independent, so that shares of each example multiply.
+    expected = np.mean(first, axis=0) @ np.mean(second, axis=0) / k
+    assert stability.overlap[0, column] == pytest.approx(expected, rel=1e-12)
+    assert top_overlap(scores_of(halves[:, None]), k) == pytest.approx(expected, rel=1e-12)
+  assert stability.correlation[0] == pytest.approx(spearmanr(*halves).statistic, rel=1e-12)
 
 
 def test_depth_asks_from_five_on_and_stops_at_the_first_failure():
@@ -200,7 +217,7 @@ def test_top_overlap_is_that_of_rank_stability():
 def test_errors_say_what_to_do():
   one_group = scores_of(normal(1, 2, 10), normal(4, 2, 10))
   for compute in (rank_stability, lambda scores: top_overlap(scores, 3)):
-    with pytest.raises(ValueError, match="scores have 1. Compute them with draw_groups ≥ 2"):
+    with pytest.raises(ValueError, match="scores have 1. Compute them with Draws"):
       compute(one_group)
   with pytest.raises(ValueError, match="k must lie in 1…10"):
     top_overlap(scores_of(normal(2, 2, 10)), 11)

@@ -5,7 +5,10 @@ import pytest
 from scipy import stats
 
 from jaxinf.scores.statistics import (
+  jackknife_error,
+  mean_and_error,
   paired_test,
+  pearson,
   resampled_spearman,
   resamples,
   spearman,
@@ -24,11 +27,43 @@ def columns(num_rows, num_columns, *, seed=0, ties=False):
   return (np.round(x), np.round(y)) if ties else (x, y)
 
 
+def test_mean_and_error_along_an_axis():
+  values = np.random.default_rng(0).normal(size=(4, 5))
+  for axis in (0, 1, -1):
+    means, errors = mean_and_error(values, axis)
+    np.testing.assert_array_equal(means, values.mean(axis=axis))
+    np.testing.assert_allclose(errors, stats.sem(values, axis=axis), rtol=1e-14)  # a few roundings
+  means, errors = mean_and_error(values[:, :1].astype(np.float32))
+  assert (means == values[:, 0].astype(np.float32)).all() and np.isnan(errors).all()
+  assert errors.dtype == np.float32
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error():
+  values = np.random.default_rng(0).normal(size=(7, 3))
+  left_out = np.stack([np.delete(values, i, axis=0).mean(axis=0) for i in range(7)])
+  np.testing.assert_allclose(jackknife_error(left_out), stats.sem(values), rtol=1e-12)
+  # Of s = mean²: without each of 0, 0, 3 that is 9/4, 9/4, 0, and 2/3 · Σ (v − 3/2)² = 9/4.
+  assert jackknife_error(np.array([2.25, 2.25, 0.0])) == pytest.approx(1.5, rel=1e-15)
+
+
+def test_pearson_equals_scipy_row_by_row_and_constants_say_nothing():
+  x, y = (table.T for table in columns(40, 6))
+  expected = [stats.pearsonr(*pair).statistic for pair in zip(x, y, strict=True)]
+  np.testing.assert_allclose(pearson(x, y), expected, rtol=1e-12)  # float64, other order of sums
+  np.testing.assert_allclose(pearson(x.T, y.T, axis=0), expected, rtol=1e-12)
+  np.testing.assert_allclose(pearson(x[:, None], y).diagonal(), expected, rtol=1e-12)
+  tenths = np.full(10, 0.1)  # their mean is not 0.1 in float64
+  assert pearson(tenths, tenths) == 0 and pearson(tenths, np.arange(10)) == 0
+  assert np.isnan(pearson(np.array([1, np.nan, 2]), np.arange(3)))
+
+
 @pytest.mark.parametrize("ties", [False, True])
 def test_spearman_equals_scipy(ties):
   x, y = columns(40, 6, ties=ties)
   expected = [stats.spearmanr(a, b).statistic for a, b in zip(x.T, y.T, strict=True)]
-  np.testing.assert_allclose(spearman(x, y), expected, rtol=1e-12)  # float64, other order of sums
+  np.testing.assert_allclose(
+    spearman(x, y, axis=0), expected, rtol=1e-12
+  )  # float64, other order of sums
   matrix = spearman_matrix(np.stack([x, -x]), np.stack([y, x, np.exp(y)]))
   row = np.stack([expected, np.ones(6), expected])
   np.testing.assert_allclose(matrix, [row, -row], rtol=1e-12)
@@ -36,11 +71,11 @@ def test_spearman_equals_scipy(ties):
 
 def test_spearman_in_closed_form():
   x = np.array([[3.0, 1], [1, 2], [2, 3], [9, 9]])
-  np.testing.assert_array_equal(spearman(x, np.exp(x)), [1, 1])
-  np.testing.assert_array_equal(spearman(x, -x), [-1, -1])
+  np.testing.assert_array_equal(spearman(x, np.exp(x), axis=0), [1, 1])
+  np.testing.assert_array_equal(spearman(x, -x, axis=0), [-1, -1])
   # 1 − 6 Σ d² / (n (n² − 1)) with Σ d² = 6, of ranks 3 1 2 4 and 1 2 3 4.
-  np.testing.assert_allclose(spearman(x[:, :1], x[:, 1:]), [1 - 36 / 60], rtol=1e-15)
-  assert spearman(x, np.zeros((4, 2))).tolist() == [0, 0]  # orders nothing
+  np.testing.assert_allclose(spearman(x[:, :1], x[:, 1:], axis=0), [1 - 36 / 60], rtol=1e-15)
+  assert spearman(x, np.zeros((4, 2)), axis=0).tolist() == [0, 0]  # orders nothing
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -53,7 +88,7 @@ def test_resamples_equal_a_loop_over_repeated_rows(ties):
   found = resampled_spearman(x, y, counts)
   for row, count in zip(found, counts.astype(int), strict=True):
     rows = np.repeat(np.arange(12), count)
-    np.testing.assert_allclose(row, spearman(x[rows], y[rows]), atol=1e-6)  # float32
+    np.testing.assert_allclose(row, spearman(x[rows], y[rows], axis=0), atol=1e-6)  # float32
   assert (found[-1] == 0).all() and (found[:, 2] == 0).all()
 
 
@@ -70,7 +105,7 @@ def test_methods_share_their_resamples():
 def test_without_spread_intervals_are_points():
   x = np.random.default_rng(0).normal(size=(10, 4))
   samples = resamples(10, 4, seed=0, num_resamples=50)
-  ones, found = spearman(x, 3 * x), resampled_spearman(x, 3 * x, samples.subsets)
+  ones, found = spearman(x, 3 * x, axis=0), resampled_spearman(x, 3 * x, samples.subsets)
   # To the rounding of float32 correlations.
   np.testing.assert_allclose(subset_interval(ones, found), 1, atol=1e-6)
   np.testing.assert_allclose(two_way_interval(ones, found, samples), 1, atol=1e-6)
@@ -113,7 +148,10 @@ def benchmarks(num_repeats, *, num_subsets=40, num_queries=25):
     measured = truth + 0.5 * own[3]
     pair = [signal + 2 * error for error in errors]
     resampled = [resampled_spearman(found, measured, samples.subsets) for found in pair]
-    yield list(zip((spearman(found, measured) for found in pair), resampled, strict=True)), samples
+    yield (
+      list(zip((spearman(found, measured, axis=0) for found in pair), resampled, strict=True)),
+      samples,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +184,7 @@ def test_intervals_over_subsets_cover_the_truth_of_these_queries():
     common, own = rng.normal(size=(num_subsets, 1)), rng.normal(size=(2, num_subsets, 25))
     measured = 0.5 * common + own[0]
     found = strength * measured + 2 * own[1]
-    per_query = spearman(found, measured)
+    per_query = spearman(found, measured, axis=0)
     resampled = resampled_spearman(found, measured, samples.subsets)
     intervals.append(subset_interval(per_query, resampled))
     means.append(per_query.mean())

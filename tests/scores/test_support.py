@@ -1,5 +1,6 @@
 """The support check finds what repeats under fresh draws, and calls noise noise."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -110,3 +111,24 @@ def test_one_group_of_draws_allows_no_check():
 def test_k_out_of_range_is_named(k):
   with pytest.raises(ValueError, match=f"1…15, .* 30 training examples .* got {k}"):
     support_check(scores_of(noise(2, 2, 30)), k=k)
+
+
+@pytest.mark.parametrize("correlation, is_said", [(0.62, True), (0.995, False), (None, False)])
+def test_rounding_is_alike_in_both_halves_and_is_said_where_it_is_known(correlation, is_said):
+  """Scores whose order is half rounding's: the draws agree on both parts alike."""
+  signal, rounding = noise(2, 300)
+  both = np.broadcast_to(signal + 2 * rounding, (6, 300, 400)) + 0.5 * noise(num_queries=300)
+  scores = dataclasses.replace(scores_of(both), settings={"check": {"spearman": correlation}})
+  check = support_check(scores, k=5)
+  exact = support_check(scores_of(signal + 0.5 * noise(num_queries=300)), k=5)
+  assert check.repeats and check.mean_difference > 1.5 * exact.mean_difference
+  assert check.compression_spearman == correlation and exact.compression_spearman is None
+  assert ("uncompressed queries is 0.62" in check.summary()) == is_said
+  assert bool(check.compression_note()) == is_said
+  assert exact.summary().startswith("The scores are more than noise: the 5 training examples")
+
+
+def test_a_summary_does_not_call_noise_a_signal():
+  check = support_check(scores_of(noise(num_queries=1)), k=5)
+  assert check.summary().startswith("The scores are not clearly more than noise")
+  assert "±" not in check.summary()  # one query has no spread over queries

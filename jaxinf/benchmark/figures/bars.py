@@ -1,6 +1,6 @@
 """LDS bars (paper, Fig. 2 and 20) and counterfactual bars (Fig. 3), from what other stages left."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,13 @@ import numpy as np
 from jaxinf.attribution.methods import method_named
 from jaxinf.benchmark.counterfactuals import counterfactual_key
 from jaxinf.benchmark.evaluating import evaluate_key
-from jaxinf.benchmark.figures.common import Drawn, plain_name
+from jaxinf.benchmark.figures.common import Numbers, plain_name
 from jaxinf.benchmark.retraining import folder
 from jaxinf.engine import artifacts
-from jaxinf.report.canvas import mean_and_error, percent
-from jaxinf.report.proof_figures import GROUPS, Bar, BarPanel, bars_figure, counterfactual_figure
+from jaxinf.report.method_figures import GROUPS, Bar, BarPanel
+from jaxinf.report.words import percent
 from jaxinf.runs.run import Run
+from jaxinf.scores.statistics import mean_and_error
 
 OWN, OTHER, NO_GRADIENTS, ORACLE = GROUPS
 HEADER = ("true measurement", "method", "default, %", "best on benchmark, %", "its damping")
@@ -26,14 +27,14 @@ READING = (
 )
 
 
-def lds(run: Run) -> Drawn:
+def lds(run: Run) -> Numbers:
   """LDS of every method on every true measurement of images."""
   artifact = _evaluated(run)
   tables = {name: t for name, t in artifact.notes["tables"].items() if name != "trajectory"}
   return _of_tables(artifact, tables, "How well each method predicts retraining")
 
 
-def trajectory(run: Run) -> Drawn:
+def trajectory(run: Run) -> Numbers:
   """LDS of every method on the probability of the sampling trajectories."""
   artifact = _evaluated(run)
   if "trajectory" not in artifact.notes["tables"]:
@@ -46,7 +47,7 @@ def trajectory(run: Run) -> Drawn:
   return _of_tables(artifact, tables, title)
 
 
-def counterfactual(run: Run) -> Drawn:
+def counterfactual(run: Run) -> Numbers:
   """Changes of samples' measurements by models without each method's most supporting images."""
   artifact = _finished(run.folder("counterfactual"), counterfactual_key(run), "counterfactual")
   methods, shares, measurement = (
@@ -55,32 +56,38 @@ def counterfactual(run: Run) -> Drawn:
   seeds = artifact.arrays["change"].shape[3]
   change = artifact.arrays["change"].mean(axis=3, dtype=np.float64)
   means, errors = mean_and_error(change)
-  cell = lambda mean, error: f"{mean:.3g} ± {error:.2g}"
-  table = [
-    (method, *(cell(*pair) for pair in zip(means[i], errors[i], strict=True)))
-    for i, method in enumerate(methods)
+  cells = [
+    [f"{mean:.3g} ± {error:.2g}" for mean, error in zip(*pair, strict=True)]
+    for pair in zip(means, errors, strict=True)
   ]
-  largest = len(shares) - 1
-  best = int(np.argmax(means[:, largest]))
   caption = (
     f"Change of a sample's {measurement} when a model is trained anew without the images that a "
     "method calls most supporting for it, against the model of all images with the same training "
     "seed and as many steps. Bars: means over samples ± standard error; dots: single samples. "
-    f"Without {100 * shares[largest]:g} % of the images, {methods[best]} changes it most, by "
-    f"{cell(means[best, largest], errors[best, largest])}"
   )
+  best = int(np.argmax(means[:, -1]))
+  largest = f"Without {100 * shares[-1]:g} % of the images"
+  caption += f"{largest}, {methods[best]} changes it most, by {cells[best][-1]}"
   if "random" in methods:
-    i = methods.index("random")
-    caption += f"; as many random images by {cell(means[i, largest], errors[i, largest])}"
-  return Drawn(
+    caption += f"; as many random images by {cells[methods.index('random')][-1]}"
+  return Numbers(
     title=f"Retraining without the top influences: change of {measurement}",
     caption=caption + ".",
-    figure=counterfactual_figure(change, methods, shares, measurement),
+    shown=dict(
+      change=change,
+      means=means,
+      errors=errors,
+      methods=methods,
+      shares=shares,
+      measurement=measurement,
+    ),
     arrays={"change": change, "means": means, "errors": errors},
-    header=("removed", *(f"{100 * share:g} %" for share in shares)), rows=table,
+    header=("removed", *(f"{100 * share:g} %" for share in shares)),
+    rows=[(method, *row) for method, row in zip(methods, cells, strict=True)],
     made=f"{change.shape[2]} samples, {seeds} training seed{'s' * (seeds > 1)} each.",
-    inputs={"counterfactual_content": artifact.content}, notes=dict(methods=methods, shares=shares),
-  )  # fmt: skip
+    inputs={"counterfactual_content": artifact.content},
+    notes=dict(methods=methods, shares=shares),
+  )
 
 
 def _evaluated(run: Run) -> artifacts.Artifact:
@@ -100,34 +107,43 @@ def _finished(place: Path, key: Mapping[str, Any], stage: str) -> artifacts.Arti
   return artifacts.read(place)
 
 
-def _of_tables(artifact: artifacts.Artifact, tables: Mapping[str, Any], title: str) -> Drawn:
-  """The figure of tables that the stage `evaluate` made."""
-  panels, rows, arrays, findings = [], [], {}, []
-  for target, table in tables.items():
-    bars = [_bar(entry, target) for entry in table["entries"]]
-    for entry, bar in zip(table["entries"], bars, strict=True):
-      best = entry.get("best")
-      rows.append((target, bar.label, percent(*bar.default),
-                   percent(*bar.best) if bar.best else "–",
-                   f"{best['damping']:.0e}" if best else "–"))  # fmt: skip
-      arrays[f"{target}/{entry['name']}"] = np.array([bar.default, bar.best or bar.default])
-    ceiling = None
-    if oracle := table["oracle"]:
-      bars.append(Bar("exact retraining", ORACLE, (oracle["mean"], oracle["std_error"])))
-      rows.append((target, "exact retraining", percent(*bars[-1].default), "–", "–"))
-      arrays[f"{target}/exact retraining"] = np.array([bars[-1].default])
-      ceiling = (table["ceiling"]["ceiling"], *table["ceiling"]["interval"])
-    panels.append(BarPanel(f"true measurement: {target}", bars, ceiling))
-    findings.append(f"{target}: " + _finding(bars))
+def _of_tables(artifact: artifacts.Artifact, tables: Mapping[str, Any], title: str) -> Numbers:
+  """The bars of tables that the stage `evaluate` made."""
+  panels = [_panel(target, table) for target, table in tables.items()]
+  rows, arrays = [], {}
+  for (target, table), panel in zip(tables.items(), panels, strict=True):
+    entries = [*table["entries"], *[{"name": ORACLE}] * bool(table["oracle"])]
+    for entry, bar in zip(entries, panel.bars, strict=True):
+      damping = f"{entry['best']['damping']:.0e}" if "best" in entry else "–"
+      best = percent(*bar.best) if bar.best else "–"
+      rows.append((target, bar.label, percent(*bar.default), best, damping))
+      points = [bar.default, *[bar.best or bar.default] * (bar.group != ORACLE)]
+      arrays[f"{target}/{entry['name']}"] = np.array(points)
+  findings = [
+    f"{target}: {_finding(panel.bars)}" for target, panel in zip(tables, panels, strict=True)
+  ]
   table = next(iter(tables.values()))
-  notes = {"groups": {panel.title: {b.label: b.group for b in panel.bars} for panel in panels}}
-  return Drawn(
-    title=title, caption=READING + " ".join(findings), figure=bars_figure(panels), arrays=arrays,
-    header=HEADER, rows=rows,
-    made=f"{table['num_models']} models of {table['num_subsets']} subsets; "
-    f"{table['num_queries']} samples.",
-    inputs={"evaluate_content": artifact.content}, notes=notes,
-  )  # fmt: skip
+  made = f"{table['num_models']} models of {table['num_subsets']} subsets"
+  return Numbers(
+    title=title,
+    caption=READING + " ".join(findings),
+    shown={"panels": panels},
+    arrays=arrays,
+    header=HEADER,
+    rows=rows,
+    made=f"{made}; {table['num_queries']} samples.",
+    inputs={"evaluate_content": artifact.content},
+    notes={"groups": {panel.title: {b.label: b.group for b in panel.bars} for panel in panels}},
+  )
+
+
+def _panel(target: str, table: Mapping[str, Any]) -> BarPanel:
+  """The bars of one table, the oracle last, where there is one."""
+  bars, ceiling = [_bar(entry, target) for entry in table["entries"]], None
+  if oracle := table["oracle"]:
+    bars.append(Bar(ORACLE, ORACLE, (oracle["mean"], oracle["std_error"])))
+    ceiling = (table["ceiling"]["ceiling"], *table["ceiling"]["interval"])
+  return BarPanel(f"true measurement: {target}", bars, ceiling)
 
 
 def _bar(entry: Mapping[str, Any], target: str) -> Bar:
@@ -143,7 +159,7 @@ def _bar(entry: Mapping[str, Any], target: str) -> Bar:
   return Bar(label, group, pair(entry["default"]), pair(entry["best"]) if "best" in entry else None)
 
 
-def _finding(bars: list[Bar]) -> str:
+def _finding(bars: Sequence[Bar]) -> str:
   """The best method at default dampings, and the oracle."""
   methods = [bar for bar in bars if bar.group != ORACLE]
   best = max(methods, key=lambda bar: bar.default[0])

@@ -1,4 +1,4 @@
-"""What the studies of a proof share: their outcome, true measurements, predictions and LDS."""
+"""What the studies of a proof share: their numbers, true measurements, predictions and LDS."""
 
 import dataclasses
 import re
@@ -13,22 +13,21 @@ from jaxinf.data.subsets import Subsets
 from jaxinf.diffusion.measurements import measurement_named
 from jaxinf.engine import artifacts
 from jaxinf.evaluation.lds import Retrained, predictions
-from jaxinf.report.canvas import mean_and_error
 from jaxinf.runs.run import Run
 from jaxinf.scores.scores import Scores
-from jaxinf.scores.statistics import spearman
+from jaxinf.scores.statistics import mean_and_error, spearman
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
-  """A study's outcome.
+class Numbers:
+  """What a study finds.
 
   Attributes:
-    title: what the figure shows.
-    caption: how to read it, and what was found in numbers.
-    figure: PNG.
-    arrays: what is drawn.
-    header, rows: of a table of the same numbers; empty for none.
+    title: what they show.
+    caption: how to read them, and what was found.
+    shown: the same as the study's figure takes them, by argument.
+    arrays: the same by name, to be kept.
+    header, rows: of a table of the same; empty for none.
     made: what it was made of: models, samples, draws.
     inputs: what it depends on besides the section `study` of the config.
     notes: anything more to keep.
@@ -36,7 +35,7 @@ class Drawn:
 
   title: str
   caption: str
-  figure: bytes
+  shown: Mapping[str, Any]
   arrays: Mapping[str, np.ndarray]
   header: Sequence[str] = ()
   rows: Sequence[Sequence[str]] = ()
@@ -75,7 +74,7 @@ class Truth:
     """[Q] rank correlations of predicted and true changes; NaN where scores are not finite."""
     if not np.isfinite(scores.values).all():
       return np.full(len(self.query_ids), np.nan)
-    return spearman(self.predicted(scores), self.means[name])
+    return spearman(self.predicted(scores), self.means[name], axis=0)
 
   def sweep(self, sweep: Sequence[Scores], name: str) -> tuple[np.ndarray, np.ndarray]:
     """LDS ([L], their standard errors [L] over queries) of scores at L dampings."""

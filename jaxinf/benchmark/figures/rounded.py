@@ -10,21 +10,23 @@ in the mean. With more features than examples, the same for Φ Φᵀ in place of
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf.attribution.examples import examples_of
-from jaxinf.attribution.features import features_of, flat_kernel, register_everything
-from jaxinf.attribution.kernels import QUERY, TRAIN, DrawGroups, gradient_kernel
-from jaxinf.attribution.methods import Method, Question, influence_of
-from jaxinf.benchmark.scoring import Row
-from jaxinf.compression.projection import Projection
+from jaxinf.attribution.features import projection_of, split_draws
+from jaxinf.attribution.kernels import QUERY, TRAIN
+from jaxinf.attribution.trak import TRAK
+from jaxinf.benchmark.scoring import Row, answered, ingredients
+from jaxinf.core.draws import Draws
+from jaxinf.core.examples import Examples
 from jaxinf.diffusion.measurements import measurement_named
+from jaxinf.engine.compute import Compute
+from jaxinf.runs.run import Run
 from jaxinf.scores.scores import Scores
+from jaxinf.scores.sweep import Sweep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +40,53 @@ class RoundedRow(Row):
     """As in `trak, loss in float16`."""
     return f"{super().name} in {self.precision}"
 
-  @property
-  def kind(self) -> Method:
+  def scores(self, run: Run, sums: Path) -> Sweep:
+    """The scores with the gradients, or the features and their Fisher, in half precision."""
     if self.precision not in HALVES.get(self.method, ()):
       raise ValueError(f"There is no {self.method} in {self.precision}; there are: {HALVES}.")
-    scores = functools.partial(_SCORES[self.method], precision=self.precision)
-    return dataclasses.replace(super().kind, scores=scores)
+    given = ingredients(run, self)
+    if self.method == "influence":
+      rounded = dataclasses.replace(given, compression=self.precision, precision=self.precision)
+      return answered(run, self, self.kind.make(rounded), sums)
+    method = self.kind.make(given)
+    assert isinstance(method, TRAK)
+    return answered(run, self, RoundedTRAK(method, self.precision), sums)
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundedTRAK:
+  """TRAK or D-TRAK of one model, its features and its Fisher in half precision."""
+
+  method: TRAK
+  precision: str
+
+  def scores(
+    self,
+    *,
+    queries: Examples,
+    train: Examples,
+    draws: Draws = Draws(),
+    compute: Compute = Compute(),
+  ) -> Sweep:
+    """Scores at every damping."""
+    method = self.method
+    projection = projection_of(method.projection, draws)
+    draws, asked = split_draws(draws, method.query_draws)
+    found = [
+      method.features(examples, stream, of, projection, compute).mean(axis=1, dtype=np.float32)
+      for examples, stream, of in ((train, TRAIN, draws), (queries, QUERY, asked))
+    ]
+    values = rounded_fisher_scores(found[0], found[1], method.dampings, self.precision)
+    settings = {
+      "measurement": measurement_named(method.measurement).name,
+      "train_measurement": measurement_named(method.train_measurement).name,
+      "precision": self.precision,
+      "projection_dim": projection.dim,
+    }
+    return Sweep(
+      Scores(each[None], queries.ids, train.ids, settings | {"damping": damping})
+      for each, damping in zip(values, method.dampings, strict=True)
+    )
 
 
 def rounded_fisher_scores(
@@ -86,59 +129,9 @@ def _inverse(matrix: np.ndarray) -> tuple[np.ndarray, np.float32]:
   return inverse, np.abs(inverse).mean()
 
 
-def _influence(question: Question, precision: str) -> Sequence[Scores]:
-  return influence_of(dataclasses.replace(question, compression=precision), precision=precision)
-
-
-def _trak(question: Question, precision: str) -> Sequence[Scores]:
-  return _projected(question, question.measurement, "loss", precision)
-
-
-def _dtrak(question: Question, precision: str) -> Sequence[Scores]:
-  return _projected(question, "square_norm", "square_norm", precision)
-
-
-def _projected(
-  question: Question, measurement: str, train_measurement: str, precision: str
-) -> Sequence[Scores]:
-  train = _features(question, TRAIN, train_measurement)
-  queries = _features(question, QUERY, measurement)
-  scores = rounded_fisher_scores(train, queries, question.dampings, precision)
-  settings: dict[str, Any] = dict(
-    measurement=measurement, train_measurement=train_measurement, precision=precision,
-    projection_dim=question.projection_dim,
-  )  # fmt: skip
-  return [
-    Scores(values[None], question.query_ids, question.train_ids, settings | {"damping": damping})
-    for values, damping in zip(scores, question.dampings, strict=True)
-  ]
-
-
-def _features(question: Question, stream: str, name: str) -> np.ndarray:
-  """[rows, k] float32 features with the draws and the projection of `trak`."""
-  measurement = measurement_named(name)
-  if stream == TRAIN:
-    examples = examples_of(question.train_images, question.train_ids, None, "train", measurement)
-    draws, num_groups, design = question.draws, question.draw_groups, question.design
-  else:
-    examples = examples_of(question.of(name), question.query_ids, None, "query", measurement)
-    draws, num_groups = question.query_draws, question.query_groups
-    design = question.design.without_flips()
-  model = register_everything(question.task, examples.image_shape)
-  groups = DrawGroups(question.seed, draws // num_groups, design)
-  features = features_of(
-    flat_kernel(gradient_kernel(model, measurement, question.task.schedule, groups)),
-    question.task.params, examples, groups, num_groups=num_groups, stream_name=stream,
-    projection=Projection(question.projection_dim, question.seed, question.projection),
-    batch_size=question.batch_size, devices=question.devices,
-  )  # fmt: skip
-  return features.mean(axis=1, dtype=np.float32)
-
-
 # Method → the half precisions it can be computed in.
 HALVES = {
   "influence": ("bfloat16",),
   "trak": ("float16", "bfloat16"),
   "dtrak": ("float16", "bfloat16"),
 }
-_SCORES = {"influence": _influence, "trak": _trak, "dtrak": _dtrak}

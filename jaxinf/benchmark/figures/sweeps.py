@@ -7,17 +7,24 @@ import numpy as np
 
 from jaxinf.attribution.methods import method_named
 from jaxinf.benchmark.figures.bars import HEADER, OWN, READING
-from jaxinf.benchmark.figures.common import Drawn, Truth, dampings_of, image_measurements, truth_of
+from jaxinf.benchmark.figures.common import (
+  Numbers,
+  Truth,
+  dampings_of,
+  image_measurements,
+  truth_of,
+)
 from jaxinf.benchmark.figures.rounded import HALVES, RoundedRow
 from jaxinf.benchmark.scoring import Row, row_of, scored
-from jaxinf.report.canvas import percent
-from jaxinf.report.proof_figures import Bar, BarPanel, SweepPanel, bars_figure, sweeps_figure
+from jaxinf.report.method_figures import Bar, BarPanel, SweepPanel
+from jaxinf.report.words import percent
 from jaxinf.runs.run import Run
 
 Line = tuple[np.ndarray, np.ndarray, np.ndarray]  # dampings, LDS and standard errors, each [L]
+Lines = dict[tuple[str, str, str], Line]  # (row, line's label, target) → line
 
 
-def hessian(run: Run) -> Drawn:
+def hessian(run: Run) -> Numbers:
   """LDS of influence functions with each approximation of the Hessian."""
   config, curvature = run.config.study, run.config.curvature
   target = config.measurement
@@ -44,75 +51,86 @@ def hessian(run: Run) -> Drawn:
     + ", ".join(f"{bar.label} {percent(bar.default[0])} %" for bar in order)
     + "."
   )
-  return Drawn(
-    title=f"Approximations of the Hessian, for {target}", caption=caption,
-    figure=bars_figure([BarPanel(f"true measurement: {target}", bars)]), arrays=arrays,
-    header=HEADER, rows=rows, made=truth.made(), inputs=truth.inputs(),
-  )  # fmt: skip
+  return Numbers(
+    title=f"Approximations of the Hessian, for {target}",
+    caption=caption,
+    shown={"panels": [BarPanel(f"true measurement: {target}", bars)]},
+    arrays=arrays,
+    header=HEADER,
+    rows=rows,
+    made=truth.made(),
+    inputs=truth.inputs(),
+  )
 
 
-def damping(run: Run) -> Drawn:
+def damping(run: Run) -> Numbers:
   """LDS over dampings, with more and more draws in all gradients."""
-  config = run.config.study
+  config, targets = run.config.study, image_measurements(run)
   rows = [row_of(method, config.measurement) for method in config.methods]
-  targets = image_measurements(run)
   truth = truth_of(run, targets)
-  found = {
+  found: Lines = {
     (row.name, f"{draws}", target): _line(truth, with_draws(run, draws), row, target)
     for draws in sorted(config.draws)
     for row in rows
     for target in targets
   }
-  names = [row.name for row in rows]
   parts = []
-  for name in names:
-    cells = {label: line for (row, label, target), line in found.items()
-             if (row, target) == (name, targets[0])}  # fmt: skip
-    few, many = next(iter(cells.values())), list(cells.values())[-1]
-    parts.append(f"{name} {_range(many)} (with the fewest draws {_range(few)})")
-  return _sweeps(
-    truth, found, names, targets, "draws of (t, ε) for each gradient", ordered=True,
+  for row in rows:
+    ends = min(config.draws), max(config.draws)
+    few, many = (_range(found[row.name, f"{draws}", targets[0]]) for draws in ends)
+    parts.append(f"{row.name} {many} (with the fewest draws {few})")
+  caption = (
+    "Draws are those of each training image's and of each sample's gradient; the curvature is "
+    "always the run's own. Dotted: the default damping; shaded: ± one standard error over "
+    f"samples. Least … greatest LDS over dampings for {targets[0]} with the most draws: "
+    + "; ".join(parts)
+    + "."
+  )
+  return _over_dampings(
+    truth,
+    found,
     title="What damping and the number of draws do to the LDS",
-    caption=(
-      "Draws are those of each training image's and of each sample's gradient; the curvature is "
-      "always the run's own. Dotted: the default damping; shaded: ± one standard error over "
-      f"samples. Least … greatest LDS over dampings for {targets[0]} with the most draws: "
-      + "; ".join(parts) + "."
-    ),
-  )  # fmt: skip
+    caption=caption,
+    legend="draws of (t, ε) for each gradient",
+    ordered=True,
+  )
 
 
-def half_precision(run: Run) -> Drawn:
+def half_precision(run: Run) -> Numbers:
   """LDS over dampings where features or gradients have half precision."""
   config = run.config.study
-  target = config.measurement
-  truth = truth_of(run, [target])
-  found: dict[tuple[str, str, str], Line] = {}
+  truth = truth_of(run, [config.measurement])
+  found: Lines = {}
   for method in config.methods:
-    row = row_of(method, target)
-    whole, compression = run, run.config.score.compression
-    if "compression" in row.kind.reads and compression is not None:
-      whole = _with_scores(run, "float32", compression=None)
-      found[row.name, f"{compression} queries", target] = _line(truth, run, row, target)
-    found[row.name, "float32", target] = _line(truth, whole, row, target)
-    for precision in HALVES.get(method, ()):
-      rounded = RoundedRow(method, row.measurement, precision)
-      found[row.name, precision, target] = _line(truth, run, rounded, target)
-  names = list(dict.fromkeys(name for name, *_ in found))
+    found |= _precisions(run, truth, method, config.measurement)
   parts = [f"{name} in {precision} {_range(line)}" for (name, precision, _), line in found.items()]
-  return _sweeps(
-    truth, found, names, [target], "precision",
-    title="What half precision does to the LDS",
-    caption=(
-      "TRAK and D-TRAK: features, their Gram matrix with its damping, its inverse (taken in "
-      "float32, scaled to a mean magnitude of one) and all products with it are rounded to the "
-      "half precision, as traker does; sums within a product are in float32. Influence: the "
-      "network's products in training gradients and the preconditioned queries are bfloat16, or "
-      "these queries alone are compressed as in score.compression; the curvature is float32. "
-      "Crosses: scores that are not finite. Least … greatest LDS over "
-      "dampings: " + "; ".join(parts) + "."
-    ),
-  )  # fmt: skip
+  caption = (
+    "TRAK and D-TRAK: features, their Gram matrix with its damping, its inverse (taken in "
+    "float32, scaled to a mean magnitude of one) and all products with it are rounded to the "
+    "half precision, as traker does; sums within a product are in float32. Influence: the "
+    "network's products in training gradients and the preconditioned queries are bfloat16, or "
+    "these queries alone are compressed as in score.compression; the curvature is float32. "
+    "Crosses: scores that are not finite. Least … greatest LDS over dampings: "
+    + "; ".join(parts)
+    + "."
+  )
+  return _over_dampings(
+    truth, found, title="What half precision does to the LDS", caption=caption, legend="precision"
+  )
+
+
+def _precisions(run: Run, truth: Truth, method: str, target: str) -> Lines:
+  """A method as the run computes it, in float32, and in its half precisions."""
+  row, whole, found = row_of(method, target), run, {}
+  compression = run.config.score.compression
+  if "compression" in row.kind.reads and compression is not None:
+    whole = _with_scores(run, "float32", compression=None)
+    found[row.name, f"{compression} queries", target] = _line(truth, run, row, target)
+  found[row.name, "float32", target] = _line(truth, whole, row, target)
+  for precision in HALVES.get(method, ()):
+    rounded = RoundedRow(method, row.measurement, precision)
+    found[row.name, precision, target] = _line(truth, run, rounded, target)
+  return found
 
 
 def with_draws(run: Run, draws: int) -> Run:
@@ -140,32 +158,36 @@ def _line(truth: Truth, run: Run, row: Row, target: str) -> Line:
   return dampings_of(sweep)[order], means[order], errors[order]
 
 
-def _sweeps(
-  truth: Truth, found: dict[tuple[str, str, str], Line], names: list[str], targets: list[str],
-  legend: str, *, title: str, caption: str, ordered: bool = False,
-) -> Drawn:  # fmt: skip
-  """A grid of panels, one a target and method, from (row, line's label, target) → line."""
-
-  def panel(name: str, target: str) -> SweepPanel:
-    lines = {label: line for (row, label, t), line in found.items() if (row, t) == (name, target)}
-    default = method_named(name.partition(",")[0]).default_damping
-    dampings = next(iter(lines.values()))[0]
-    return SweepPanel(
-      f"{name} → true {target}", dampings, {k: line[1:] for k, line in lines.items()}, default
-    )
-
-  grid = [[panel(name, target) for name in names] for target in targets]
+def _over_dampings(
+  truth: Truth, found: Lines, *, title: str, caption: str, legend: str, ordered: bool = False
+) -> Numbers:
+  """A grid of panels, one a target and row of scores; `legend` is what the lines differ in."""
+  names, _, targets = (list(dict.fromkeys(part)) for part in zip(*found, strict=True))
   rows = [
     (f"{name} → {target}", label, f"{damping:.0e}", percent(mean, error))
     for (name, label, target), line in found.items()
     for damping, mean, error in zip(*line, strict=True)
   ]
-  return Drawn(
-    title=title, caption=caption, figure=sweeps_figure(grid, legend=legend, ordered=ordered),
+  grid = [[_panel(found, name, target) for name in names] for target in targets]
+  return Numbers(
+    title=title,
+    caption=caption,
+    shown=dict(grid=grid, legend=legend, ordered=ordered),
     arrays={"/".join(key): np.stack(line) for key, line in found.items()},
-    header=("method → true measurement", legend, "λ", "LDS, %"), rows=rows, made=truth.made(),
+    header=("method → true measurement", legend, "λ", "LDS, %"),
+    rows=rows,
+    made=truth.made(),
     inputs=truth.inputs(),
-  )  # fmt: skip
+  )
+
+
+def _panel(found: Lines, name: str, target: str) -> SweepPanel:
+  lines = {label: line for (row, label, of), line in found.items() if (row, of) == (name, target)}
+  default = method_named(name.partition(",")[0]).default_damping
+  dampings = next(iter(lines.values()))[0]
+  return SweepPanel(
+    f"{name} → true {target}", dampings, {k: line[1:] for k, line in lines.items()}, default
+  )
 
 
 def _range(line: Line) -> str:

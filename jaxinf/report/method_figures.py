@@ -20,13 +20,12 @@ from jaxinf.report.canvas import (
   INK,
   PALETTE,
   VERMILION,
-  mean_and_error,
   new_figure,
-  percent,
   png,
   shades,
   tidy,
 )
+from jaxinf.report.words import percent, with_error
 
 # Group of rows → its colour, in the order they stand from the top.
 GROUPS = {
@@ -139,13 +138,20 @@ def sweeps_figure(
 
 
 def counterfactual_figure(
-  change: np.ndarray, methods: Sequence[str], shares: Sequence[float], measurement: str
+  change: np.ndarray,
+  means: np.ndarray,
+  errors: np.ndarray,
+  *,
+  methods: Sequence[str],
+  shares: Sequence[float],
+  measurement: str,
 ) -> bytes:
   """Mean change ± standard error over samples, which are the dots; groups of bars by share.
 
   Args:
     change: [methods, shares, samples], means over seeds.
-    methods, shares: along its axes.
+    means, errors: [methods, shares] over samples; NaN errors are not drawn.
+    methods, shares: along these axes.
     measurement: what changed.
   """
   figure = new_figure(4.2)
@@ -153,8 +159,7 @@ def counterfactual_figure(
   width = 0.8 / len(methods)
   power = math.floor(math.log10(np.abs(change).max() or 1.0))
   power = 0 if -2 <= power < 3 else power
-  change = change / 10.0**power
-  means, errors = mean_and_error(change)
+  change, means, errors = (values / 10.0**power for values in (change, means, errors))
   for i, method in enumerate(methods):
     x = np.arange(len(shares)) + (i - (len(methods) - 1) / 2) * width
     colour = GREY if method == "random" else PALETTE[i % (len(PALETTE) - 1)]
@@ -164,12 +169,17 @@ def counterfactual_figure(
     jitter = np.linspace(-0.2, 0.2, change.shape[2]) * width
     axes.scatter(dots + jitter, change[i], s=9, color=INK, alpha=0.5, linewidths=0, zorder=3)
     for place, mean, error in zip(x, means[i], errors[i], strict=True):
-      text = f"{mean:.2f}" if np.isnan(error) else f"{mean:.2f}\n± {error:.2f}"
       axes.annotate(
-        text.replace("-", "−"), (place, max(mean + np.nan_to_num(error), 0)), xytext=(0, 3),
-        textcoords="offset points", ha="center", fontsize=8, color=INK,
-        bbox=dict(facecolor="white", alpha=0.75, edgecolor="none", pad=0.5), zorder=4,
-      )  # fmt: skip
+        with_error(mean, error, ".2f").replace(" ±", "\n±"),
+        (place, max(mean + np.nan_to_num(error), 0)),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="center",
+        fontsize=8,
+        color=INK,
+        bbox=dict(facecolor="white", alpha=0.75, edgecolor="none", pad=0.5),
+        zorder=4,
+      )
   axes.axhline(0, color=INK, linewidth=0.8)
   axes.margins(y=0.15)
   labels = [f"{100 * share:g} % of the images removed" for share in shares]
@@ -202,18 +212,32 @@ def _bar_panel(axes: Axes, panel: BarPanel, bars: Sequence[tuple[float, Bar]]) -
       if value is not None:
         mean, error = (100 * x for x in value)
         axes.errorbar(
-          mean, place, xerr=None if np.isnan(error) else error, color=colour, marker="o",
-          markersize=6, markerfacecolor=colour if filled else "white", capsize=2.5, linewidth=1.3,
-        )  # fmt: skip
+          mean,
+          place,
+          xerr=None if np.isnan(error) else error,
+          color=colour,
+          marker="o",
+          markersize=6,
+          markerfacecolor=colour if filled else "white",
+          capsize=2.5,
+          linewidth=1.3,
+        )
     texts = [(percent(*shown), INK, 75)]
     if bar.best is not None:
       texts.append((f"({percent(*bar.default)})", GREY, 150))
     for text, ink, points in texts:
       axes.annotate(
-        text, (1, place), xytext=(points, 0), xycoords=axes.get_yaxis_transform(),
-        textcoords="offset points", va="center", ha="right", color=ink, fontsize=9,
+        text,
+        (1, place),
+        xytext=(points, 0),
+        xycoords=axes.get_yaxis_transform(),
+        textcoords="offset points",
+        va="center",
+        ha="right",
+        color=ink,
+        fontsize=9,
         annotation_clip=False,
-      )  # fmt: skip
+      )
   if panel.ceiling is not None:
     middle, low, high = (100 * x for x in panel.ceiling)
     axes.axvspan(low, high, color=FAINT, linewidth=0, zorder=0)
@@ -255,15 +279,24 @@ def _sweep_panel(axes: Axes, panel: SweepPanel, looks: Mapping[str, Mapping[str,
     colour, errors = looks[name]["color"], np.nan_to_num(errors)
     axes.plot(panel.dampings, 100 * means, marker="o", markersize=3.5, lw=1.6, **looks[name])  # type: ignore[arg-type]
     axes.fill_between(
-      panel.dampings, 100 * (means - errors), 100 * (means + errors), color=colour, alpha=0.18,
+      panel.dampings,
+      100 * (means - errors),
+      100 * (means + errors),
+      color=colour,
+      alpha=0.18,
       linewidth=0,
-    )  # fmt: skip
+    )
     lost = panel.dampings[np.isnan(means)]
     if len(lost):
       axes.plot(
-        lost, np.full(len(lost), 0.03 + 0.05 * crossed), color=colour, marker="x", ls="none",
-        transform=axes.get_xaxis_transform(), markersize=6,
-      )  # fmt: skip
+        lost,
+        np.full(len(lost), 0.03 + 0.05 * crossed),
+        color=colour,
+        marker="x",
+        ls="none",
+        transform=axes.get_xaxis_transform(),
+        markersize=6,
+      )
       crossed += 1
   axes.axhline(0, color=INK, linewidth=0.8)
   axes.set_xscale("log")

@@ -1,4 +1,4 @@
-"""Figures of a proof: what is drawn where, and that each is a PNG of the page's width."""
+"""Figures of the benchmark: what is drawn where, and that each is a PNG of the page's width."""
 
 import io
 
@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxinf.report import canvas, observation_figures, proof_figures, proof_page
+from jaxinf.report import method_figures, observation_figures
+from jaxinf.report.method_figures import GROUPS, Bar, BarPanel, SweepPanel
 from jaxinf.report.observation_figures import ChangePanel, Heatmap
-from jaxinf.report.proof_figures import GROUPS, Bar, BarPanel, SweepPanel
+from jaxinf.scores.statistics import mean_and_error
 
 OWN, OTHER, NO_GRADIENTS, ORACLE = GROUPS
 BARS = [
@@ -26,13 +27,14 @@ SWEEP = SweepPanel(
 )  # fmt: skip
 MAP = Heatmap("map", np.array([[50.0, -20.0], [0.0, np.nan]]), "ab", "cd", "true", "gradient")
 CHANGES = ChangePanel("loss", np.array([[-1.0, 1.0], [2.0, 0.0]]), np.ones((2, 2)), (0.5, 0.25))
+CHANGE = np.array([[[2e-4, 4e-4], [3e-4, 5e-4]], [[1e-4, -1e-4], [0.0, 0.0]]])
 
 FIGURES = {
-  "bars": lambda: proof_figures.bars_figure([BarPanel("loss", BARS, (0.9, 0.8, 0.95))]),
-  "sweeps": lambda: proof_figures.sweeps_figure([[SWEEP, SWEEP]], legend="precision"),
-  "counterfactual": lambda: proof_figures.counterfactual_figure(
-    np.array([[[2e-4, 4e-4], [3e-4, 5e-4]], [[1e-4, -1e-4], [0.0, 0.0]]]),
-    ["influence", "random"], [0.02, 0.1], "loss",
+  "bars": lambda: method_figures.bars_figure([BarPanel("loss", BARS, (0.9, 0.8, 0.95))]),
+  "sweeps": lambda: method_figures.sweeps_figure([[SWEEP, SWEEP]], legend="precision"),
+  "counterfactual": lambda: method_figures.counterfactual_figure(
+    CHANGE, *mean_and_error(CHANGE), methods=["influence", "random"], shares=[0.02, 0.1],
+    measurement="loss",
   ),
   "heatmaps": lambda: observation_figures.heatmaps_figure([MAP]),
   "changes": lambda: observation_figures.changes_figure([CHANGES]),
@@ -47,7 +49,7 @@ def drawn(monkeypatch):
   """Name → the figure itself, in place of its PNG."""
 
   def figure(name):
-    for module in (proof_figures, observation_figures):
+    for module in (method_figures, observation_figures):
       monkeypatch.setattr(module, "png", lambda figure: figure)
     return FIGURES[name]()
 
@@ -111,7 +113,7 @@ def test_counterfactual_bars_are_means_over_samples_in_one_unit(drawn):
 def test_heatmaps_diverge_from_zero_and_write_every_number(drawn):
   axes, _ = drawn("heatmaps").axes
   assert axes.images[0].get_clim() == (-50, 50)
-  assert texts(axes) == ["50.0", "−20.0", "0.0", "nan"]
+  assert texts(axes) == ["50.0", "−20.0", "0.0", "×"]
 
 
 def test_changes_show_every_pair_and_their_line(drawn):
@@ -125,23 +127,3 @@ def test_weights_of_zero_are_left_out_of_log_axes(drawn):
   axes = drawn("weights").axes[0]
   assert axes.lines[1].get_xdata()[0] == 1  # timesteps count from 1 where axes are logarithmic
   assert np.isnan(axes.lines[1].get_ydata()[0]) and axes.lines[1].get_ydata()[1] == 1
-
-
-def test_means_have_standard_errors_over_the_axis():
-  values = np.array([[1.0, 3.0], [2.0, 2.0]])
-  means, errors = canvas.mean_and_error(values)
-  assert means.tolist() == [2, 2] and errors.tolist() == [1, 0]  # √2 / √2
-  assert np.isnan(canvas.mean_and_error(values[:, :1])[1]).all()
-  assert canvas.percent(-0.012, 0.004) == "−1.2 ± 0.4" and canvas.percent(np.nan) == "×"
-
-
-def test_a_page_holds_its_figures_and_escapes_its_words(tmp_path):
-  section = proof_page.Section(
-    "lds", "A < B", "found & kept", b"PNG", ("method", "LDS"), [("trak", "1.0")], "8 models"
-  )
-  proof_page.write_page(tmp_path / "index.html", "title", [section])
-  page = (tmp_path / "index.html").read_text()
-  assert "A &lt; B" in page and "found &amp; kept" in page and "<td>trak</td>" in page
-  assert 'src="data:image/png;base64,UE5H"' in page and "http" not in page
-  proof_page.write_page(tmp_path / "index.html", "both", [section, section])
-  assert (tmp_path / "index.html").read_text().count('href="#lds"') == 2

@@ -1,0 +1,39 @@
+"""Performing a stage of a run by its name: one life cycle for all that are kept."""
+
+from typing import Any
+
+from jaxinf.core.registry import named
+from jaxinf.engine import artifacts, processes
+from jaxinf.runs.run import Run, key_of
+from jaxinf.runs.stage import STAGES, hint
+
+
+def perform(run: Run, name: str, *words: str) -> Any:
+  """Does a stage, and returns its artefact where it is kept: a finished one is reused.
+
+  Args:
+    run: the experiment.
+    name: of STAGES.
+    words: that follow the name, as in `study lds`.
+
+  Raises:
+    ValueError: an unknown name, or what the stage refuses; StaleArtifact where the folder holds the
+      result of other settings or inputs.
+  """
+  stage = named(STAGES, name, "stage")
+  if not stage.does:
+    return [perform(run, step) for step in stage.steps][-1]
+  if not stage.kept:
+    return stage.function(run, *words)
+  if run.devices is not None and processes.count() > 1:
+    raise ValueError("Several processes use all their devices: leave the run's devices None.")
+  _ = run.model  # fields that do not fit it are refused before anything begins
+  folder = run.folder(name)
+  return artifacts.cached(
+    folder,
+    key_of(run, name),
+    lambda: stage.function(run),
+    label=name,
+    alone=stage.alone,
+    then=hint(name).format(folder=folder.absolute()),
+  )

@@ -1,0 +1,170 @@
+"""What there is to know of every stage, in one table: all else of a stage derives from its row.
+
+Commands and `--help` follow from it, what a result depends on (`run.key_of`), which settings may
+change freely, and what is to be done next. Functions are named by text, so that the table imports
+nothing: what a stage takes to compute is loaded when it is asked for.
+"""
+
+import dataclasses
+import pkgutil
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+LINE = "Stages, in order"
+STORE = (
+  "On a store of training gradients, which answers new queries without a pass over the training "
+  "images"
+)
+PROOF = "The proof by retraining, after train and sample"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """A stage: a command of jaxinf.
+
+  Attributes:
+    name: of the command, and of the folder of its result.
+    help: what it does, in a line of --help.
+    does: "module:function" that does it to a run, and returns an `Outcome` where it is `kept`.
+      Where empty, the stage is but its `steps`.
+    group: heading of --help that it stands under.
+    section: of the config, which is the stage's own; None where it has none.
+    pace: fields of that section that change how fast the stage goes but not what it finds.
+    extent: fields of it that say which results there are, each of which has a key of its own.
+    reads: other sections that the result depends on, or single fields, as "curvature.skip".
+    needs: stages whose results it depends on.
+    data: what of the training images it depends on: "images", "labelled" for their labels and names
+      too, or None.
+    kept: whether its result is an artefact in the run's folder of that name, under `run.key_of`.
+      The others keep what they make themselves, or nothing.
+    alone: the first process computes, and the others wait.
+    steps: stages that it is made of, in order.
+    takes: the word that follows the name on the command line, where there is one.
+    flags: of the command line, that it reads beside --config and --workdir.
+    dry_run: "module:function" from the run to what --dry-run prints, where it can.
+    then: what to do next, where that is no stage of the same line; {folder} is the result's.
+  """
+
+  name: str
+  help: str
+  does: str = ""
+  group: str = LINE
+  section: str | None = None
+  pace: tuple[str, ...] = ()
+  extent: tuple[str, ...] = ()
+  reads: tuple[str, ...] = ()
+  needs: tuple[str, ...] = ()
+  data: str | None = "images"
+  kept: bool = False
+  alone: bool = False
+  steps: tuple[str, ...] = ()
+  takes: str = ""
+  flags: tuple[str, ...] = ()
+  dry_run: str = ""
+  then: str = ""
+
+  @property
+  def function(self) -> Callable[..., Any]:
+    """What `does` names."""
+    return pkgutil.resolve_name(self.does)
+
+
+_OPEN = "open {folder}/index.html"
+
+STAGES: dict[str, Stage] = {stage.name: stage for stage in (
+  Stage("plan", "tell what each of them will take here in time, memory and disk (not part of all)",
+        does="jaxinf.planning:show"),
+  Stage("train", "train the model; checkpoints, metrics.jsonl and TensorBoard events on the way",
+        does="jaxinf.runs.stages:train", kept=True,
+        section="train", pace=("log_every", "checkpoint_every"), reads=("model", "diffusion")),
+  Stage("sample", "generate the samples to be explained",
+        does="jaxinf.runs.sampling:sample", kept=True, data=None,
+        section="sample", pace=("batch_size",), reads=("diffusion",), needs=("train",)),
+  Stage("curvature", "fit the K-FAC curvature over all training images",
+        does="jaxinf.runs.stages:curvature", kept=True,
+        section="curvature", pace=("batch_size", "partitions", "checkpoint_every"),
+        reads=("diffusion",), needs=("train",), dry_run="jaxinf.runs.studies:curvature_memory"),
+  Stage("curvature-study",
+        "compare approximations of the curvature with the exact one (not part of all)",
+        does="jaxinf.runs.studies:curvature_study", kept=True,
+        section="curvature_study", pace=("batch_size",), reads=("diffusion", "curvature.skip"),
+        needs=("train", "sample"), then=_OPEN),
+  Stage("compress-study", "compare compressions of the query gradients (not part of all)",
+        does="jaxinf.runs.studies:compress_study", kept=True,
+        section="compress_study", pace=("batch_size",), needs=("train", "sample", "curvature"),
+        then=_OPEN),
+  Stage("attribute", "score every training image for every sample",
+        does="jaxinf.runs.stages:attribute", kept=True,
+        section="attribute", pace=("batch_size", "query_chunk", "checkpoint_every"),
+        needs=("train", "sample", "curvature")),
+  Stage("report", "draw DIR/report/index.html",
+        does="jaxinf.runs.stages:report", kept=True, alone=True, data="labelled",
+        section="report", needs=("attribute",), then=_OPEN),
+  Stage("all", "all of these; finished stages are reused",
+        steps=("train", "sample", "curvature", "attribute", "report")),
+
+  Stage("index", "compute the gradients of all training images, and keep them in DIR/index/store",
+        does="jaxinf.runs.serving:index", group=STORE, kept=True,
+        section="index", pace=("batch_size", "reserve_mib"), needs=("train", "curvature"),
+        then="next: query, with --images"),
+  Stage("query", "score --images=new.npz (or a folder), at any config.query.damping",
+        does="jaxinf.runs.serving:query", group=STORE,
+        section="query", pace=("batch_size",), flags=("images",)),
+  Stage("index-append", "add --images as training images",
+        does="jaxinf.runs.serving:append", group=STORE, flags=("images",)),
+  Stage("index-delete", "delete training images by --ids=ID,ID",
+        does="jaxinf.runs.serving:delete", group=STORE, flags=("ids",)),
+  Stage("index-verify", "read everything and compare the checksums",
+        does="jaxinf.runs.serving:verify", group=STORE),
+
+  Stage("retrain", "train models on random subsets of the training images, here part --shard=i/n",
+        does="jaxinf.benchmark:retrain", group=PROOF,
+        section="retrain", pace=("models_at_once",), extent=("num_subsets", "num_seeds"),
+        flags=("shard",)),
+  Stage("measure", "take the true measurements of the samples by each of these models",
+        does="jaxinf.benchmark:measure", group=PROOF,
+        section="measure", pace=("batch_size",), extent=("measurements",)),
+  Stage("evaluate",
+        "score by every method, and tell how well each predicts the measurements",
+        does="jaxinf.benchmark:evaluate", group=PROOF, section="evaluate"),
+  Stage("benchmark", "all of these, train and sample among them",
+        does="jaxinf.benchmark:benchmark", group=PROOF,
+        steps=("train", "sample", "retrain", "measure", "evaluate")),
+  Stage("counterfactual", "retrain without the images that each method calls most supporting",
+        does="jaxinf.benchmark:counterfactual", group=PROOF, section="counterfactual",
+        flags=("shard",)),
+  Stage("study",
+        "draw one of the paper's figures into DIR/study/NAME/; study all puts those that are there "
+        "on one page, and any other NAME lists the names",
+        does="jaxinf.benchmark.figures:study", group=PROOF, section="study", takes="NAME"),
+)}  # fmt: skip
+
+MAIN_LINE = STAGES["all"].steps
+
+
+def hint(name: str) -> str:
+  """What to do after a stage: the next of the first line that goes on from it, or `then`."""
+  for line in STAGES.values():
+    if name in line.steps[:-1]:
+      return f"next: {line.steps[line.steps.index(name) + 1]}"
+  return STAGES[name].then
+
+
+def listing() -> str:
+  """All stages, with what they do, for --help."""
+  lines = []
+  for group in dict.fromkeys(stage.group for stage in STAGES.values()):
+    rows = {
+      f"{stage.name} {stage.takes}".strip(): stage.help
+      for stage in STAGES.values()
+      if stage.group == group
+    }
+    width = max(map(len, rows)) + 2
+    lines += ["", *textwrap.wrap(f"{group}:", 96)]
+    for name, text in rows.items():
+      indent = " " * (2 + width)
+      lines += textwrap.wrap(
+        text, 96, initial_indent=f"  {name:<{width}}", subsequent_indent=indent
+      )
+  return "\n".join(lines[1:])

@@ -9,11 +9,13 @@ import numpy as np
 
 from jaxinf.attribution.trak import TRAK
 from jaxinf.compression.projection import Projection
+from jaxinf.core.arrays import read_rows
 from jaxinf.core.draws import Draws
 from jaxinf.core.examples import Examples
 from jaxinf.core.types import ApplyFn, Batch, Params
 from jaxinf.diffusion.measurements import journey_loss
 from jaxinf.diffusion.model import DiffusionModel
+from jaxinf.diffusion.noise import network_output
 from jaxinf.diffusion.process import Process
 from jaxinf.engine.compute import Compute
 from jaxinf.engine.maps import map_batches
@@ -32,6 +34,7 @@ def journey_trak(
   projection: Projection | int,
   draws: Draws = Draws(),
   query_draws: Draws | None = None,
+  clip: bool = True,
   compute: Compute = Compute(),
 ) -> Scores:
   """Journey-TRAK: `trak` of the loss at chosen steps of the way to each query.
@@ -47,8 +50,9 @@ def journey_trak(
       schedule. (The sampler's have the steps first: np.moveaxis(trajectory, 0, 1).)
     train, damping, projection, draws, query_draws, compute: as for `trak`.
     timesteps: K of them in [0, T).
+    clip: whether x̂_0 is clipped to [-1, 1], as sampling of pixels does; not where data are latents.
   """
-  method = JourneyTRAK(model, projection, tuple(timesteps), (damping,), query_draws)
+  method = JourneyTRAK(model, projection, tuple(timesteps), (damping,), query_draws, clip)
   return method.scores(queries=queries, train=train, draws=draws, compute=compute)[0]
 
 
@@ -61,6 +65,7 @@ class JourneyTRAK:
   timesteps: tuple[int, ...]
   dampings: tuple[float, ...] = (1e-9,)
   query_draws: Draws | None = None
+  clip: bool = True
 
   def scores(
     self,
@@ -71,7 +76,9 @@ class JourneyTRAK:
     compute: Compute = Compute(),
   ) -> Sweep:
     """Scores at every damping, for queries that are trajectories."""
-    predicted = predicted_examples(self.model, queries, self.timesteps, compute=compute)
+    predicted = predicted_examples(
+      self.model, queries, self.timesteps, clip=self.clip, compute=compute
+    )
     of_loss = TRAK(
       self.model,
       self.projection,
@@ -96,7 +103,7 @@ def predicted_examples(
     model: of a process with discrete timesteps.
     trajectories: [Q, T + 1, …], from x_T to the sample.
     timesteps: K of them in [0, T).
-    clip: whether x̂_0 is clipped to [-1, 1], as sampling of pixels does.
+    clip: as of `journey_trak`.
     compute: batch_size, states at a time over all devices, and devices.
   """
   journey_loss(timesteps).check(model.process)
@@ -107,12 +114,14 @@ def predicted_examples(
       f"{num_steps + 1} in all; got {shape[1]}. Sample with ddpm, or with ddim in {num_steps} steps."
     )
   # State i is the network's input at timestep T − 1 − i.
-  states = np.asarray(trajectories.data)[:, num_steps - 1 - np.asarray(timesteps, int)]
-  each = lambda x: np.repeat(x, len(timesteps), axis=0)
+  chosen = num_steps - 1 - np.asarray(timesteps, int)
+  num = np.arange(len(trajectories))
+  states = np.stack([read_rows(trajectories.data, num[[q]])[0, chosen] for q in num])
+  each = np.repeat(num, len(timesteps))
   rows = Rows(
     states.reshape(-1, *states.shape[2:]),
     np.tile(timesteps, len(states)).astype(np.uint32),
-    conditioning=jax.tree.map(each, trajectories.conditioning),
+    conditioning=jax.tree.map(lambda x: read_rows(x, each), trajectories.conditioning),
   )
   predicted = map_batches(
     PredictionKernel(model.apply_fn, model.process, clip),
@@ -136,7 +145,7 @@ class PredictionKernel:
 
   def __call__(self, params: Params, batch: Batch) -> jax.Array:
     t = batch.ids.astype(jnp.int32)
-    given = () if batch.conditioning is None else (batch.conditioning,)
-    output = self.apply_fn(params, *self.process.inputs(batch.data, t), *given)
-    predicted = self.process.image(batch.data, t, output.astype(jnp.float32))
+    inputs, time = self.process.inputs(batch.data, t)
+    output = network_output(self.apply_fn, params, inputs, time, batch.conditioning)
+    predicted = self.process.image(batch.data, t, output)
     return jnp.clip(predicted, -1, 1) if self.clip else predicted

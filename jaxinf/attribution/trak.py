@@ -240,7 +240,10 @@ def projected_sweep(
 
 
 def _checked_models(model: Models) -> tuple[DiffusionModel, ...]:
-  """The model or models; ValueError where their parameters are not alike."""
+  """The model or models; ValueError where their parameters are not alike.
+
+  Those of one apply_fn share what is found about it, so that their gradients are one program.
+  """
   models = (model,) if isinstance(model, DiffusionModel) else tuple(model)
   if not models:
     raise ValueError("There is no model: give one or several.")
@@ -251,4 +254,6 @@ def _checked_models(model: Models) -> tuple[DiffusionModel, ...]:
         f"Model {number} has parameters of other shapes or types than the first, or another "
         "process: give models of the same network."
       )
-  return models
+  first = models[0]
+  alike = lambda other: other.apply_fn == first.apply_fn
+  return tuple(first.with_params(m.params) if alike(m) else m for m in models)

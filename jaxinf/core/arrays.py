@@ -34,6 +34,25 @@ def read_rows(array: Any, rows: np.ndarray) -> np.ndarray:
   return found if found.dtype.isnative else found.astype(found.dtype.newbyteorder("="))
 
 
+class Converted:
+  """An array on disk whose rows come as another type."""
+
+  def __init__(self, array: Any, dtype: Any):
+    self._array, self.shape, self.dtype = array, tuple(array.shape), np.dtype(dtype)
+
+  def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+    if isinstance(rows, slice):
+      rows = np.arange(*rows.indices(self.shape[0]))
+    return read_rows(self._array, rows).astype(self.dtype)
+
+
+def converted(array: Any, dtype: Any) -> Any:
+  """The array as another type: at once where it is in memory, or else as its rows are read."""
+  if isinstance(array, np.ndarray) and not isinstance(array, np.memmap):
+    return array.astype(dtype)
+  return Converted(array, dtype)
+
+
 def blocks(array: Any) -> Iterator[np.ndarray]:
   """Consecutive rows [n, …] of an array, a few MiB at a time."""
   row_bytes = max(1, int(np.prod(array.shape[1:])) * np.dtype(array.dtype).itemsize)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf.core.arrays import as_array, blocks, is_floating, read_rows
+from jaxinf.core.arrays import as_array, blocks, converted, is_floating, read_rows
 from jaxinf.core.random import example_numbers
 from jaxinf.core.types import Array, PyTree
 
@@ -184,16 +184,14 @@ def _checked_leaf(leaf: Any, num: int, name: str) -> Any:
     )
   if is_floating(dtype):
     _check_finite(leaf, name)
-    return leaf if dtype != np.float64 else np.asarray(leaf).astype(np.float32)
-  if dtype.kind not in "biu":
+    kept = np.dtype(np.float32) if dtype.itemsize == 8 else dtype.newbyteorder("=")
+  elif dtype.kind in "biu":
+    kept = dtype.newbyteorder("=") if dtype.itemsize <= 4 else np.dtype(np.int32)
+    if kept != dtype and not all(np.array_equal(x.astype(kept), x) for x in blocks(leaf)):
+      raise ValueError(f"{name} has integers that do not fit {kept}.")
+  else:
     raise ValueError(f"{name} must hold numbers or booleans; got {dtype}.")
-  kept = jax.dtypes.canonicalize_dtype(dtype) if dtype.itemsize <= 4 else np.dtype(np.int32)
-  if kept == dtype:
-    return leaf
-  values = np.asarray(leaf)
-  if not np.array_equal(values.astype(kept), values):
-    raise ValueError(f"{name} has integers that do not fit {kept}.")
-  return values.astype(kept)
+  return leaf if kept == dtype else converted(leaf, kept)
 
 
 def _check_finite(array: Any, name: str) -> None:

@@ -138,7 +138,7 @@ def test_scores_do_not_depend_on_batches_blocks_order_or_devices(sweep, examples
 
 
 def test_scores_of_several_models_are_means_each_with_its_projection(model, sweep, scores):
-  other = model.with_params(nets.random_params(SHAPES, seed=1))
+  other = DiffusionModel(net, nets.random_params(SHAPES, seed=1), model.process)
   alone = sweep(other, projection=Projection(40, 6))
   for ours, first, second in zip(sweep((model, other)), scores, alone, strict=True):
     assert_close(ours.group_values, (first.group_values + second.group_values) / 2, 1e-6)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,6 +79,7 @@ class ProjectionKernel:
   projection: Projection
 
   def __call__(self, key: Array, rows: jax.Array) -> jax.Array:
+    chex.assert_rank(rows, 2)
     return self.projection(rows, wrapped(key))
 
 

@@ -163,7 +163,7 @@ class _Question:
     if compression.in_eigenbasis or compression.is_costly:
       raise ValueError(
         f"{compression.description} cannot be restored batch by batch: take int4, int8, int16, "
-        "bfloat16, svd or None. (jaxinf compress-study compares them all.)"
+        "bfloat16, svd or None."
       )
     draws = draws.split()
     return cls(

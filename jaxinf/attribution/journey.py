@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ from jaxinf.core.arrays import read_rows
 from jaxinf.core.draws import Draws
 from jaxinf.core.examples import Examples
 from jaxinf.core.types import ApplyFn, Batch, Params
-from jaxinf.diffusion.measurements import journey_loss
+from jaxinf.diffusion.measurements import Measurement, measurement_named
 from jaxinf.diffusion.model import DiffusionModel
 from jaxinf.diffusion.noise import network_output
 from jaxinf.diffusion.process import Process
@@ -83,7 +84,7 @@ class JourneyTRAK:
       self.model,
       self.projection,
       self.dampings,
-      measurement=journey_loss(self.timesteps),
+      measurement=_loss_at(self.timesteps),
       query_draws=self.query_draws,
     )
     return of_loss.scores(queries=predicted, train=train, draws=draws, compute=compute)
@@ -106,7 +107,7 @@ def predicted_examples(
     clip: as of `journey_trak`.
     compute: batch_size, states at a time over all devices, and devices.
   """
-  journey_loss(timesteps).check(model.process)
+  _loss_at(timesteps).check(model.process)
   num_steps, shape = model.process.num_steps or 0, trajectories.data.shape
   if shape[1] != num_steps + 1:
     raise ValueError(
@@ -135,6 +136,11 @@ def predicted_examples(
   return dataclasses.replace(trajectories, data=predicted.reshape(states.shape))
 
 
+def _loss_at(timesteps: Sequence[int]) -> Measurement:
+  """The measurement of that name, made once, so that its kernels are compiled once."""
+  return measurement_named(f"journey_loss({','.join(map(str, timesteps))})")
+
+
 @dataclasses.dataclass(frozen=True)
 class PredictionKernel:
   """(params, states whose ids are timesteps) → x̂_0 [B, …]."""
@@ -147,5 +153,6 @@ class PredictionKernel:
     t = batch.ids.astype(jnp.int32)
     inputs, time = self.process.inputs(batch.data, t)
     output = network_output(self.apply_fn, params, inputs, time, batch.conditioning)
+    chex.assert_equal_shape([output, batch.data])
     predicted = self.process.image(batch.data, t, output)
     return jnp.clip(predicted, -1, 1) if self.clip else predicted

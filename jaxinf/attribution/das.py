@@ -63,8 +63,8 @@ def das(
 
     scores[q, n] = N · (φ_qᵀ A⁻¹ φ_n / N · r_n / (1 − h_n))².
 
-  As its authors do it: φ is the projected mean over draws of gradients of the MEAN over all elements
-  of the network's output, each divided by its norm; r_n is the mean over draws of root mean squared
+  As its authors do it: φ is the projected mean over draws of gradients of the MEAN over elements of
+  the network's output, each divided by its norm; r_n is the mean over draws of root mean squared
   errors of the output, divided by their norm over the example's draws; gradients, residuals and
   products are averaged over draws before the square, where the theory has one score a timestep.
   Weights of the loss do not enter.

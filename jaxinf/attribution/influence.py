@@ -302,8 +302,8 @@ class _Question:
       if check is None or check["spearman"] is None:
         continue
       found = (
-        f"At λ = {damping:.1e}, {what} against float32 on {check['num_examples']} training examples "
-        f"and {check['num_queries']} queries: rank correlation of scores {check['spearman']:.4f} "
+        f"At λ = {damping:.1e}, {what} against float32 on {check['num_examples']} training "
+        f"examples and {check['num_queries']} queries: rank correlation of scores {check['spearman']:.4f} "
         f"(least {check['least_spearman']:.4f})"
       )
       _LOG.info("attribute: %s", found)

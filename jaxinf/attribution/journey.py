@@ -112,7 +112,7 @@ def predicted_examples(
   if shape[1] != num_steps + 1:
     raise ValueError(
       f"A trajectory has a state for each of the {num_steps} timesteps and its sample, "
-      f"{num_steps + 1} in all; got {shape[1]}. Sample with ddpm, or with ddim in {num_steps} steps."
+      f"{num_steps + 1} in all; got {shape[1]}. Sample with ddpm, or ddim in {num_steps} steps."
     )
   # State i is the network's input at timestep T − 1 − i.
   chosen = num_steps - 1 - np.asarray(timesteps, int)

@@ -113,7 +113,7 @@ def dtrak(
 
 @dataclasses.dataclass(frozen=True)
 class TRAK:
-  """TRAK as a method: see `trak` for the fields. All dampings share features, at the cost of one."""
+  """TRAK as a method: see `trak` for the fields. All dampings share the features."""
 
   model: Models
   projection: Projection | int
@@ -140,8 +140,8 @@ class TRAK:
       each.check(models[0].process)
     if train_measured.axes:
       raise ValueError(
-        f"train_measurement is of training examples as they are; {train_measured.name or 'this one'} "
-        f"is of {train_measured.of}."
+        "train_measurement is of training examples as they are; "
+        f"{train_measured.name or 'this one'} is of {train_measured.of}."
       )
     check_alike(queries, train, measured.axes)
     check_named(compute, measured, train_measured)

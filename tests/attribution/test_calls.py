@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from scipy import stats
@@ -65,7 +66,9 @@ logging.basicConfig(level=logging.INFO, format="user: %(message)s")
 assert len(logging.getLogger().handlers) == 1, logging.getLogger().handlers
 logging.getLogger("jaxinf").info("heard")
 """
-  done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+  done = subprocess.run(
+    [sys.executable, "-c", program], capture_output=True, text=True, timeout=300
+  )
   assert done.returncode == 0, done.stderr
   assert "user: heard" in done.stderr
 
@@ -154,3 +157,25 @@ def test_a_store_splits_draws_as_influence_does_by_default(problem, tmp_path):
       assert_close(found.group_values, expected.group_values, 1e-5)
     ranks = stats.spearmanr(found.values.ravel(), expected.values.ravel()).statistic
     assert ranks > (0.99999 if compression is None else 0.99)
+
+
+@pytest.mark.parametrize(
+  "flags",
+  [
+    lambda: jax.enable_x64(True),
+    lambda: jax.default_prng_impl("rbg"),
+    lambda: jax.threefry_partitionable(False),
+  ],
+  ids=["x64", "rbg", "partitionable"],
+)
+def test_global_flags_of_the_user_change_no_number(problem, scores, settings, flags):
+  """Curvature and scores, whatever batches they come in."""
+  model, train = problem["curvature"].model, problem["train"]
+  with flags():
+    with pytest.warns(UserWarning, match="worse than predicting zero"):  # the network is random
+      curvature = jaxinf.fit_curvature(model, train, draws=Draws(20), compute=Compute(7))
+    found = jaxinf.influence(
+      curvature, queries=problem["queries"], train=train, **settings, compute=Compute(6)
+    )
+  # Sums of float32 in another order, conditioned by the damping.
+  assert_close(found.group_values, scores.group_values, 1e-4)

@@ -82,7 +82,9 @@ def test_a_label_stays_with_its_example_whatever_the_order_batches_or_devices(
 )
 def test_conditioning_of_another_form_is_refused(problem, conditioning):
   queries = dataclasses.replace(problem["queries"], conditioning=conditioning)
-  with pytest.raises(ValueError, match=r"must be None or pytrees of one form, .* in shape and type"):
+  with pytest.raises(
+    ValueError, match=r"must be None or pytrees of one form, .* in shape and type"
+  ):
     jaxinf.influence(**(problem | {"queries": queries}), **SETTINGS)
 
 

@@ -22,7 +22,9 @@ DAMPING = 1e-3
 def gradients_of(problem, name: str, examples=None):
   """The float64 twin's gradients of the queries or of the training examples."""
   curvature = problem["curvature"]
-  examples = problem["queries" if name == "query_gradients" else "train"] if examples is None else examples
+  examples = (
+    problem["queries" if name == "query_gradients" else "train"] if examples is None else examples
+  )
   return twin_gradients(curvature.model, curvature.layers, examples, name, DRAWS)
 
 

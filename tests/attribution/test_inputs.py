@@ -1,8 +1,9 @@
-"""Examples of any shape and size: series, vectors, volumes, latents, and arrays that lie on disk."""
+"""Examples of any shape and size: series, vectors, volumes, latents, and arrays on disk."""
 
 import functools
 import tracemalloc
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,6 +24,19 @@ def channels_net(params, x_t, t):
   h = nets.dense(params["in"], x_t)
   h = h + jnp.cos(t / 3).reshape(-1, *[1] * (x_t.ndim - 1))
   return nets.dense(params["out"], jnp.tanh(h))
+
+
+def convolved(params, x_t, t):
+  """Two convolutions along the steps of a series [B, L, 2]."""
+  numbers = ("NWC", "WIO", "NWC")
+  conv = lambda name, x: jax.lax.conv_general_dilated(
+    x, params[name]["kernel"], (1,), "SAME", dimension_numbers=numbers
+  )
+  h = conv("in", x_t) + params["in"]["bias"] + jnp.cos(t / 3)[:, None, None]
+  return conv("out", jnp.tanh(h))
+
+
+CONVOLVED_SHAPES = {"in": {"kernel": (3, 2, 3), "bias": (3,)}, "out": {"kernel": (3, 3, 2)}}
 
 
 def channels_model(num: int, process: Process | None = None) -> DiffusionModel:
@@ -56,6 +70,9 @@ SHAPES = {
 def test_scores_of_data_of_any_shape_equal_a_float64_twin(shape):
   """The loss is the mean over all elements, whatever the rank."""
   model = channels_model(shape[-1])
+  if shape == SHAPES["a series"]:
+    params = nets.random_params(CONVOLVED_SHAPES)
+    model = DiffusionModel(convolved, params, Process.flow("logit_normal"))
   train, queries = Examples(latents(6, shape)), Examples(latents(2, shape, seed=1))
   curvature, scores = scores_of(model, queries, train)
   of_queries = twin_gradients(model, curvature.layers, queries, "query_gradients", DRAWS)
@@ -177,9 +194,7 @@ def scores_of_type(dtype: str) -> np.ndarray:
   images, text = nets.random_images(6), nets.random_images(6, (3,), seed=2)
   cast = lambda array: array.astype("f2").astype(dtype)
   model = DiffusionModel(text_net, nets.random_params(TEXT_SHAPES), Process.epsilon(SCHEDULE))
-  train, queries = (
-    Examples(cast(images[:num]), conditioning=cast(text[:num])) for num in (6, 2)
-  )
+  train, queries = (Examples(cast(images[:num]), conditioning=cast(text[:num])) for num in (6, 2))
   return scores_of(model, queries, train)[1].values
 
 

@@ -15,7 +15,7 @@ from jaxinf.diffusion.loss_weights import MinSNR
 from jaxinf.diffusion.times import LogitNormal
 from tests import nets
 from tests.processes import PROCESSES, time_of
-from tests.twins import assert_close, keys_of, pairs_of
+from tests.twins import assert_close, pairs_of
 
 SIZE = 3  # numbers of an example
 

@@ -191,7 +191,7 @@ def test_both_forms_of_the_fisher_agree_and_differentiate(size):
 
 
 def test_replicates_average_to_the_scores_of_all_draws(sweep):
-  """The same draws in one replicate or in four: one score; its spread is finite only with several."""
+  """The same draws in one replicate or in four: one score, whose spread needs several."""
   whole, parts = (
     sweep(draws=of, query_draws=of)
     for of in (dataclasses.replace(DRAWS, replicates=num) for num in (1, 4))
@@ -244,7 +244,7 @@ def test_das_equals_a_dense_float64_twin(model, examples):
 
 
 def test_a_leverage_is_what_leaving_an_example_out_does():
-  """With the formula of `das`, least squares without an example predicts what `slack` says: exactly.
+  """With the formula of `das`, `slack` predicts exactly what least squares without an example does.
 
   Ridge regression y ≈ φ w with the penalty of all N examples; removing n moves the prediction at q
   by φ_q A⁻¹ φ_n / N · r_n / (1 − h_n), with the residual r_n of the whole fit.
@@ -320,7 +320,10 @@ def test_all_parameters_take_part_or_none(model, examples):
     (dict(damping=0.0), "damping"),
     (dict(measurement="cosine"), "Unknown measurement"),
     (dict(draws=Draws.until_stable()), "fixed number of draws"),
-    (dict(train_measurement="trajectory"), "train_measurement is of training examples .* trajectory is of trajectories"),
+    (
+      dict(train_measurement="trajectory"),
+      "train_measurement is of training examples .* trajectory is of trajectories",
+    ),
     (dict(measurement="journey_loss(5)"), "do not match .* several states"),
   ],
 )

@@ -223,9 +223,7 @@ def test_a_layer_declared_by_hand_has_the_gradients_and_curvature_of_one_that_is
 
   params = names["params"]
   model = DiffusionModel(explained, params, names["process"])
-  expected = jaxinf.fit_curvature(
-    model, names["train"], draws=jaxinf.Draws(2), diagonal=["^gain$"]
-  )
+  expected = jaxinf.fit_curvature(model, names["train"], draws=jaxinf.Draws(2), diagonal=["^gain$"])
   assert expected.layers == names["curvature"].layers
   products = (c.multiply(params, 1e-9) for c in (names["curvature"], expected))
   for ours, theirs in zip(*map(jax.tree.leaves, products), strict=True):

@@ -1,8 +1,8 @@
 """Features of examples: gradients with respect to all parameters, averaged over draws, projected.
 
 φ = P ∇m, with m the mean of a measurement over ALL draws of one replicate. The gradients come at
-the speed of an ordinary batch. Each call of the projection makes P anew, so that rows wait on the host
-until there is a block of them.
+the speed of an ordinary batch. Each call of the projection makes P anew. Therefore rows wait on the
+host until there is a block of them.
 """
 
 import dataclasses

@@ -303,8 +303,8 @@ class _Question:
         continue
       found = (
         f"At λ = {damping:.1e}, {what} against float32 on {check['num_examples']} training "
-        f"examples and {check['num_queries']} queries: rank correlation of scores {check['spearman']:.4f} "
-        f"(least {check['least_spearman']:.4f})"
+        f"examples and {check['num_queries']} queries: rank correlation of scores "
+        f"{check['spearman']:.4f} (least {check['least_spearman']:.4f})"
       )
       _LOG.info("attribute: %s", found)
       if check["spearman"] < 0.95:

@@ -214,8 +214,6 @@ _SIZED: dict[str, Callable[[float], Compression]] = {
   "truncation": Truncation,
 }
 
-DEFAULT = "int16"  # of preconditioned query gradients
-
 COMPRESSIONS: dict[str | None, Compression] = {
   "int4": Quantisation(4),
   "int8": Quantisation(8),

@@ -79,6 +79,7 @@ def digits_run(workdir: Path) -> runs.Run:
   config.attribute.sweep = (1e-2,)
   config.retrain.steps = config.train.steps  # so that all models share a program
   config.score.measurements = ("loss",)
+  config.attribute.compression = "int8"
   config.score.compression = None  # an int8 step may swap ranks, of which few subsets have few
   return _run(config, workdir)
 

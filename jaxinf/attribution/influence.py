@@ -17,8 +17,9 @@ from jaxinf.attribution.kernels import QUERY, TRAIN, GradientKernel, Replicate, 
 from jaxinf.attribution.queries import QueryRows, gradient_batches, query_rows
 from jaxinf.attribution.rounds import merged_rounds
 from jaxinf.attribution.scoring import ScorePass
+from jaxinf.compression.check import LostOrder, fallback_of, keeps_order, verdict
 from jaxinf.compression.compression import (
-  DEFAULT,
+  QUERY_COMPRESSION,
   Compression,
   Uncompressed,
   compression_named,
@@ -30,6 +31,7 @@ from jaxinf.core.examples import Examples, check_alike
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.diffusion.content import content_of
 from jaxinf.diffusion.measurements import LOSS, Measurement, measurement_named
+from jaxinf.engine import processes
 from jaxinf.engine.checkpoints import PartialOutputs
 from jaxinf.engine.compute import Compute
 from jaxinf.layers.register import layers_of
@@ -37,6 +39,8 @@ from jaxinf.scores.scores import Scores
 from jaxinf.scores.sweep import Sweep
 
 _LOG = logging.getLogger("jaxinf")
+
+AUTO = "auto"  # QUERY_COMPRESSION, or a finer one where that loses the order
 
 
 def influence(
@@ -48,7 +52,7 @@ def influence(
   draws: Draws = Draws(),
   query_draws: Draws | None = None,
   measurement: str | Measurement = "loss",
-  compression: str | Compression | None = DEFAULT,
+  compression: str | Compression | None = AUTO,
   precision: str | None = None,
   compute: Compute = Compute(),
 ) -> Scores:
@@ -66,8 +70,9 @@ def influence(
     measurement: what is measured of a query, by name or as an object; see
       jaxinf.diffusion.measurements.
     compression: of the preconditioned query gradients: a name of jaxinf.compression, or a
-      Compression. None: float32. What it and `precision` do to scores is measured on a sample of
-      training examples first, put into settings["check"], and warned of where the order suffers.
+      Compression. None: float32. What it and `precision` do to scores is measured first, on a
+      sample of training examples, and put into settings["check"]. "auto" takes int16, or float32
+      where that would lose the order; others warn of it.
     precision: of the network's products in the pass over training examples, "bfloat16",
       "tensorfloat32" or "float32"; as the network is where None. To the rounding of that precision,
       scores then depend on the batch size.
@@ -92,7 +97,7 @@ def influence_sweep(
   draws: Draws = Draws(),
   query_draws: Draws | None = None,
   measurement: str | Measurement = "loss",
-  compression: str | Compression | None = DEFAULT,
+  compression: str | Compression | None = AUTO,
   precision: str | None = None,
   compute: Compute = Compute(),
 ) -> Sweep:
@@ -112,7 +117,7 @@ class Influence:
   curvature: Curvature
   dampings: tuple[float, ...] = (1e-8,)
   measurement: str | Measurement = "loss"
-  compression: str | Compression | None = DEFAULT
+  compression: str | Compression | None = AUTO
   precision: str | None = None
   query_draws: Draws | None = None
 
@@ -142,6 +147,7 @@ class _Question:
   draws: Draws
   asked: Draws
   compute: Compute
+  falls_back: bool = False
 
   @classmethod
   def of(
@@ -157,9 +163,9 @@ class _Question:
       )
     if compute.checkpoint is not None and measured.name is None:
       raise ValueError("With a checkpoint, give the Measurement a name that tells it from others.")
-    compression = method.compression
+    compression, falls_back = method.compression, method.compression == AUTO
     if isinstance(compression, str) or compression is None:
-      compression = compression_named(compression)
+      compression = compression_named(QUERY_COMPRESSION if falls_back else compression)
     if compression.in_eigenbasis or compression.is_costly:
       raise ValueError(
         f"{compression.description} cannot be restored batch by batch: take int4, int8, int16, "
@@ -168,28 +174,47 @@ class _Question:
     draws = draws.split()
     return cls(
       curvature, checked_dampings(method.dampings), measured, compression, method.precision,
-      queries, train, draws, draws.of_queries(method.query_draws), compute,
+      queries, train, draws, draws.of_queries(method.query_draws), compute, falls_back,
     )  # fmt: skip
 
   def answer(self) -> Sweep:
     """The scores."""
     score_pass = self._score_pass()
     rows = self._query_rows()
-    if self.compression != Uncompressed() or self.precision is not None:
-      checks = score_pass.check(
-        rows,
-        self.compression,
-        num_dampings=len(self.dampings),
-        replicates=self.asked.replicates or 1,
+    checks = self._checks(score_pass, rows)
+    finer = fallback_of(self.compression)
+    if self.falls_back and finer is not None and self._loses_order(checks):
+      _LOG.info(
+        "attribute: %s query gradients would change the order; they are kept in %s",
+        self.compression.description,
+        finer.description,
       )
-    else:
-      checks = [None] * len(self.dampings)
-    self._warn(checks)
+      return dataclasses.replace(self, compression=finer).answer()
+    self._say(checks)
     return merged_rounds(
       lambda number: self._round(score_pass, rows, number),
       lambda products, num: self._sweep(products, num, checks),
       self.draws,
     )
+
+  def _checks(self, score_pass: ScorePass, rows: QueryRows) -> Sequence[dict[str, Any] | None]:
+    """What compression and precision do to scores at each damping, on a sample."""
+    if self.compression == Uncompressed() and self.precision is None:
+      return [None] * len(self.dampings)
+    return score_pass.check(
+      rows,
+      self.compression,
+      num_dampings=len(self.dampings),
+      replicates=self.asked.replicates or 1,
+    )
+
+  def _loses_order(self, checks: Sequence[dict[str, Any] | None]) -> bool:
+    """Whether rounding the queries changes the order, by what the first process has seen.
+
+    Where the network computes in another precision as well, finer queries may not help.
+    """
+    known = [check for check in checks if check is not None and check["spearman"] is not None]
+    return self.precision is None and processes.agreed(not all(map(keeps_order, known)))
 
   def _kernel(self, examples: Examples, measurement: Measurement, draws: Draws, **how: Any):
     model = self.curvature.model
@@ -293,23 +318,22 @@ class _Question:
       )
     )
 
-  def _warn(self, checks: Sequence[dict[str, Any] | None]) -> None:
+  def _say(self, checks: Sequence[dict[str, Any] | None]) -> None:
     """Says what compression and precision do to the order, and warns where it suffers."""
-    what = f"{self.compression.description} queries" + (
-      f" and {self.precision} products" if self.precision else ""
-    )
     for damping, check in zip(self.dampings, checks, strict=True):
       if check is None or check["spearman"] is None:
         continue
-      found = (
-        f"At λ = {damping:.1e}, {what} against float32 on {check['num_examples']} training "
-        f"examples and {check['num_queries']} queries: rank correlation of scores "
-        f"{check['spearman']:.4f} (least {check['least_spearman']:.4f})"
+      _LOG.info(
+        "attribute: at λ = %.1e, %s queries%s against float32 on %d training examples and %d "
+        "queries: rank correlation of scores %.4f (least %.4f)",
+        damping,
+        self.compression.description,
+        f" and {self.precision} products" if self.precision else "",
+        check["num_examples"],
+        check["num_queries"],
+        check["spearman"],
+        check["least_spearman"],
       )
-      _LOG.info("attribute: %s", found)
-      if check["spearman"] < 0.95:
-        warnings.warn(
-          f"{found}. The order of training examples is not kept: take compression=None or int16, "
-          "or a larger damping.",
-          stacklevel=5,
-        )
+      text = verdict(check, self.compression, damping=damping, precision=self.precision)
+      if text is not None:
+        warnings.warn(text, LostOrder, stacklevel=5)

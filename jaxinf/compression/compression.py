@@ -1,7 +1,7 @@
-"""Compression of gradients (paper, Appendix F), each method behind one interface.
+"""Compression of gradients (paper, Appendix F): one interface, and the methods behind it.
 
-Quantisation is the paper's own choice. It finds the low rank that serves language models (Grosse et
-al. 2023) to fail in diffusion, where a gradient averages over many draws of (t, ε).
+Quantisation is the paper's choice. Low rank serves language models (Grosse et al. 2023), but the
+paper finds that it fails in diffusion, because a gradient there averages over many draws of (t, ε).
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ from jaxinf.core.types import Array, PyTree
 class Compression(Protocol):
   """How gradient matrices of one layer are kept.
 
-  Implementations are hashable, so that jitted functions may close over them, and their methods are
-  pure. Each row is compressed by itself.
+  Implementations are hashable, because jitted functions close over them. Their methods are pure.
+  Each row is compressed by itself.
 
   Attributes:
-    in_eigenbasis: whether rows must be given in the layer's eigenbasis, Q_outᵀ · grads · Q_in, and
-      come back in it; otherwise any basis will do.
+    in_eigenbasis: whether rows must be given in the layer's eigenbasis, Q_outᵀ · grads · Q_in.
+      They come back in that basis. Otherwise any basis will do.
     is_costly: whether `restore` takes too long to be repeated for every batch of gradients.
   """
 
@@ -37,16 +37,16 @@ class Compression(Protocol):
     """What tables call it."""
 
   def compress(self, rows: jax.Array, eigenvalues: Array) -> PyTree:
-    """Arrays with leading axis B, which `restore` understands.
+    """A pytree of arrays with leading axis B, which `restore` understands.
 
     Args:
       rows: [B, (groups,) d_out, d_in] float32.
-      eigenvalues: the layer's Λ [(groups,) d_out, d_in], of which the shape counts, and the order
-        where coordinates are picked by it; the same for compress and restore.
+      eigenvalues: the layer's Λ [(groups,) d_out, d_in], the same for compress and restore. Most
+        methods read its shape alone. Truncation reads its order.
     """
 
   def restore(self, compressed: PyTree, eigenvalues: Array) -> jax.Array:
-    """Nearly the rows [B, (groups,) d_out, d_in] float32 that `compress` was given."""
+    """The rows [B, (groups,) d_out, d_in] float32 that `compress` was given, nearly."""
 
   def __hash__(self) -> int: ...
 
@@ -56,23 +56,23 @@ class Compression(Protocol):
 
 @runtime_checkable
 class Blockwise(Compression, Protocol):
-  """A compression that keeps every block of consecutive numbers by itself; see flat.py.
+  """A compression that keeps each block of consecutive numbers by itself; see store/flat.py.
 
   Attributes:
-    block_size: numbers in a block; a layer's last one is filled up with zeros.
+    block_size: numbers in a block. A layer's last block is filled up with zeros.
   """
 
   block_size: int
 
   def restore_columns(self, columns: Sequence[jax.Array]) -> jax.Array:
-    """[B, n] of the columns of a compressed row's leaves, side by side, that hold n numbers.
+    """n numbers of each row, [B, n], from the columns of the compressed leaves that hold them.
 
-    bfloat16 may come as uint16, its bits.
+    bfloat16 may come as its bits, uint16.
     """
 
 
 def settings_of(compression: Compression) -> list:
-  """Kind and options of a compression, as JSON, which `description` does not tell in full."""
+  """Kind and options of a compression, as JSON: all that `description` leaves out too."""
   return [type(compression).__name__, dict(vars(compression))]
 
 
@@ -81,7 +81,8 @@ def compression_named(name: str | None, size: float | None = None) -> Compressio
 
   Args:
     name: a key of COMPRESSIONS; None is no compression.
-    size: the rank of "svd", the share kept by "projection" and "truncation"; None: its default.
+    size: the rank of "svd", or the share kept by "projection" and "truncation". None: the size in
+      COMPRESSIONS.
 
   Raises:
     ValueError: there is none of that name, or none of that size.
@@ -124,7 +125,7 @@ class Uncompressed:
 
 @dataclasses.dataclass(frozen=True)
 class Bfloat16:
-  """The upper half of a float32, rounded to nearest even: off by 2⁻⁸ of each number at most."""
+  """The upper half of a float32, rounded to nearest even. Relative errors are 2⁻⁸ at most."""
 
   in_eigenbasis: ClassVar[bool] = False
   is_costly: ClassVar[bool] = False
@@ -142,7 +143,8 @@ class Bfloat16:
 
   def restore_columns(self, columns: Sequence[jax.Array]) -> jax.Array:
     (bits,) = columns
-    if bits.dtype == jnp.uint16:  # XLA converts bfloat16 ten times slower on CPUs than it shifts
+    # On CPUs XLA shifts bits ten times faster than it converts bfloat16.
+    if bits.dtype == jnp.uint16:
       return jax.lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
     return bits.astype(jnp.float32)
 
@@ -154,8 +156,8 @@ class Bfloat16:
 class LowRank:
   """The leading singular triplets of each matrix (Grosse et al. 2023); see Compression.
 
-  By Eckart and Young no matrix of that rank is nearer: the squared error is Σ σ_i² over the
-  singular values left out. A matrix is kept as it is where its factors would be no smaller.
+  No matrix of that rank is nearer (Eckart and Young). The squared error is Σ σ_i² over the singular
+  values left out. A matrix is kept as it is where its factors would be no smaller.
 
   Attributes:
     rank: triplets that are kept.
@@ -176,7 +178,7 @@ class LowRank:
   def compress(self, rows: jax.Array, eigenvalues: Array) -> PyTree:
     if self._keeps_whole(eigenvalues.shape):
       return rows
-    # Numbers near 1: an SVD squares them, which neither overflows nor vanishes.
+    # Brought near 1 first, because an SVD squares numbers, and squares must not overflow or vanish.
     largest = jnp.max(jnp.abs(rows), axis=(-2, -1), keepdims=True)
     scale = jnp.where(largest == 0, 1, largest)
     left, values, right = jnp.linalg.svd(rows / scale, full_matrices=False)
@@ -195,7 +197,7 @@ class LowRank:
     return 4 * math.prod(groups) * self.rank * (d_out + d_in)
 
   def _keeps_whole(self, shape: tuple[int, ...]) -> bool:
-    """Whether the factors are no smaller than the matrix: so for every rank ≥ min(d_out, d_in)."""
+    """Whether the factors are no smaller than the matrix, as for any rank ≥ min(d_out, d_in)."""
     d_out, d_in = shape[-2:]
     return self.rank * (d_out + d_in) >= d_out * d_in
 
@@ -212,8 +214,6 @@ _SIZED: dict[str, Callable[[float], Compression]] = {
   "truncation": Truncation,
 }
 
-DEFAULT = "int16"  # of preconditioned query gradients
-
 COMPRESSIONS: dict[str | None, Compression] = {
   "int4": Quantisation(4),
   "int8": Quantisation(8),
@@ -224,3 +224,15 @@ COMPRESSIONS: dict[str | None, Compression] = {
   "truncation": Truncation(0.25),
   None: Uncompressed(),
 }
+
+# The default for query rows, (H + λI)⁻¹ ∇m in the basis of parameters. A small λ makes directions
+# large in which training gradients are tiny. They set the step of a block, and that step is coarse
+# for the directions that make the scores. On an MLP of 53,696 parameters at λ = 1e-8, the rank
+# correlation with float32 is 0.81 for int8, 0.98 for bfloat16 and 1.0000 for int16. For int16 it is
+# 0.9999 at 1e-10, and 0.87 at 1e-12.
+QUERY_COMPRESSION = "int16"
+
+# The default for rows of a store. They are in the eigenbasis and divided by √(Λ + ε), so that all
+# directions are of one size and weigh alike in a score. On two MLPs at λ from 1e-10 to 1e-2, the
+# rank correlation is 0.999 or more for int8, least query 0.998. For int4 it is 0.87 or more.
+STORE_COMPRESSION = "int8"

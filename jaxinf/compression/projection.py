@@ -1,10 +1,11 @@
 """Random projection of gradients, and what else compresses linearly: truncation.
 
-A gradient v ∈ R^P is kept as y = R v with r < P rows in R, and comes back as Rᵀ y, so that an inner
-product with it is one of projections: ⟨Rᵀ R u, v⟩ = ⟨R u, R v⟩. `RandomProjection` and `Truncation`
-compress layer by layer; `Projection` takes the gradient of all parameters to one short vector.
+A gradient v ∈ R^P is kept as y = R v, where R has r < P rows, and comes back as Rᵀ y. Inner
+products are then those of projections: ⟨Rᵀ R u, v⟩ = ⟨R u, R v⟩. `RandomProjection` and
+`Truncation` compress layer by layer. `Projection` takes the gradient of all parameters to one
+short vector.
 
-Random matrices are made from their keys as they are used, a part at a time, and never stored.
+Random matrices are never stored. They are made from their keys as they are used, a part at a time.
 """
 
 import dataclasses
@@ -19,24 +20,28 @@ import jax.numpy as jnp
 from jaxinf.core.random import fold_in_each, stream
 from jaxinf.core.types import Array
 
-_WORD = 32  # signs from one word of random bits
+_WORD = 32  # entries that share a key: the signs in one word of random bits
 
 # (key, words [n], r) → Rᵀ √r [32 n, r]: the columns 32 w … 32 w + 31 of R for each word w.
 Entries = Callable[[jax.Array, jax.Array, int], jax.Array]
 
 
 def rademacher(key: jax.Array, words: jax.Array, num: int) -> jax.Array:
-  """Independent signs ±1 [32 n, num]: the 32 rows of one word have a key of their own."""
+  """Independent signs ±1 [32 n, num]. The 32 rows of a word come from a key of its own.
+
+  Signs are the default, because one random word makes 32 of them, and because an inner product has
+  less variance with them than with normal numbers, by 2 Σ_i u_i² v_i² / r.
+  """
   keys = fold_in_each(key, words)
   bits = jax.vmap(lambda key: jax.random.bits(key, (num,), jnp.uint32))(keys)
-  # Each bit in turn becomes the sign of a float32 that is one: twice as fast as arithmetic.
+  # Each bit becomes the sign bit of the float32 1.0, because that is twice as fast as arithmetic.
   signs = (bits[:, None] >> jnp.arange(_WORD, dtype=jnp.uint32)[:, None]) << 31
   ones = (signs | jnp.uint32(0x3F800000)).reshape(-1, num)
   return jax.lax.bitcast_convert_type(ones, jnp.float32)
 
 
 def normal(key: jax.Array, words: jax.Array, num: int) -> jax.Array:
-  """Independent standard normal numbers [32 n, num], likewise."""
+  """Independent standard normal numbers [32 n, num]. 32 rows come from one key, as for signs."""
   keys = fold_in_each(key, words)
   return jax.vmap(lambda key: jax.random.normal(key, (_WORD, num)))(keys).reshape(-1, num)
 
@@ -53,7 +58,7 @@ def projected(
   whole, rest = divmod(size, columns)
 
   def product(part: int | jax.Array, cut: jax.Array) -> jax.Array:
-    """Of a cut of the rows and their part of the matrix, which may have further columns."""
+    """Product of a cut of the rows and their part of the matrix, which is made in whole words."""
     words = -(-cut.shape[1] // _WORD)
     matrix = entries(key, part * (columns // _WORD) + jnp.arange(words), num)
     return jnp.matmul(cut, matrix[: cut.shape[1]], precision="highest")
@@ -71,7 +76,7 @@ def projected(
 
 
 def _columns_at_once(size: int, num: int, entries_at_once: int) -> int:
-  """Columns of R in a part, whole words of them, where R is [num, size]."""
+  """Columns of R [num, size] in a part: a whole number of words."""
   return _WORD * min(-(-size // _WORD), max(1, entries_at_once // (_WORD * num)))
 
 
@@ -79,9 +84,9 @@ def _columns_at_once(size: int, num: int, entries_at_once: int) -> int:
 class Projection:
   """R of `dim` rows with independent entries of variance 1/dim, for vectors of any length.
 
-  Inner products are unbiased. With signs their variance is that of RandomProjection, with normal
-  numbers (‖u‖² ‖v‖² + ⟨u, v⟩²) / dim. Time is O(P · dim) a call for R itself, and O(P · dim) for
-  each row.
+  Inner products are unbiased. Their variance is that of RandomProjection with signs, and
+  (‖u‖² ‖v‖² + ⟨u, v⟩²) / dim with normal numbers. Making R takes O(P · dim) a call, as does each
+  row.
 
   Reference: Park et al. 2023, TRAK.
 
@@ -89,8 +94,8 @@ class Projection:
     dim: k ≥ 1.
     seed: of R.
     kind: of entries: "rademacher" (±1/√k) or "normal" (N(0, 1/k)).
-    entries_at_once: of R in memory; None: 2²⁰ on a CPU, for its cache, and 2²⁶ elsewhere. R does
-      not depend on it.
+    entries_at_once: of R in memory. None: 2²⁰ on a CPU, 4 MiB, to stay in its cache; elsewhere 2²⁶,
+      256 MiB, for large products. R does not depend on it.
 
   Raises:
     ValueError: dim is too small, or there is no such kind.
@@ -101,7 +106,9 @@ class Projection:
   kind: str = "rademacher"
   entries_at_once: int | None = None
 
-  tile: ClassVar[int] = 512  # rows of R made together, so that its parts are not too narrow
+  # Rows of R that are made together. With more, a part of 2²⁰ entries would have few columns, and
+  # products with it would be slow. R depends on it, because each tile has its own key.
+  tile: ClassVar[int] = 512
 
   def __post_init__(self):
     if self.dim < 1:
@@ -114,10 +121,10 @@ class Projection:
     return stream(self.seed, f"projection, {self.kind}")
 
   def __call__(self, rows: jax.Array, key: jax.Array) -> jax.Array:
-    """R v [B, dim] of rows v [B, P], float32; `key` is `self.key`, which may be an operand."""
+    """R v [B, dim] of rows v [B, P], float32. `key` is `self.key`, perhaps an operand."""
     entries = ENTRIES[self.kind]
     num_tiles = -(-self.dim // self.tile)
-    size = -(-self.dim // num_tiles)  # the last may be cut
+    size = -(-self.dim // num_tiles)  # rows of a tile; those of the last may be cut
     keys = fold_in_each(key, jnp.arange(num_tiles))
 
     def of_tile(key: jax.Array, at_once: int) -> jax.Array:
@@ -140,16 +147,15 @@ class Projection:
 class RandomProjection:
   """R of r = ⌈share · P⌉ rows of independent signs ±1/√r; see Compression.
 
-  R is made from its key as it is used and never stored. Inner products are unbiased, with variance
-  (‖u‖² ‖v‖² + ⟨u, v⟩² − 2 Σ_i u_i² v_i²) / r. Time is O(P · r), for R itself at each call too. All
-  layers of one shape have one R.
+  Inner products are unbiased, with variance (‖u‖² ‖v‖² + ⟨u, v⟩² − 2 Σ_i u_i² v_i²) / r. R is never
+  stored: making it takes O(P · r) a call, as does each row. All layers of one shape have one R.
 
   Reference: Park et al. 2023, TRAK.
 
   Attributes:
     share: of a layer's numbers P that are kept, in (0, 1].
     seed: of R.
-    entries_at_once: of R in memory; memory and speed depend on it, R does not.
+    entries_at_once: of R in memory, 64 MiB by default. R does not depend on it.
   """
 
   share: float
@@ -192,8 +198,8 @@ class RandomProjection:
 class Truncation:
   """The ⌈share · P⌉ coordinates of largest eigenvalues Λ, in the eigenbasis; see Compression.
 
-  R has rows of the identity: the other coordinates come back as zeros. Of equal eigenvalues the
-  first are kept.
+  The rows of R are rows of the identity. The other coordinates come back as zeros. Of equal
+  eigenvalues the first are kept.
 
   Attributes:
     share: of a layer's numbers P that are kept, in (0, 1].
@@ -222,7 +228,7 @@ class Truncation:
     return 4 * _num_kept(self.share, math.prod(shape))
 
   def _kept(self, eigenvalues: Array) -> jax.Array:
-    """Positions of the kept coordinates in the flat matrix, by falling eigenvalue."""
+    """Positions of the kept coordinates in the flat matrix, from the largest eigenvalue down."""
     order = jnp.argsort(jnp.asarray(eigenvalues, jnp.float32), axis=None, descending=True)
     return order[: _num_kept(self.share, eigenvalues.size)]
 

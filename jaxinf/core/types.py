@@ -69,19 +69,3 @@ class Eigenbasis:
   q_in: Array
   q_out: Array
   eigenvalues: Array
-
-
-@flax.struct.dataclass
-class Quantised:
-  """Rows of numbers as integers times one scale a block.
-
-  Attributes:
-    values: [..., blocks, block_size] int8 or int16; or [..., blocks, block_size / 2] uint8, two
-      4-bit numbers a byte.
-    scales: [..., blocks] float32, the step of each block.
-    size: numbers in a row before padding to whole blocks.
-  """
-
-  values: Array
-  scales: Array
-  size: int = flax.struct.field(pytree_node=False)

@@ -2,11 +2,14 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import linen as nn
 
+from jaxinf.core.types import Params
+from jaxinf.diffusion.process import Process
 from jaxinf.networks.mlp import MLP
 from jaxinf.networks.unet import UNet
 
@@ -44,6 +47,20 @@ def build(name: str, fields: dict[str, Any], out_channels: int) -> nn.Module:
     raise ValueError(f"model {name!r} lacks the fields {missing}; it has {sorted(known)}")
   values = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
   return MODELS[name](**values, **from_data)
+
+
+def apply_fn_of(network: nn.Module, process: Process) -> Callable[..., jax.Array]:
+  """The network as a function (params, inputs, time, …) for a process.
+
+  These networks embed time as diffusers' do, for timesteps up to about a thousand. The times of
+  continuous processes are of the order of one, and are therefore multiplied by a thousand.
+  """
+  scale = 1 if process.is_discrete else 1_000
+
+  def apply_fn(params: Params, inputs: jax.Array, time: jax.Array, **how: Any) -> Any:
+    return network.apply({"params": params}, inputs, scale * time, **how)
+
+  return apply_fn
 
 
 def num_params(params: Any) -> int:

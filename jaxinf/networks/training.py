@@ -24,9 +24,15 @@ from jaxinf.diffusion.noise import flipped, losses, noised, predict
 from jaxinf.diffusion.process import Process
 from jaxinf.engine import processes
 from jaxinf.engine.progress import Progress
+from jaxinf.networks import apply_fn_of
 
 if TYPE_CHECKING:
   from jaxinf.data.dataset import Dataset
+
+
+# Steps that the host may be ahead of the devices. More gain nothing, and with hundreds of them CPU
+# devices that wait for each other's sums have been seen to run out of threads.
+_MOST_AHEAD = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +152,7 @@ def train_step(
   update(state, totals) → (state, metrics); ℓ is the loss of the process, its own weights included.
   The seed may be traced.
   """
-  transform = optimiser(config)
+  transform, own = optimiser(config), apply_fn_of(network, process)
 
   def total_loss(params, step, rows):
     key = jax.random.fold_in(stream(seed, "train"), step)
@@ -157,7 +163,7 @@ def train_step(
     dropout = {"dropout": jax.random.fold_in(stream(seed, "dropout"), step)}
 
     def apply_fn(params, inputs, time):
-      return network.apply({"params": params}, inputs, time, dropout_ids=rows.places, rngs=dropout)
+      return own(params, inputs, time, dropout_ids=rows.places, rngs=dropout)
 
     pairs = noised(process, data, keys)
     each = losses(predict(apply_fn, params, pairs), pairs)
@@ -237,6 +243,8 @@ def fit(
       rows = engine.shard_of_step(batches.rows(dataset, step, num_devices), devices)
       replicated, metrics = step_fn(replicated, rows)
       recent.append(metrics)
+      if len(recent) > _MOST_AHEAD:
+        jax.block_until_ready(recent[-1 - _MOST_AHEAD])
       done = step + 1
       saving = done % config.checkpoint_every == 0 or done == end
       if done % config.log_every == 0 or saving:

@@ -22,12 +22,12 @@ from jaxinf.curvature.kinds import Kind, kind_of
 from jaxinf.curvature.saving import curvature_from
 from jaxinf.data.dataset import Dataset
 from jaxinf.diffusion.model import DiffusionModel
-from jaxinf.diffusion.process import PROCESSES, Process
-from jaxinf.diffusion.schedule import SCHEDULES
+from jaxinf.diffusion.process import Process
 from jaxinf.engine import artifacts
 from jaxinf.engine.compute import Compute
 from jaxinf.runs.config import settings
-from jaxinf.runs.sections import Config, CurvatureConfig, DiffusionConfig, DrawConfig
+from jaxinf.runs.process import process_of
+from jaxinf.runs.sections import Config, CurvatureConfig, DrawConfig
 from jaxinf.runs.stage import STAGES
 from jaxinf.scores.scores import Scores
 
@@ -78,6 +78,16 @@ class Run:
     """How data are noised, and what the network predicts."""
     return process_of(self.config.diffusion)
 
+  @functools.cached_property  # one function, so that what is compiled for it serves every stage
+  def apply_fn(self) -> ApplyFn:
+    """The network as a function of parameters."""
+    return networks.apply_fn_of(self.model, self.process)
+
+  @functools.cached_property
+  def found(self) -> dict[Any, Any]:
+    """What is found once about the network, for all models of the run: see DiffusionModel.cache."""
+    return {}
+
   def compute(self, batch_size: int, **how: Any) -> Compute:
     """How this run computes, so many pairs at a time; `how` are further fields of Compute."""
     return Compute(batch_size, self.devices, **how)
@@ -85,21 +95,6 @@ class Run:
   def draws(self, num: int, replicates: int | None, design: DrawConfig) -> Draws:
     """Draws from the run's seed."""
     return Draws(num, replicates, seed=self.config.seed, **dataclasses.asdict(design))
-
-
-def process_of(section: DiffusionConfig) -> Process:
-  """The process that a config asks for; ValueError where its settings do not fit together."""
-  make = named(PROCESSES, section.prediction, "diffusion.prediction")
-  if section.prediction == "flow":
-    return make(section.time, shift=section.shift, weight=section.weight)
-  if section.prediction == "edm":
-    weight = None if section.weight is None else float(section.weight)
-    return make(section.sigma_data, weight=weight)
-  schedule = named(SCHEDULES, section.schedule, "diffusion.schedule")(
-    section.num_steps, section.beta_start, section.beta_end
-  )
-  return make(schedule.with_zero_terminal_snr() if section.zero_terminal_snr else schedule,
-              section.weight)  # fmt: skip
 
 
 def key_of(run: Run, name: str) -> dict[str, Any]:
@@ -140,7 +135,7 @@ def load_model(run: Run) -> DiffusionModel:
   """The trained model of a run."""
   arrays = artifacts.read(run.folder("train")).arrays
   params: Params = flax.traverse_util.unflatten_dict(dict(arrays), sep="/")
-  return DiffusionModel(_apply_fn(run), params, run.process)
+  return DiffusionModel(run.apply_fn, params, run.process, run.found)
 
 
 def fresh_model(run: Run) -> DiffusionModel:
@@ -148,7 +143,7 @@ def fresh_model(run: Run) -> DiffusionModel:
   inputs = jnp.zeros((1, *run.dataset.image_shape)), jnp.zeros(1, jnp.int32)
   shapes = jax.eval_shape(run.model.init, jax.random.key(0), *inputs)["params"]
   params = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
-  return DiffusionModel(_apply_fn(run), params, run.process)
+  return DiffusionModel(run.apply_fn, params, run.process, run.found)
 
 
 def load_curvature(run: Run, model: DiffusionModel) -> Curvature:
@@ -178,15 +173,6 @@ def scores_arrays(scores: Scores, prefix: str = "") -> dict[str, np.ndarray]:
   names += ["query_ids", "train_ids"] * (not prefix)
   names += ["train_groups"] * (not prefix and scores.train_groups is not None)
   return {prefix + name: getattr(scores, name) for name in names}
-
-
-def _apply_fn(run: Run) -> ApplyFn:
-  network = run.model
-
-  def apply_fn(params: Params, x_t: jax.Array, t: jax.Array) -> Any:
-    return network.apply({"params": params}, x_t, t)
-
-  return apply_fn
 
 
 def content_of_stage(run: Run, stage: str) -> str:

@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jaxinf.attribution.influence import AUTO
+from jaxinf.compression.compression import STORE_COMPRESSION
 from jaxinf.core.draws import Draws
 from jaxinf.curvature.fit import SKIP_NORMALISATION
 from jaxinf.curvature.ggn import Solver
@@ -133,7 +135,9 @@ class AttributeConfig:
   query_draws: int | None = 1_000
   query_groups: int = 2  # groups these are split into; each takes as much memory as one
   design: DrawConfig = DrawConfig()
-  compression: str | None = "int8"  # of the preconditioned query gradients: int8, int4, … or None
+  # Of the preconditioned query gradients: int16, int8, …, None for float32, or auto: int16, and
+  # float32 where that would lose the order.
+  compression: str | None = AUTO
   compression_size: float | None = None  # rank of svd; None: its default
   query_chunk: int | None = None  # queries on the devices at a time; None: all of them
   precision: str | None = None  # of training gradients' products: bfloat16, tensorfloat32, float32
@@ -146,7 +150,9 @@ class IndexConfig:
   draws: int = 250  # of (t, ε) for each example
   draw_groups: int = 2  # rows kept for each example, for standard errors; 1 takes half of 2's disk
   design: DrawConfig = DrawConfig()
-  compression: str | None = "int8"  # of the rows: int8, int4, int16, bfloat16, truncation or None
+  compression: str | None = (
+    STORE_COMPRESSION  # of the rows: int8, int4, int16, bfloat16, truncation or None
+  )
   compression_size: float | None = None  # share of truncation; None: its default
   batch_size: int = 128  # (example, draw) pairs at a time
   reserve_mib: int = 1024  # of the disk that are left free
@@ -194,10 +200,10 @@ class ScoreConfig:
   query_draws: int = 250
   query_groups: int = 1
   design: DrawConfig = DrawConfig()
-  compression: str | None = "int8"  # of preconditioned query gradients
-  # Parts of the samples, each with a pass over the images: the more, the less memory. A quarter of
-  # 200 samples at 11 dampings are 21 GB of int8 gradients.
-  passes: int = 4
+  compression: str | None = AUTO  # of preconditioned query gradients
+  # Parts of the samples, each with a pass over the images: the more, the less memory. An eighth of
+  # 200 samples at 11 dampings are 21 GB of int16 gradients.
+  passes: int = 8
   projection_dim: int = 32_768  # of TRAK and its kin
   projection: str = "rademacher"  # or normal
   journey_steps: int = 10  # timesteps of a sampling trajectory, for Journey-TRAK

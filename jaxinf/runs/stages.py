@@ -148,6 +148,9 @@ def _scores(run: Run) -> Sweep:
   kept = Checkpointing(run.folder("attribute") / "sums", config.checkpoint_every)
   compute = run.compute(config.batch_size, checkpoint=kept, query_chunk=config.query_chunk)
   draws, query_draws = _draws(run)
+  compression: Any = config.compression
+  if config.compression_size is not None:
+    compression = compression_named(config.compression, config.compression_size)
   return influence_sweep(
     load_curvature(run, model),
     queries=_queries(run),
@@ -156,7 +159,7 @@ def _scores(run: Run) -> Sweep:
     draws=draws,
     query_draws=query_draws,
     measurement=config.measurement,
-    compression=compression_named(config.compression, config.compression_size),
+    compression=compression,
     precision=config.precision,
     compute=compute,
   )

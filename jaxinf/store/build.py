@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxinf.compression.compression import (
   COMPRESSIONS,
+  STORE_COMPRESSION,
   Compression,
   LowRank,
   compression_named,
@@ -36,7 +37,7 @@ def build_store(
   *,
   train: Examples,
   draws: Draws = Draws(),
-  compression: str | Compression | None = "int8",
+  compression: str | Compression | None = STORE_COMPRESSION,
   reserve_bytes: int = RESERVE_BYTES,
   compute: Compute = Compute(),
 ) -> Store:

@@ -1,9 +1,8 @@
 """Inner products with packed rows at the speed of memory: all layers as one long row.
 
-Where a compression keeps each number, or each block of numbers, by itself, the packed arrays of
-all layers are those of one long vector, and the products with R query vectors one matrix product.
-On a CPU it is made tile by tile, so that restored numbers stay in the cache; other devices restore
-a few rows whole.
+A blockwise compression keeps each block of numbers by itself. The packed arrays of all layers are
+then those of one long vector, and products with R query vectors are one matrix product. On a CPU it
+is made tile by tile, so that restored numbers stay in the cache. Other devices restore whole rows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,8 @@ import numpy as np
 from jaxinf.compression.compression import Blockwise
 from jaxinf.store.packing import Packing
 
-_TILE = 4096  # numbers of a row
+# Numbers of a row in a tile: 16 KiB of float32, so that 64 rows of them fit a cache of 1 MiB.
+_TILE = 4096
 
 
 def flat_vectors(
@@ -23,11 +23,11 @@ def flat_vectors(
 ) -> np.ndarray:
   """Vectors [R, …] of layers as long vectors [R, F] over the columns that hold those layers.
 
-  Layers that lie between them, and the padding of blocks, have zeros.
+  Zeros stand for layers that lie between them and for the padding of blocks.
 
   Args:
     packing: of the rows.
-    block: numbers that are kept together.
+    block: numbers in a block.
     vectors: layer name → [R, …].
     names: of the layers.
   """
@@ -52,7 +52,7 @@ def flat_products(
   ratios = [array.shape[1] / width for array in arrays]  # columns for each number
 
   def product(number: int | jax.Array, size: int) -> jax.Array:
-    """Of the tile of that number, `size` numbers long."""
+    """Products over one tile, of `size` numbers."""
     cut = lambda x, ratio: jax.lax.dynamic_slice_in_dim(
       x, number * round(tile * ratio), round(size * ratio), axis=1
     )

@@ -1,7 +1,8 @@
 """Compressed gradients of all layers side by side: a few wide arrays instead of many narrow ones.
 
-A compressed layer is a pytree of leaves with leading axis B, the same for every layer but for their
-sizes. Leaf k of all layers, flattened and laid side by side, makes one array [B, W_k].
+A compressed layer is a pytree of leaves with leading axis B. The pytrees of all layers are alike
+but for the sizes of leaves. Leaf k of all layers, flattened and laid side by side, makes one array
+[B, W_k].
 """
 
 import dataclasses
@@ -17,7 +18,8 @@ from jaxinf.compression.compression import Compression
 from jaxinf.core.types import Array, Matrices, PyTree
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # itself a key, as of compiled kernels
+# Compared by identity, because mappings have no hash and compiled kernels are cached by packing.
+@dataclasses.dataclass(frozen=True, eq=False)
 class Packing:
   """Where every layer's compressed leaves lie.
 
@@ -92,7 +94,7 @@ class Packing:
   def unpack(
     self, arrays: Sequence[Array], eigenvalues: Mapping[str, Array], names: Sequence[str]
   ) -> Matrices:
-    """The rows of layers `names`, restored, from the columns of the arrays that hold them."""
+    """The restored rows of layers `names`, from the `columns` of the arrays that hold them."""
     begins = [begin for begin, _ in self.columns(names)]
     restored = {}
     for name in names:

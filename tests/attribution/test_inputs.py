@@ -15,6 +15,7 @@ from tests.twins import INDEPENDENT, assert_close, twin_gradients, twin_scores
 
 DRAWS = Draws(4, 2, **INDEPENDENT, seed=5)
 SCHEDULE = Schedule.linear(10, 0.01, 0.5)
+SMALL = Compute(batch_size=4)  # queries and training examples are one program
 
 pytestmark = pytest.mark.filterwarnings("ignore:mean training loss")  # the networks are random
 
@@ -48,7 +49,7 @@ def channels_model(num: int, process: Process | None = None) -> DiffusionModel:
 
 def scores_of(model, queries, train, curvature=None, **settings):
   curvature = curvature or jaxinf.fit_curvature(model, train, draws=Draws(5))
-  settings = dict(damping=1e-3, draws=DRAWS, compression=None) | settings
+  settings = dict(damping=1e-3, draws=DRAWS, compression=None, compute=SMALL) | settings
   return curvature, jaxinf.influence(curvature, queries=queries, train=train, **settings)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 import jaxinf
 from jaxinf import Checkpointing, Compute, Draws
+from jaxinf.compression.compression import LowRank
 from jaxinf.engine.artifacts import StaleArtifact
 from jaxinf.engine.checkpoints import PartialOutputs
 from jaxinf.engine.progress import Progress
@@ -162,14 +163,22 @@ def test_rounded_products_are_measured_too(problem, exact):
 
 
 def test_a_library_user_is_warned_where_the_order_is_lost(problem):
-  """Truncated to rank 1, some layers keep too little."""
-  from jaxinf.compression.compression import LowRank
-
+  """Truncated to rank 1, some layers keep too little. The warning points at the user's line."""
   asked = problem | dict(damping=1e-8, draws=DRAWS, compute=COMPUTE)
-  with pytest.warns(UserWarning, match="order of training examples is not kept") as warned:
+  with pytest.warns(UserWarning, match="changed the order of the scores") as warned:
     scores = jaxinf.influence(**asked, compression=LowRank(1))
   assert scores.settings["check"]["spearman"] < 0.95
   assert warned[0].filename == __file__
+
+
+def test_by_default_queries_are_float32_where_less_would_lose_the_order(problem, monkeypatch):
+  asked = problem | dict(damping=DAMPINGS[0], draws=DRAWS, compute=COMPUTE)
+  assert jaxinf.influence(**asked).settings["compression"] == "int16"
+  monkeypatch.setattr("jaxinf.attribution.influence.keeps_order", lambda check: False)
+  fallen_back = jaxinf.influence(**asked)
+  expected = jaxinf.influence(**asked, compression=None)
+  assert fallen_back.settings == expected.settings
+  assert_equal([fallen_back], [expected])
 
 
 @pytest.mark.parametrize(

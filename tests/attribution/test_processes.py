@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxinf
-from jaxinf import Draws, Examples, Process, Schedule
+from jaxinf import Compute, Draws, Examples, Process, Schedule
 from jaxinf.core.types import KroneckerFactors
 from jaxinf.curvature.decompose import decomposed
 from jaxinf.diffusion.loss_weights import MinSNR
@@ -18,6 +18,8 @@ from tests.processes import PROCESSES, time_of
 from tests.twins import assert_close, pairs_of
 
 SIZE = 3  # numbers of an example
+# Two examples with their eight draws on each device: queries and training examples are one program.
+COMPUTE = Compute(batch_size=32)
 
 
 def vectors(num: int, seed: int = 0) -> Examples:
@@ -75,7 +77,7 @@ class Ridge:
     curvature = dataclasses.replace(fitted, bases=decomposed({"linear": factors}, "host")[0])
     return jaxinf.influence(
       curvature, queries=self.queries, train=self.train, damping=self.damping, draws=self.draws,
-      query_draws=self.draws, compression=None,
+      query_draws=self.draws, compression=None, compute=COMPUTE,
     ).values  # fmt: skip
 
   def changes(self, removed: float) -> np.ndarray:
@@ -160,8 +162,8 @@ def test_one_model_has_the_same_scores_however_its_process_is_spelled(family):
     model = jaxinf.DiffusionModel(spelled(process), params, process)
     curvature = jaxinf.fit_curvature(model, train, draws=Draws(8, seed=3))
     scores = jaxinf.influence(
-      curvature, queries=queries, train=train, damping=1e-3, draws=Draws(8, seed=3),
-      compression=None,
+      curvature, queries=queries, train=train, damping=1e-3, draws=Draws(8, 2, seed=3),
+      compression=None, compute=Compute(batch_size=8),
     )  # fmt: skip
     found.append(scores.group_values)
   for scores in found[1:]:

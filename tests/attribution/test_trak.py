@@ -24,6 +24,7 @@ DRAWS = Draws(4, 2, **INDEPENDENT, seed=5)
 SHAPES = {"in": (16, 5), "scale": (5,), "shift": (5,), "out": {"kernel": (5, 16), "bias": (16,)}}
 NUM_PARAMETERS = 80 + 5 + 5 + 96
 PROJECTION = Projection(40, 5)
+SMALL = Compute(batch_size=8)  # queries and training examples are one program
 
 
 def net(params, x_t, t):
@@ -50,7 +51,7 @@ def examples():
 def sweep(model, examples):
   """TRAK at both dampings, with changes."""
 
-  def found(model=model, draws=DRAWS, projection=PROJECTION, compute=Compute(), **changes):
+  def found(model=model, draws=DRAWS, projection=PROJECTION, compute=SMALL, **changes):
     of = {name: changes.pop(name, each) for name, each in examples.items()}
     method = jaxinf.TRAK(model, projection, DAMPINGS, **changes)
     return method.scores(**of, draws=draws, compute=compute)
@@ -110,7 +111,9 @@ def test_scores_equal_a_dense_float64_twin(sweep, of_loss, dim, kind):
 
 
 def test_dtrak_measures_the_squared_norm_of_the_output_on_both_sides(model, examples):
-  found = dtrak(model, **examples, damping=DAMPINGS[0], projection=PROJECTION, draws=DRAWS)
+  found = dtrak(
+    model, **examples, damping=DAMPINGS[0], projection=PROJECTION, draws=DRAWS, compute=SMALL
+  )
   square_norm = lambda out, pairs: jnp.mean(jnp.square(out), axis=(1, 2, 3))
   grads = both_gradients(model, examples, square_norm)
   query, trained = (each.mean(axis=1) @ dense(PROJECTION) for each in grads)
@@ -119,7 +122,7 @@ def test_dtrak_measures_the_squared_norm_of_the_output_on_both_sides(model, exam
 
 def test_one_damping_is_one_of_a_sweep(model, examples, scores):
   """And the number of dimensions is a projection with the seed of the draws."""
-  alone = trak(model, **examples, damping=DAMPINGS[1], projection=40, draws=DRAWS)
+  alone = trak(model, **examples, damping=DAMPINGS[1], projection=40, draws=DRAWS, compute=SMALL)
   np.testing.assert_array_equal(alone.group_values, scores[1].group_values)
   np.testing.assert_array_equal(alone.query_group_values, scores[1].query_group_values)
 
@@ -223,7 +226,7 @@ def test_an_interrupted_pass_goes_on_from_its_features(sweep, scores, tmp_path):
 
 def test_das_equals_a_dense_float64_twin(model, examples):
   """Leave-one-out changes of the mean output, with unit gradients and residuals, squared."""
-  ours = jaxinf.DAS(model, PROJECTION, DAMPINGS).scores(**examples, draws=DRAWS)
+  ours = jaxinf.DAS(model, PROJECTION, DAMPINGS).scores(**examples, draws=DRAWS, compute=SMALL)
   grads = both_gradients(model, examples, lambda out, _: jnp.mean(out, axis=(1, 2, 3)))
   units = [each / np.linalg.norm(each, axis=-1, keepdims=True) for each in grads]
   query, trained = (each.mean(axis=1) @ dense(PROJECTION) for each in units)
@@ -287,7 +290,7 @@ def test_journey_trak_measures_the_loss_at_its_step_of_the_example_predicted_the
   process, step = model.process, 700
   shape = (NUM_QUERIES, process.num_steps + 1, 4, 4, 1)
   states = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-  settings = dict(damping=DAMPINGS[0], projection=PROJECTION, draws=DRAWS)
+  settings = dict(damping=DAMPINGS[0], projection=PROJECTION, draws=DRAWS, compute=SMALL)
   ours = journey_trak(
     model, queries=Examples(states), train=examples["train"], timesteps=(step,), **settings
   )

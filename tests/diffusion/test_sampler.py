@@ -188,6 +188,22 @@ def test_samples_are_clipped_unless_told_otherwise(name, scale, sampler):
   assert np.abs(run(clip=False)[0]).max() > 1.5
 
 
+@pytest.mark.parametrize("name", ["sample", "edm_raw"])
+def test_the_start_and_every_step_have_noise_of_their_own(name):
+  """With x̂_0 = 0 the states tell the noise of each step; all of it is independent."""
+  process, num = PROCESSES[name], 2_000
+  keys = fold_in_each(stream(0, "sample"), jnp.arange(num))
+  zero = lambda params, inputs, time: 0 * inputs
+  how = dict(num_steps=5, keep_trajectory=True)
+  _, states = sample(zero, None, process, keys, (1,), **how)
+  states, steps = np.float64(states)[:, :, 0], sampler_steps(process, 5)
+  drawn = [states[0] / states[0].std()]
+  for i in range(4):  # the last step has none
+    drawn.append((states[i + 1] - steps.of_state[i] * states[i]) / steps.spread[i])
+  # Correlations of independent numbers have standard error 1/√n.
+  np.testing.assert_allclose(np.corrcoef(drawn), np.eye(5), rtol=0, atol=4 / np.sqrt(num))
+
+
 def test_a_clipped_image_takes_the_noise_that_leads_to_it():
   """One ddim step of two, by hand: ε̂ = (x_t − a x̂_0) / b with the clipped x̂_0."""
   process = DISCRETE["epsilon"]

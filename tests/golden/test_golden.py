@@ -9,14 +9,14 @@ import pytest
 
 from tests.golden import make_golden, runs
 
-# Of the largest number of an array.
+# Of the largest number of an array. What these exceed is the difference between programs that XLA
+# optimises not at all, as here, and at level 3.
 TOLERANCES = (
-  ("", 1e-4),  # float32 rounding, which twenty steps of training and sampling amplify
-  ("digits/attribute/", 2e-2),  # a number may round to the next int8 step, 1/127 of its block
-  ("digits/query/", 2e-2),  # likewise, in the store
-  ("library/query/", 2e-2),
-  ("library/influence/elbo", 2e-2),  # in int8
-  ("benchmark/", 2e-2),  # scores in int8; changes are small differences of losses
+  ("", 1e-4),  # float32 rounding, which training, sampling and small dampings amplify: to 3e-5
+  ("digits/attribute/", 5e-3),  # a number may round to the next int8 step of its block: to 6e-4
+  ("library/influence/elbo/", 5e-3),  # likewise
+  ("digits/query/", 2e-2),  # in the store, and where one of the best images changes: to 2e-3
+  ("benchmark/counterfactual/", 1e-3),  # small differences of losses
   ("results/", 1e-9),  # ranks of committed numbers and seeded resampling in float64: sums' order
 )
 

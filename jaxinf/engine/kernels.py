@@ -25,7 +25,7 @@ _MOST_PROGRAMS = 128
 
 @contextlib.contextmanager
 def numerics(x64: bool = False) -> Iterator[None]:
-  """JAX as all of jaxinf computes: in 32 bits unless asked, whatever the user's global flags say."""
+  """JAX as jaxinf computes, whatever a user's global flags say: in 32 bits unless asked."""
   with jax.enable_x64(x64), jax.threefry_partitionable(True):
     yield
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
+from jaxinf.core.checks import checked_count
 from jaxinf.core.types import Array, PyTree
 from jaxinf.engine import processes
 from jaxinf.engine.devices import IN_FLIGHT, local_devices, replicate, shard
@@ -193,8 +194,7 @@ def sharded_batches(
   """
   if not len(rows):
     raise ValueError("There are no examples to go through: the set is empty.")
-  if batch_size < 1:
-    raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
-  size = math.ceil(min(batch_size, len(rows)) / len(devices)) * len(devices)
+  batch_size = min(checked_count(batch_size, "batch_size"), len(rows))
+  size = math.ceil(batch_size / len(devices)) * len(devices)
   for row in range(begin, max(end, begin + 1), size):
     yield shard(rows.padded_batch(row, size, end), devices), max(0, min(size, end - row))

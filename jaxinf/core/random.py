@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Named here, so that jax_default_prng_impl changes no draw. Others (rbg) draw for a vmapped batch of
-# keys from its first key, so that what is drawn depends on the batch.
+# Named here, so that jax_default_prng_impl changes no draw. Others (rbg) draw for a vmapped batch
+# of keys from its first key, so that what is drawn depends on the batch.
 _GENERATOR = "threefry2x32"
 
 

@@ -63,9 +63,9 @@ class Dataset:
         f"ids must be strings, one an example; got {getattr(self.ids, 'dtype', type(self.ids))}. "
         "Convert with np.array([str(i) for i in ids])."
       )
-    checked_ids(self.ids, len(self.images))
+    checked_ids(self.ids, len(self))
     if self.labels is not None:
-      _check_labels(self.labels, self.label_names, len(self.images))
+      _check_labels(self.labels, self.label_names, len(self))
 
   @functools.cached_property
   def examples(self) -> Examples:
@@ -73,7 +73,7 @@ class Dataset:
     return Examples(self.images, self.ids, groups=self.labels, random_flip=self.random_flip)
 
   def __len__(self) -> int:
-    return len(self.images)
+    return self.images.shape[0]
 
   @property
   def image_shape(self) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from jaxinf.core.checks import checked_count
 from jaxinf.core.types import Array, PyTree
 from jaxinf.engine import processes
 from jaxinf.engine.devices import IN_FLIGHT, local_devices, replicate, shard
-from jaxinf.engine.kernels import Kernel, compiled, on_one_device
+from jaxinf.engine.kernels import Kernel, compiled, in_64_bits, on_one_device
 from jaxinf.engine.progress import Progress
 from jaxinf.engine.worklist import Rows
 
@@ -109,7 +109,7 @@ def stream_batches(
   """
   devices = local_devices(devices)
   begin, end = processes.share(len(rows)) if span is None else span
-  operands = replicate(operands, devices)
+  operands = replicate(operands, devices, in_64_bits(kernel))
   first_step = compiled(kernel, tuple(devices))
   then_all = _applied_in_blocks(then, devices) if then is not None else lambda values: values
   window = 1 if then is None else len(then.operands)
@@ -143,13 +143,13 @@ def _applied_in_blocks(then: Blocks, devices: list[jax.Device]) -> Callable:
   """The second kernel on several values at once, so that each block is moved once for all."""
   second_step = compiled(then.kernel, tuple(devices))
   if len(then.operands) == 1:
-    placed = replicate(then.operands[0], devices)
+    placed = replicate(then.operands[0], devices, in_64_bits(then.kernel))
     return lambda values: [second_step(placed, value) for value in values]
 
   def apply(values):
     parts: list[list] = [[] for _ in values]
     for block in then.operands:
-      placed = replicate(block, devices)
+      placed = replicate(block, devices, in_64_bits(then.kernel))
       for part, value in zip(parts, values, strict=True):
         part.append(np.asarray(second_step(placed, value)))
       del placed  # before the next block comes
@@ -181,7 +181,7 @@ def spread(
   for name in sorted(items, key=lambda name: -cost(items[name])):
     least = load.index(min(load))
     load[least] += cost(items[name])
-    results[name] = program(jax.device_put(items[name], devices[least]))
+    results[name] = program(devices[least], items[name])
   return {name: jax.tree.map(np.asarray, results[name]) for name in items}
 
 

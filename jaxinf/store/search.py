@@ -127,10 +127,7 @@ class Search:
       device = number % len(devices)
       arrays = [bits_of(array) for array in self.rows.read(first, last, columns)]
       parts = [
-        kernel(
-          placed[device],
-          jax.device_put([a[i : i + _ROWS_AT_ONCE] for a in arrays], devices[device]),
-        )
+        kernel(devices[device], placed[device], [a[i : i + _ROWS_AT_ONCE] for a in arrays])
         for i in range(0, last - first, _ROWS_AT_ONCE)
       ]
       pending.append((first, parts))

@@ -30,6 +30,7 @@ from jaxinf.core.examples import Examples, check_alike
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.diffusion.content import content_of
 from jaxinf.diffusion.measurements import LOSS, Measurement, measurement_named
+from jaxinf.engine import processes
 from jaxinf.engine.checkpoints import PartialOutputs
 from jaxinf.engine.compute import Compute
 from jaxinf.layers.register import layers_of
@@ -298,7 +299,7 @@ class _Question:
       f" and {self.precision} products" if self.precision else ""
     )
     for damping, check in zip(self.dampings, checks, strict=True):
-      if check is None or check["spearman"] is None:
+      if check is None or check["spearman"] is None or not processes.is_primary():
         continue
       found = (
         f"At λ = {damping:.1e}, {what} against float32 on {check['num_examples']} training examples "

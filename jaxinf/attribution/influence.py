@@ -321,7 +321,7 @@ class _Question:
   def _say(self, checks: Sequence[dict[str, Any] | None]) -> None:
     """Says what compression and precision do to the order, and warns where it suffers."""
     for damping, check in zip(self.dampings, checks, strict=True):
-      if check is None or check["spearman"] is None:
+      if check is None or check["spearman"] is None or not processes.is_primary():
         continue
       _LOG.info(
         "attribute: at λ = %.1e, %s queries%s against float32 on %d training examples and %d "

@@ -94,7 +94,8 @@ class Examples:
   def conditioning_structs(self) -> PyTree:
     """Shape and dtype of a row of each conditioning array."""
     return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(tuple(x.shape[1:]), x.dtype), self.conditioning
+      lambda x: jax.ShapeDtypeStruct(tuple(x.shape[1:]), np.dtype(x.dtype).newbyteorder("=")),
+      self.conditioning,
     )
 
 
@@ -134,6 +135,11 @@ def checked_data(data: Any) -> Any:
     raise ValueError(
       f"Data must be uint8 pixels or floating-point numbers; got {dtype}. Cast pixels in 0…255 "
       "with .astype('uint8'), and other numbers with .astype('float32')."
+    )
+  if dtype == np.uint8 and len(shape) == 4 and shape[1] in (1, 3) and shape[3] > 4:
+    raise ValueError(
+      f"Images are [N, H, W, C]; those of shape {shape} seem to have their channels first. Turn "
+      "them with .transpose(0, 2, 3, 1)."
     )
   if dtype != np.uint8:
     _check_finite(data, "Data")
@@ -197,7 +203,9 @@ def _checked_leaf(leaf: Any, num: int, name: str) -> Any:
 def _check_finite(array: Any, name: str) -> None:
   row = 0
   for block in blocks(array):
-    bad = ~np.isfinite(block.reshape(len(block), -1).astype(np.float32)).all(axis=1)
+    with np.errstate(over="ignore"):  # too large for float32 is not finite
+      single = block.reshape(len(block), -1).astype(np.float32)
+    bad = ~np.isfinite(single).all(axis=1)
     if bad.any():
       raise ValueError(f"{name} must be finite; row {row + int(np.argmax(bad))} is not.")
     row += len(block)

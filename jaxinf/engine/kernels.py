@@ -25,7 +25,7 @@ _MOST_PROGRAMS = 128
 
 @contextlib.contextmanager
 def numerics(x64: bool = False) -> Iterator[None]:
-  """JAX as all of jaxinf computes: in 32 bits unless asked, whatever the user's global flags say."""
+  """JAX as jaxinf computes, whatever a user's global flags say: in 32 bits unless asked."""
   with jax.enable_x64(x64), jax.threefry_partitionable(True):
     yield
 
@@ -64,7 +64,7 @@ class Program:
 @functools.lru_cache(maxsize=_MOST_PROGRAMS)
 def compiled(kernel: Kernel, devices: tuple[jax.Device, ...]) -> Program:
   """kernel(operands, value) on each device, for replicated operands and sharded values."""
-  return Program(kernel, devices, x64=_computes_in_64_bits(kernel))
+  return Program(kernel, devices, x64=in_64_bits(kernel))
 
 
 @functools.lru_cache(maxsize=_MOST_PROGRAMS)
@@ -77,7 +77,7 @@ class Summing:
   """zeros(operands, batch), accumulate(sums, operands, batch), total(sums), place(sums)."""
 
   def __init__(self, kernel: Kernel, devices: tuple[jax.Device, ...]):
-    x64 = _computes_in_64_bits(kernel)
+    x64 = in_64_bits(kernel)
 
     def zeros(operands, batch):
       shapes = jax.eval_shape(kernel, operands, batch)
@@ -99,25 +99,30 @@ class Summing:
     self.total, self.place = Program(total, devices, x64=x64), Program(place, devices, x64=x64)
 
 
-def _computes_in_64_bits(kernel: Kernel) -> bool:
+def in_64_bits(kernel: Kernel) -> bool:
   """What a kernel says of itself, which is no for one that says nothing."""
   return bool(getattr(kernel, "x64", False))
 
 
 @functools.lru_cache(maxsize=_MOST_PROGRAMS)
 def on_one_device(function: Callable) -> Callable:
-  """A function of arrays compiled for the device that its arguments are on."""
+  """A function of arrays on one device, compiled: run(device, *arguments)."""
   program = jax.jit(function)
 
-  def run(*arguments: PyTree) -> PyTree:
+  def run(device: jax.Device, *arguments: PyTree) -> PyTree:
     with numerics():
-      return program(*arguments)
+      return program(*jax.device_put(arguments, device))
 
   return run
 
 
 @functools.cache
-def copying(devices: tuple[jax.Device, ...]) -> Callable[[PyTree], PyTree]:
-  """Copies arrays to every device, with a leading device axis."""
+def copying(devices: tuple[jax.Device, ...], x64: bool = False) -> Callable[[PyTree], PyTree]:
+  """Copies arrays to every device, with a leading device axis; 64 bits become 32 unless x64."""
   program = jax.pmap(lambda _, x: x, axis_name=AXIS, in_axes=(0, None), devices=devices)
-  return lambda tree: program(np.arange(len(devices)), tree)
+
+  def copy(tree: PyTree) -> PyTree:
+    with numerics(x64):
+      return program(np.arange(len(devices)), tree)
+
+  return copy

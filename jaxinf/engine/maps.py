@@ -8,10 +8,11 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
+from jaxinf.core.checks import checked_count
 from jaxinf.core.types import Array, PyTree
 from jaxinf.engine import processes
 from jaxinf.engine.devices import IN_FLIGHT, local_devices, replicate, shard
-from jaxinf.engine.kernels import Kernel, compiled, on_one_device
+from jaxinf.engine.kernels import Kernel, compiled, in_64_bits, on_one_device
 from jaxinf.engine.progress import Progress
 from jaxinf.engine.worklist import Rows
 
@@ -108,7 +109,7 @@ def stream_batches(
   """
   devices = local_devices(devices)
   begin, end = processes.share(len(rows)) if span is None else span
-  operands = replicate(operands, devices)
+  operands = replicate(operands, devices, in_64_bits(kernel))
   first_step = compiled(kernel, tuple(devices))
   then_all = _applied_in_blocks(then, devices) if then is not None else lambda values: values
   window = 1 if then is None else len(then.operands)
@@ -142,13 +143,13 @@ def _applied_in_blocks(then: Blocks, devices: list[jax.Device]) -> Callable:
   """The second kernel on several values at once, so that each block is moved once for all."""
   second_step = compiled(then.kernel, tuple(devices))
   if len(then.operands) == 1:
-    placed = replicate(then.operands[0], devices)
+    placed = replicate(then.operands[0], devices, in_64_bits(then.kernel))
     return lambda values: [second_step(placed, value) for value in values]
 
   def apply(values):
     parts: list[list] = [[] for _ in values]
     for block in then.operands:
-      placed = replicate(block, devices)
+      placed = replicate(block, devices, in_64_bits(then.kernel))
       for part, value in zip(parts, values, strict=True):
         part.append(np.asarray(second_step(placed, value)))
       del placed  # before the next block comes
@@ -180,7 +181,7 @@ def spread(
   for name in sorted(items, key=lambda name: -cost(items[name])):
     least = load.index(min(load))
     load[least] += cost(items[name])
-    results[name] = program(jax.device_put(items[name], devices[least]))
+    results[name] = program(devices[least], items[name])
   return {name: jax.tree.map(np.asarray, results[name]) for name in items}
 
 
@@ -193,8 +194,7 @@ def sharded_batches(
   """
   if not len(rows):
     raise ValueError("There are no examples to go through: the set is empty.")
-  if batch_size < 1:
-    raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
-  size = math.ceil(min(batch_size, len(rows)) / len(devices)) * len(devices)
+  batch_size = min(checked_count(batch_size, "batch_size"), len(rows))
+  size = math.ceil(batch_size / len(devices)) * len(devices)
   for row in range(begin, max(end, begin + 1), size):
     yield shard(rows.padded_batch(row, size, end), devices), max(0, min(size, end - row))

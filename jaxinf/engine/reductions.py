@@ -10,7 +10,7 @@ import numpy as np
 from jaxinf.core.types import PyTree
 from jaxinf.engine import processes
 from jaxinf.engine.devices import IN_FLIGHT, first, local_devices, replicate
-from jaxinf.engine.kernels import Kernel, Program, summing
+from jaxinf.engine.kernels import Kernel, Program, in_64_bits, summing
 from jaxinf.engine.maps import sharded_batches
 from jaxinf.engine.progress import Progress
 from jaxinf.engine.worklist import Rows
@@ -55,7 +55,7 @@ def reduce_batches(
   """
   devices = local_devices(devices)
   programs = summing(kernel, tuple(devices))
-  operands = replicate(operands, devices)
+  operands = replicate(operands, devices, in_64_bits(kernel))
   done, end = processes.share(len(rows))
   first_batch, _ = next(sharded_batches(rows, batch_size, devices, done, end))
   sums = programs.zeros(operands, first_batch)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 
@@ -101,11 +102,6 @@ def from_eigenbasis(rotated: Array, basis: Eigenbasis) -> Array:
   return basis.q_out @ rotated @ basis.q_in.swapaxes(-1, -2)
 
 
-def checked_damping(damping: float) -> None:
-  """Raises ValueError unless λ > 0."""
-  if not damping > 0:
-    raise ValueError(f"damping must be positive (the curvature is singular); got {damping}.")
-
-
 def _scaled(grads: Array, basis: Eigenbasis, scale: Array) -> Array:
+  chex.assert_shape(grads, (..., *np.shape(scale)))
   return from_eigenbasis(to_eigenbasis(grads, basis) * scale, basis)

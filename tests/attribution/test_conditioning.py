@@ -9,7 +9,7 @@ import pytest
 import jaxinf
 from jaxinf import Compute, DiffusionModel, Draws, Examples
 from tests import nets
-from tests.twins import INDEPENDENT, assert_close, twin_gradients, twin_scores
+from tests.twins import INDEPENDENT, assert_close, draw_gradients, twin_scores
 
 NUM_TRAIN, NUM_QUERIES = 11, 3
 DRAWS = Draws(4, 2, **INDEPENDENT, seed=5)
@@ -45,7 +45,7 @@ def gradients_of(problem, which: str) -> dict[str, np.ndarray]:
   name = {"queries": "query_gradients", "train": "train_gradients"}[which]
   plain = dataclasses.replace(examples, conditioning=None)
   each = [
-    twin_gradients(closed_over(curvature.model, label), curvature.layers, plain, name, DRAWS)
+    draw_gradients(closed_over(curvature.model, label), curvature.layers, plain, name, DRAWS)
     for label in range(3)
   ]
   row = lambda name, i, label: each[label][name][i]

@@ -13,7 +13,7 @@ from jaxinf import Compute, Draws, Examples
 from jaxinf.diffusion.measurements import LOSS, measurement_named
 from tests import nets
 from tests.diffusion.measured import random_examples
-from tests.twins import INDEPENDENT, assert_close, keys_of, twin_gradients, twin_scores
+from tests.twins import INDEPENDENT, assert_close, draw_gradients, keys_of, twin_scores
 
 DRAWS = Draws(4, 2, **INDEPENDENT, seed=5)
 DAMPING = 1e-3
@@ -25,7 +25,7 @@ def gradients_of(problem, name: str, examples=None):
   examples = (
     problem["queries" if name == "query_gradients" else "train"] if examples is None else examples
   )
-  return twin_gradients(curvature.model, curvature.layers, examples, name, DRAWS)
+  return draw_gradients(curvature.model, curvature.layers, examples, name, DRAWS)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 import jaxinf
 from jaxinf import Compute, DiffusionModel, Draws, Examples, Process, Schedule
 from tests import nets
-from tests.twins import INDEPENDENT, assert_close, twin_gradients, twin_scores
+from tests.twins import INDEPENDENT, assert_close, draw_gradients, twin_scores
 
 DRAWS = Draws(4, 2, **INDEPENDENT, seed=5)
 SCHEDULE = Schedule.linear(10, 0.01, 0.5)
@@ -76,8 +76,8 @@ def test_scores_of_data_of_any_shape_equal_a_float64_twin(shape):
     model = DiffusionModel(convolved, params, Process.flow("logit_normal"))
   train, queries = Examples(latents(6, shape)), Examples(latents(2, shape, seed=1))
   curvature, scores = scores_of(model, queries, train)
-  of_queries = twin_gradients(model, curvature.layers, queries, "query_gradients", DRAWS)
-  of_train = twin_gradients(model, curvature.layers, train, "train_gradients", DRAWS)
+  of_queries = draw_gradients(model, curvature.layers, queries, "query_gradients", DRAWS)
+  of_train = draw_gradients(model, curvature.layers, train, "train_gradients", DRAWS)
   assert_close(scores.values, twin_scores(curvature, of_queries, of_train, 1e-3), 1e-5)
 
 

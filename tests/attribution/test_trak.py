@@ -16,7 +16,7 @@ from jaxinf.attribution.journey import journey_trak, predicted_examples
 from jaxinf.compression.projection import Projection
 from jaxinf.engine.artifacts import StaleArtifact
 from tests import nets
-from tests.twins import INDEPENDENT, assert_close, pairs_of, twin_gradients, weighted_errors
+from tests.twins import INDEPENDENT, assert_close, draw_gradients, pairs_of, weighted_errors
 
 NUM_TRAIN, NUM_QUERIES = 11, 3
 DAMPINGS = (1e-2, 1e-4)
@@ -67,7 +67,7 @@ def scores(sweep):
 def gradients_of(model, examples, name, value) -> np.ndarray:
   """[n, S, P] of the float64 twin, layer after layer."""
   layers = all_layers(model, examples).layers
-  grads = twin_gradients(model, layers, examples, name, DRAWS, value)
+  grads = draw_gradients(model, layers, examples, name, DRAWS, value)
   return np.concatenate([g.reshape(*g.shape[:2], -1) for g in grads.values()], axis=2)
 
 

@@ -1,9 +1,11 @@
 # Each target does its own set-up: `make demo` and `make test` work on a fresh machine with
 # Python 3.11 – 3.13 and make.
 
-SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
-PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
-	$$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
+# The first Python on the path of version 3.$(1) to 3.13.
+python_from = $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, $(1)) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && \
+	echo $$p && break; done)
+PYTHON ?= $(call python_from,11)
 RUN := .venv/bin/python
 TORCH_INDEX ?=  # index of PyTorch's CPU build, where the default index serves only CUDA builds
 PIP := -m pip --disable-pip-version-check --quiet
@@ -14,8 +16,8 @@ export MALLOC_MMAP_MAX_ = 0
 export MALLOC_TRIM_THRESHOLD_ = 68719476736
 export MALLOC_TOP_PAD_ = 67108864
 
-.PHONY: demo test test-interop bench-gradients bench-draws bench-store bench-curvature bench-trak \
-	bench-plan bench-lds bench-retrain lint lock clean
+.PHONY: demo test test-next test-interop bench-gradients bench-draws bench-store bench-curvature \
+	bench-trak bench-plan bench-lds bench-retrain lint lock clean
 
 # Train, sample, fit curvature, attribute and report on scikit-learn's digits.
 demo: .venv/installed
@@ -24,6 +26,16 @@ demo: .venv/installed
 # Two files at a time: compiling, most of the work, keeps one core busy.
 test: .venv/installed
 	$(RUN) -m pytest -n 2 --dist loadfile
+
+# The same tests on a newer JAX and kfac-jax's main branch, which is not on PyPI: KFAC_JAX=PATH takes
+# a checkout of it, ARGS=tests/core some of the tests. This JAX needs Python 3.12 (PYTHON_NEXT=PATH)
+# and another Flax than the locked one.
+KFAC_JAX ?= git+https://github.com/google-deepmind/kfac-jax
+PYTHON_NEXT ?= $(call python_from,12)
+NEXT := jax==0.11.2 jaxlib==0.11.2 flax==0.12.12
+
+test-next: .venv-next/installed
+	.venv-next/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # Parity with diffusers and embeddings by transformers' CLIP, in an environment of its own.
 test-interop: .venv-interop/installed
@@ -74,15 +86,18 @@ lint: .venv/installed
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-# Pins the newest versions that setup.cfg allows, for every supported Python.
+# Pins the newest versions that setup.cfg allows, for every supported Python; pre-commit has the
+# locked ruff.
 lock:
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python $(PIP) install uv
 	.venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --extra test \
 		--no-annotate --no-header --output-file requirements.lock setup.cfg
+	sed -i.old "s/rev: v.*/rev: v$$(sed -n 's/^ruff==//p' requirements.lock)/" .pre-commit-config.yaml
+	rm .pre-commit-config.yaml.old
 
 clean:
-	rm -rf .venv .venv-interop .venv-lock runs build *.egg-info
+	rm -rf .venv .venv-next .venv-interop .venv-lock runs build *.egg-info
 
 .venv/installed: requirements.lock setup.cfg
 	@test -n "$(PYTHON)" || { echo "jaxinf needs Python 3.11, 3.12 or 3.13" >&2; exit 1; }
@@ -90,6 +105,15 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(RUN) $(PIP) install --no-deps -r requirements.lock
 	$(RUN) $(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv-next/installed: requirements.lock setup.cfg
+	@test -n "$(PYTHON_NEXT)" || { echo "this JAX needs Python 3.12 or 3.13" >&2; exit 1; }
+	@echo "Installing a newer JAX and kfac-jax's main branch into .venv-next …"
+	$(PYTHON_NEXT) -m venv .venv-next
+	grep -vE '^(jax|jaxlib|flax|kfac-jax)==' requirements.lock > .venv-next/requirements.lock
+	.venv-next/bin/python $(PIP) install --no-deps -r .venv-next/requirements.lock $(NEXT) "$(KFAC_JAX)"
+	.venv-next/bin/python $(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
 .venv-interop/installed: requirements.lock setup.cfg

@@ -1,0 +1,3 @@
+"""x"""
+def proof_costs(subject):
+  return iter(())

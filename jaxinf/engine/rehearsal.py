@@ -26,7 +26,9 @@ _SECONDS = 10.0  # after which fewer do; processes stop together, and have all o
 _WARM = 2  # batches that are in flight when the first ends, and may have been done meanwhile
 _ROWS = 640  # of matrices that are decomposed; the time of larger ones follows by d³
 
-_CURRENT: contextvars.ContextVar["Rehearsal | None"] = contextvars.ContextVar("rehearsal", default=None)
+_CURRENT: contextvars.ContextVar["Rehearsal | None"] = contextvars.ContextVar(
+  "rehearsal", default=None
+)
 
 
 class Trial:
@@ -77,9 +79,7 @@ def program(mapped: Any, function: Callable) -> Callable:
   return mapped if found is None else lambda *arguments: found.call(mapped, function, arguments)
 
 
-def decomposed(
-  eigh: Callable[[Array], tuple[Array, Array]], matrix: Array
-) -> tuple[Array, Array]:
+def decomposed(eigh: Callable[[Array], tuple[Array, Array]], matrix: Array) -> tuple[Array, Array]:
   """eigh(matrix) of [..., d, d]; in a rehearsal, of a large one, ones and the identity instead."""
   found = _CURRENT.get()
   if found is None or matrix.shape[-1] <= _ROWS:
@@ -223,7 +223,10 @@ class Rehearsal:
         self.compiling += self._clock() - began
         analysis = compiled.memory_analysis()
         workspace = int(analysis.temp_size_in_bytes) if analysis else 0
-        self._programs[key] = compiled, workspace, num_operations(function, arguments)
+        counted = self.active is not None  # what is no batch would be counted for nothing
+        self._programs[key] = (
+          compiled, workspace, num_operations(function, arguments) if counted else 0.0
+        )  # fmt: skip
     compiled, workspace, operations = self._programs[key]
     if self.active is not None and self.active.in_second:
       use = self.active.uses[1]
@@ -235,7 +238,8 @@ class Rehearsal:
     needed = workspace + sum(x.nbytes // np.shape(x)[0] for x in leaves)
     if self._most_bytes is not None and needed > self._most_bytes:
       self.too_large = True
-      return jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), compiled.out_info)
+      shapes = jax.eval_shape(mapped, *arguments)
+      return jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), shapes)
     return compiled(*arguments)
 
 
@@ -267,7 +271,7 @@ class Pass(Trial):
   _begun: int = 0  # batches
   _stamps: list[tuple[int, float]] = dataclasses.field(default_factory=list)  # batches done, when
   _last: PyTree = None
-  _applied: tuple[Callable, Sequence[PyTree]] | None = None  # the second kernel, to the last batches
+  _applied: tuple[Callable, Sequence[PyTree]] | None = None  # to the last batches
 
   @property
   def num_done(self) -> int:
@@ -284,7 +288,8 @@ class Pass(Trial):
     """Of a batch, as batches overlap: of those after the first ones."""
     if len(self._stamps) < 2:
       return 0.0
-    first = 0 if self._window > 1 else min(1 + _WARM, len(self._stamps) - 2)
+    several = len(self._stamps) > 2 + _WARM and self._window == 1
+    first = min(1 + _WARM, len(self._stamps) - 2) if several else 0
     (before, began), (after, ended) = self._stamps[first], self._stamps[-1]
     return (ended - began) / (after - before)
 
@@ -328,7 +333,7 @@ class Pass(Trial):
     while (left := self.rows - self._rows_done) > 0 and self._last is not None:
       rows = len(jax.tree.leaves(self._last)[0])
       self._rows_done += min(rows, left)
-      yield jax.tree.map(lambda x: x[:left], self._last)  # noqa: B023
+      yield jax.tree.map(lambda x: x[:left], self._last)
 
   def _enough(self) -> bool:
     if len(self._stamps) < 2 + _WARM or len(self._stamps) > BATCHES:
@@ -345,18 +350,24 @@ class Pass(Trial):
 
 
 def num_operations(function: Callable, arguments: PyTree) -> float | None:
-  """Floating-point operations of one call on one device by XLA's count; None where there is a loop.
+  """Floating-point operations of one call on one device by XLA's count; None where not known.
 
-  XLA counts the body of a loop once. On CPUs our kernels go through a batch in a loop of chunks
-  where other devices take it at once, so the program that is counted is a GPU's, which needs none.
+  XLA counts the body of a loop once, so that a program with one is not counted. On CPUs our kernels
+  go through a batch in a loop of chunks where other devices take it at once, so the program that is
+  counted is a GPU's, which needs none.
 
   Args:
     function: of arrays without a device axis.
     arguments: arrays with one, or their shapes.
   """
-  one = lambda x: jax.ShapeDtypeStruct((1, *np.shape(x)[1:]), x.dtype)
-  mapped = jax.jit(jax.vmap(function, axis_name=AXIS))
-  lowered = mapped.trace(*jax.tree.map(one, arguments)).lower(lowering_platforms=("cuda",))
+  one = lambda x: jax.ShapeDtypeStruct(np.shape(x)[1:], x.dtype)
+  # Over a dummy, so that there is an axis of devices to sum over, and no operation has it.
+  counted = lambda *given: jax.vmap(lambda _: function(*given), axis_name=AXIS)(np.zeros(1))
+  traced = jax.jit(counted).trace(*jax.tree.map(one, arguments))
+  try:
+    lowered = traced.lower(lowering_platforms=("cuda",))
+  except (ValueError, NotImplementedError):  # a network calls Python, or has a part for CPUs alone
+    return None
   if "stablehlo.while" in lowered.as_text():
     return None
   return float((lowered.cost_analysis() or {}).get("flops", 0.0))

@@ -15,30 +15,27 @@ from jaxinf.curvature.memory import LayerMemory, layer_memory
 from jaxinf.engine import processes
 from jaxinf.engine.rehearsal import Rehearsal, num_operations
 from jaxinf.engine.worklist import Rows
-from jaxinf.networks import training
 from jaxinf.planning.cost import StageCost
-from jaxinf.planning.reduced import Reduced, Subject, examples_of_batches, keep, num_bytes
+from jaxinf.planning.reduced import Reduced, Subject, examples_of_batches, keep
 from jaxinf.runs.run import fresh_model, kind_of_config
 from jaxinf.runs.stage import STAGES
 from jaxinf.runs.stages import draws_of
 from jaxinf.store.packing import Packing
 from jaxinf.store.rows import RowStore
 
-_LOG_EVERY = 2  # steps of training, between two looks at the clock
+OFTEN = {"log_every": 2}  # steps of training, between two looks at the clock
 _SAMPLING_STEPS = 10  # rehearsed
-_CHECKED = 33  # training examples: one more than the check of compression takes
-_ROW_BYTES = 2**30  # of query rows in a rehearsal, which more are scaled from
+CHECKED = 33  # training examples: one more than the check of compression takes
 
 
 def train_cost(subject: Subject) -> StageCost:
   """Steps, and the state that they change: parameters, their EMA, and two moments of Adam."""
-  config, seed = subject.run.config.train, subject.run.config.seed
-  often = {"log_every": _LOG_EVERY, "checkpoint_every": config.steps}
+  config = subject.run.config.train
+  often = {**OFTEN, "checkpoint_every": config.steps}
   run = subject.reduced("train", config.batch_size, train=often)
   with subject.rehearsal(run) as found:
     STAGES["train"].function(run)
-  begin = lambda: training.init_state(run.model, run.dataset.image_shape, config, seed)
-  state, written = num_bytes(jax.eval_shape(begin)), subject.params_bytes
+  state, written = subject.state_bytes, subject.params_bytes
   saves = math.ceil(config.steps / config.checkpoint_every)
   return cost_of(
     subject, "train", config.steps, "steps", found,
@@ -93,14 +90,13 @@ def curvature_cost(subject: Subject) -> tuple[StageCost, Reduced]:
   attribute = subject.run.config.attribute
   compute = subject.run.compute(attribute.batch_size)
   examples = max(
-    _CHECKED,
+    CHECKED,
     examples_of_batches(config.batch_size, config.draws),
     examples_of_batches(compute.rows(draws), draws.replicates or 1),
   )
-  queries = examples_of_batches(compute.rows(asked), asked.replicates or 1)
   row = query_row_bytes(subject, attribute.compression, attribute.compression_size)
   row *= (asked.replicates or 1) * (1 + len(attribute.sweep))
-  queries = min(queries, max(math.ceil(queries / 3), _ROW_BYTES // row))
+  queries = examples_of_batches(compute.rows(asked), asked.replicates or 1, row)
   run = subject.reduced("curved", examples, queries, states=True)
   with subject.rehearsal(run) as found:
     arrays, notes, _ = STAGES["curvature"].function(run)

@@ -24,9 +24,11 @@ from jaxinf.engine import artifacts
 from jaxinf.engine.rehearsal import BATCHES, Rehearsal, rehearsing
 from jaxinf.layers.coverage import Selection
 from jaxinf.layers.register import Registration, layers_of
+from jaxinf.networks import training
 from jaxinf.runs.run import Run, fresh_model, key_of, kind_of_config
 
 _DISK_BYTES = 2**25  # written to measure the disk
+_KEPT_BYTES = 2**30  # of query rows in a rehearsal, from which more are scaled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +83,14 @@ class Subject:
   @property
   def params_bytes(self) -> int:
     return num_bytes(self.params)
+
+  @functools.cached_property
+  def state_bytes(self) -> int:
+    """Of training: parameters, their EMA, and two moments of Adam."""
+    run = self.run
+    shape, config = run.dataset.image_shape, run.config.train
+    begin = lambda: training.init_state(run.model, shape, config, run.config.seed)
+    return num_bytes(jax.eval_shape(begin))
 
   @property
   def gradient_bytes(self) -> int:
@@ -176,9 +186,16 @@ def keep(
   artifacts.write(run.folder(stage) / within, key_of(run, stage), arrays, notes=notes, cost={})
 
 
-def examples_of_batches(batch_size: int, rows_each: int) -> int:
-  """Examples whose rows fill as many batches as a rehearsal goes through."""
-  return math.ceil(BATCHES * batch_size / rows_each)
+def examples_of_batches(batch_size: int, rows_each: int, row_bytes: int = 0) -> int:
+  """Examples whose rows fill as many batches as a rehearsal goes through.
+
+  Args:
+    batch_size: rows.
+    rows_each: rows of an example.
+    row_bytes: that are kept of an example: where memory is short, a third of the batches do.
+  """
+  num = math.ceil(BATCHES * batch_size / rows_each)
+  return num if not row_bytes else min(num, max(math.ceil(num / 3), _KEPT_BYTES // row_bytes))
 
 
 def random_params(params: PyTree, seed: int = 0) -> PyTree:

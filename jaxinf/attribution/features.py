@@ -24,7 +24,7 @@ from jaxinf.core.types import Array, Batch, Matrices, PyTree
 from jaxinf.diffusion.content import content_of
 from jaxinf.diffusion.measurements import Measurement
 from jaxinf.diffusion.model import DiffusionModel
-from jaxinf.engine import processes
+from jaxinf.engine import processes, rehearsal
 from jaxinf.engine.checkpoints import PartialOutputs
 from jaxinf.engine.compute import Compute
 from jaxinf.engine.devices import local_devices, num_devices, replicate, shard
@@ -166,9 +166,11 @@ class FeaturePass:
       devices=self.compute.devices,
       span=(done, end),
     )
-    batches = 0
-    for block, num_batches in self._blocks(stream, end - done) if done < end or not outputs else ():
-      outputs.append(self._projected(*block))
+    batches, total = 0, end - done
+    in_full = rehearsal.in_full(len(rows.ids), total)
+    for block, num_batches in self._blocks(stream, in_full) if total or not outputs else ():
+      with rehearsal.part(-(-in_full // len(block[0])) / max(1, -(-total // len(block[0])))):
+        outputs.append(self._projected(*block))
       batches += num_batches
       if partial is not None and batches >= partial.every:
         partial.save(outputs[saved:])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinf.core.types import Array, Eigenbasis, KroneckerFactors
+from jaxinf.engine import rehearsal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Decomposition:
 
 def eigh_on_host(factor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Eigenvalues [..., d], ascending, and eigenvectors [..., d, d] in float64 by LAPACK."""
-  return np.linalg.eigh(factor)
+  return rehearsal.decomposed(np.linalg.eigh, factor)
 
 
 def eigh_on_device(factor: Array) -> tuple[Array, Array]:

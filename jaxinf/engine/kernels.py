@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from jaxinf.core.types import PyTree
-
-AXIS = "devices"
+from jaxinf.engine import rehearsal
+from jaxinf.engine.rehearsal import AXIS
 
 Kernel = Callable[[PyTree, Any], PyTree]
 
@@ -48,17 +48,12 @@ class Program:
     x64: bool = False,
   ):
     donated = (0,) if donate else ()
-    self._x64 = x64
+    self._x64, self._function = x64, function
     self._mapped = jax.pmap(function, axis_name=AXIS, devices=devices, donate_argnums=donated)
 
   def __call__(self, *arguments: PyTree) -> PyTree:
     with numerics(self._x64):
-      return self._mapped(*arguments)
-
-  def lower(self, *arguments: PyTree) -> Any:
-    """The program for such arguments, before it is compiled."""
-    with numerics(self._x64):
-      return self._mapped.lower(*arguments)
+      return rehearsal.program(self._mapped, self._function)(*arguments)
 
 
 @functools.lru_cache(maxsize=_MOST_PROGRAMS)

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxinf.core.checks import checked_count
 from jaxinf.core.types import Array, PyTree
-from jaxinf.engine import processes
+from jaxinf.engine import processes, rehearsal
 from jaxinf.engine.devices import IN_FLIGHT, local_devices, replicate, shard
 from jaxinf.engine.kernels import Kernel, compiled, in_64_bits, on_one_device
 from jaxinf.engine.progress import Progress
@@ -113,6 +113,9 @@ def stream_batches(
   first_step = compiled(kernel, tuple(devices))
   then_all = _applied_in_blocks(then, devices) if then is not None else lambda values: values
   window = 1 if then is None else len(then.operands)
+  trial = rehearsal.trial(label, len(rows.ids), end - begin)
+  if then is not None:
+    then_all = trial.second(then_all, window)
   waiting: list[tuple[PyTree, int]] = []
   pending: collections.deque = collections.deque()
 
@@ -123,11 +126,12 @@ def stream_batches(
 
   def finish(progress):
     output, num = pending.popleft()
+    output = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[:num], output)
     progress.advance(num)
-    return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[:num], output)
+    return trial.done(num, output)
 
   with Progress(processes.label(label), end, unit, start=begin) as progress:
-    for batch, num in sharded_batches(rows, batch_size, devices, begin, end):
+    for batch, num in trial.few(sharded_batches(rows, batch_size, devices, begin, end)):
       waiting.append((first_step(operands, batch), num))
       if len(waiting) == window:
         apply_waiting()
@@ -137,6 +141,7 @@ def stream_batches(
       apply_waiting()
     while pending:
       yield finish(progress)
+    yield from trial.repeated()
 
 
 def _applied_in_blocks(then: Blocks, devices: list[jax.Device]) -> Callable:
@@ -164,11 +169,11 @@ def spread(
   cost: Callable[[Array], float],
   devices: Sequence[jax.Device] | None = None,
 ) -> dict[Any, PyTree]:
-  """function(item) of every item, each on one device, so that all have about as much to do.
+  """Decompositions of every item, each on one device, so that all have about as much to do.
 
   Args:
-    function: a JAX computation, compiled once a shape.
-    items: name → array.
+    function: a JAX computation that decomposes [..., d, d], compiled once a shape.
+    items: name → array [..., d, d].
     cost: what an item costs, in any unit; the costliest are dealt out first.
     devices: local devices; all of them where None.
 
@@ -181,7 +186,8 @@ def spread(
   for name in sorted(items, key=lambda name: -cost(items[name])):
     least = load.index(min(load))
     load[least] += cost(items[name])
-    results[name] = program(devices[least], items[name])
+    run = lambda item: program(devices[least], item)  # noqa: B023
+    results[name] = rehearsal.decomposed(run, items[name])
   return {name: jax.tree.map(np.asarray, results[name]) for name in items}
 
 

@@ -247,7 +247,7 @@ def partial_of(
   if compute.checkpoint is None:
     return None
   key = {**settings, **content_of(model, **examples)}
-  return PartialOutputs(compute.checkpoint.folder / name, key, compute.checkpoint.every)
+  return PartialOutputs(compute.checkpoint.path(name), key, compute.checkpoint.every)
 
 
 def settings_of_projected(

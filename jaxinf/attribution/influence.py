@@ -286,7 +286,7 @@ class _Question:
         "dampings": self.dampings,
         "compression": settings_of(self.compression),
       }
-      folder = checkpoint.folder / f"round-{number:03d}"
+      folder = checkpoint.path(f"round-{number:03d}")
       partial = PartialOutputs(folder, key, checkpoint.every)
     products = score_pass.scores(
       rows, self.compression, first_replicate=number * replicates, partial=partial

@@ -206,7 +206,7 @@ class Fit:
       name = f"{label} {part}".strip().replace(" ", "-")
       key = self.settings | {"pass": label, "part": part, "decompose": self.decompose}
       key |= content_of(self.model, train=self.train)
-      partial = PartialSums(checkpoint.folder / f"{name}.npz", key, checkpoint.every)
+      partial = PartialSums(checkpoint.path(f"{name}.npz"), key, checkpoint.every)
     return reduce_batches(
       kernel,
       (self.model.params, np.uint32(self.draws.seed), *operands),

@@ -35,6 +35,10 @@ class Checkpointing:
     object.__setattr__(self, "folder", Path(self.folder))
     object.__setattr__(self, "every", checked_count(self.every, "every"))
 
+  def path(self, name: str) -> Path:
+    """A file or folder of that name within the folder."""
+    return Path(self.folder) / name
+
 
 class PartialSums:
   """The sums of an unfinished reduction (an `engine.Partial`), in one file written atomically.

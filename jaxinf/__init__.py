@@ -24,7 +24,7 @@ from jaxinf.compression.projection import Projection
 from jaxinf.core.draws import Draws
 from jaxinf.core.examples import Examples
 from jaxinf.curvature.curvature import Curvature
-from jaxinf.curvature.fit import SKIP_NORMALISATION, fit_curvature
+from jaxinf.curvature.fit import fit_curvature
 from jaxinf.curvature.ggn import Solver
 from jaxinf.curvature.kinds import EKFAC, KFAC, Diagonal, ExactGGN, Identity
 from jaxinf.curvature.saving import load_curvature
@@ -43,6 +43,7 @@ from jaxinf.engine.compute import Compute
 from jaxinf.evaluation.comparison import compare, damping_lds
 from jaxinf.evaluation.lds import Retrained, lds
 from jaxinf.evaluation.oracle import noise_ceiling, retraining_lds
+from jaxinf.layers.coverage import SKIP_NORMALISATION
 from jaxinf.scores.damping import Recommendation, recommend_damping, weigh_dampings
 from jaxinf.scores.scores import Ranking, Scores
 from jaxinf.scores.stability import RankStability, rank_stability

@@ -1,6 +1,7 @@
 """Strict JAX on two simulated CPU devices, and the toys that several tests share."""
 
 import os
+import threading
 
 # Compiling is most of what the tests do, and the optimiser's work never pays back on tiny nets.
 # Set before JAX starts; kept for the processes that tests start.
@@ -16,6 +17,7 @@ jax.config.update("jax_num_cpu_devices", 2)
 
 from jaxinf import Schedule
 from jaxinf.data import Dataset
+from jaxinf.engine import processes
 from jaxinf.networks import MLP
 
 
@@ -44,3 +46,38 @@ def dataset():
 def mlp():
   """A denoiser of a few dozen parameters."""
   return MLP(hidden=(8,), time_features=4)
+
+
+@pytest.fixture
+def in_processes(monkeypatch):
+  """in_processes(num, function) → its results in `num` threads that exchange as processes do."""
+  own = threading.local()
+  monkeypatch.setattr(jax, "process_index", lambda: own.index)
+
+  def run(num, function):
+    meeting, sent, results = threading.Barrier(num, timeout=20), [None] * num, [None] * num
+
+    def allgather(array):
+      sent[own.index] = array
+      meeting.wait()
+      together = np.stack(sent)
+      meeting.wait()
+      return together
+
+    def process(index):
+      own.index = index
+      try:
+        results[index] = function()
+      except ValueError as error:
+        results[index] = error
+
+    monkeypatch.setattr(jax, "process_count", lambda: num)
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", allgather)
+    threads = [threading.Thread(target=process, args=(index,)) for index in range(num)]
+    for thread in threads:
+      thread.start()
+    for thread in threads:
+      thread.join()
+    return results
+
+  return run

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf import DiffusionModel, Process, Schedule
+from jaxinf import DiffusionModel, Examples, Process, Schedule
+from jaxinf.diffusion.noise import Noised
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
 PROCESS = Process.epsilon(SCHEDULE)
@@ -50,6 +51,20 @@ def conv_net(params, x_t, t):
   return conv(params["conv_out"], h)
 
 
+VECTOR_SHAPES = {
+  "first": {"kernel": (4, 3), "bias": (3,)},
+  "time": {"kernel": (2, 3), "bias": (3,)},
+  "last": {"kernel": (3, 4), "bias": (4,)},
+}
+
+
+def vector_net(params, x_t, t):
+  """Two dense layers on vectors [4], with an embedding of times of any size."""
+  t = t.astype(x_t.dtype)
+  h = dense(params["first"], x_t) + dense(params["time"], jnp.stack([t / 10, jnp.cos(t)], axis=-1))
+  return dense(params["last"], jnp.tanh(h))
+
+
 CONDITIONAL_SHAPES = {
   "image": {"kernel": (16, 5), "bias": (5,)},
   "label": {"kernel": (3, 5)},
@@ -75,3 +90,16 @@ def conv_model(seed: int = 0) -> DiffusionModel:
 
 def random_images(num: int, shape=(4, 4, 1), seed: int = 0) -> np.ndarray:
   return np.random.default_rng(seed).uniform(-1, 1, (num, *shape)).astype(np.float32)
+
+
+def examples(num: int, shape=(4, 4, 1), seed: int = 0, **fields) -> Examples:
+  """`num` random examples of that shape."""
+  return Examples(random_images(num, shape, seed), **fields)
+
+
+def some_pairs(num: int, shape=(4, 4, 1), seed: int = 1) -> Noised:
+  """`num` pairs of random inputs, targets and times in [0, 1000), all of weight 1."""
+  rng = np.random.default_rng(seed)
+  inputs, target = jnp.asarray(rng.normal(size=(2, num, *shape)), jnp.float32)
+  t = jnp.asarray(rng.integers(0, 1000, num), jnp.int32)
+  return Noised(inputs, t, target, jnp.ones(num), t)

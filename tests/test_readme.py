@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from jaxinf.networks import diffusers
 from jaxinf.networks.unet import UNet
@@ -12,10 +13,11 @@ from jaxinf.networks.unet import UNet
 README = Path(__file__).parents[1] / "README.md"
 
 
+@pytest.mark.filterwarnings("ignore:mean training loss")  # the network is random
 def test_the_library_example_runs(tmp_path, monkeypatch):
   """Read from the README, with fewer draws, against a saved model and images in the folder."""
   (example,) = re.findall(r"```python\n(import jaxinf\n.*?)```", README.read_text(), re.DOTALL)
-  assert len(example.strip().splitlines()) <= 12
+  assert len([line for line in example.splitlines() if line]) <= 12
   monkeypatch.chdir(tmp_path)
   model = UNet(
     out_channels=3, channels=(4, 8), blocks_per_level=1, attention_levels=(False, False),
@@ -29,7 +31,7 @@ def test_the_library_example_runs(tmp_path, monkeypatch):
   diffusers.save("my-ddpm", model, params, image_size=4)
   np.savez("images.npz", train=images[:12], samples=images[12:])
   names: dict = {}
-  exec(re.sub(r"draws=250", "draws=10", example), names)
+  exec(example.replace("Draws(250", "Draws(10"), names)
   assert names["scores"].values.shape == (2, 12)
   assert names["best"].ids.shape == (2, 10)
   assert np.isfinite(names["best"].std_errors).all()

@@ -1,15 +1,17 @@
-"""The Diffusion Attribution Score: how far leaving an image out moves the model's predicted noise.
+"""The Diffusion Attribution Score: how far leaving an example out moves the network's output.
 
-Linearise ε_θ at the query and at the training images, and take one Newton step of the squared error
-without image n. The output at the query then moves by g_qᵀ (GᵀG)⁻¹ g_n r_n / (1 − h_n), with the
-residual r_n and the leverage h_n = g_nᵀ (GᵀG)⁻¹ g_n, as in linear regression; the square of that is
-the score, a KL divergence between the two predicted distributions but for a factor.
+Linearise the output at the query and at the training examples, and take one Newton step of the
+squared error without example n. The output at the query then moves by
+g_qᵀ (GᵀG)⁻¹ g_n r_n / (1 − h_n), with the residual r_n and the leverage h_n = g_nᵀ (GᵀG)⁻¹ g_n, as
+in linear regression. The square of that is the score; for a network that predicts ε it is, but for
+a factor, a KL divergence between the two predicted distributions.
 
 Reference: Lin et al., ICLR 2025 (arXiv:2410.18639).
 """
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,16 +63,17 @@ def das(
 
     scores[q, n] = N · (φ_qᵀ A⁻¹ φ_n / N · r_n / (1 − h_n))².
 
-  As its authors do it: φ is the projected mean over draws of gradients of the MEAN over pixels and
-  channels of the network's output, each divided by its norm; r_n is the mean over draws of root mean squared
-  errors of ε, divided by their norm over the example's draws; gradients, residuals and products are
-  averaged over draws before the square, where the theory has one score a timestep.
+  As its authors do it: φ is the projected mean over draws of gradients of the MEAN over elements of
+  the network's output, each divided by its norm; r_n is the mean over draws of root mean squared
+  errors of the output, divided by their norm over the example's draws; gradients, residuals and
+  products are averaged over draws before the square, where the theory has one score a timestep.
+  Weights of the loss do not enter.
 
   What differs: the leverage, which their published scripts leave out of the final score or compute
-  otherwise, is that of the paper; t and ε are drawn by `design`, where theirs are evenly spaced
-  timesteps with noise that all images share, ten for gradients and 1000 for errors; damping is
-  normalised by N. The factor N makes a sum of scores / N the predicted effect, as for all methods;
-  scores are not negative, and their unit is none of a measurement's.
+  otherwise, is that of the paper; t and ε are drawn by the design of `draws`, where theirs are
+  evenly spaced timesteps with noise that all examples share, ten for gradients and 1000 for errors;
+  damping is normalised by N. The factor N makes a sum of scores / N the predicted effect, as for
+  all methods; scores are not negative, and their unit is none of a measurement's.
 
   Args:
     model: the model.
@@ -176,6 +179,7 @@ class OutputKernel:
     rows = [flat(matrices) for matrices in grads.values()]
     norms = jnp.sqrt(sum(jnp.sum(jnp.square(part), axis=1) for part in rows))
     size = self.replicate.draws.num
+    chex.assert_shape(norms, (len(batch.ids) * size,))
     weights = (1 / jnp.maximum(norms, _TINY) / size).reshape(-1, size)
     means = [jnp.einsum("bs,bsp->bp", weights, part.reshape(*weights.shape, -1)) for part in rows]
     return jnp.concatenate(means, axis=1)
@@ -193,6 +197,7 @@ class ErrorKernel:
     params, origin = operands
     pairs = _pairs(self.process, self.replicate, origin, batch)
     squares = squared_errors(predict(self.apply_fn, params, pairs), pairs)
+    chex.assert_shape(squares, (len(batch.ids) * self.replicate.draws.num,))
     squares = squares.reshape(-1, self.replicate.draws.num)
     return jnp.stack([jnp.sqrt(squares).mean(axis=1), squares.mean(axis=1)], axis=1)
 

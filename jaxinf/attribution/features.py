@@ -1,8 +1,8 @@
 """Features of examples: gradients with respect to all parameters, averaged over draws, projected.
 
-φ = P ∇m, with m the mean of a measurement over ALL draws of one replicate. The gradients come at the
-speed of an ordinary batch. Each call of the projection makes P anew, so that rows wait on the host
-until there is a block of them.
+φ = P ∇m, with m the mean of a measurement over ALL draws of one replicate. The gradients come at
+the speed of an ordinary batch. Each call of the projection makes P anew. Therefore rows wait on the
+host until there is a block of them.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +24,7 @@ from jaxinf.core.types import Array, Batch, Matrices, PyTree
 from jaxinf.diffusion.content import content_of
 from jaxinf.diffusion.measurements import Measurement
 from jaxinf.diffusion.model import DiffusionModel
-from jaxinf.engine import processes
+from jaxinf.engine import processes, rehearsal
 from jaxinf.engine.checkpoints import PartialOutputs
 from jaxinf.engine.compute import Compute
 from jaxinf.engine.devices import local_devices, num_devices, replicate, shard
@@ -49,7 +50,7 @@ def all_layers(model: DiffusionModel, examples: Examples, axes: int = 0) -> Regi
     layers = layers_of(model, examples, _EVERYTHING, axes=axes)
   except ValueError as error:
     raise ValueError(
-      f"Projected gradients are those of all parameters, but not all are in layers: {error}"
+      f"{error}\nProjected gradients are those of all parameters: none of them can be skipped here."
     ) from error
   covered = sum(math.prod(layer.matrix_shape) for layer in layers.layers)
   if covered != (num := sum(leaf.size for leaf in jax.tree.leaves(model.params))):
@@ -78,6 +79,7 @@ class ProjectionKernel:
   projection: Projection
 
   def __call__(self, key: Array, rows: jax.Array) -> jax.Array:
+    chex.assert_rank(rows, 2)
     return self.projection(rows, wrapped(key))
 
 
@@ -164,9 +166,11 @@ class FeaturePass:
       devices=self.compute.devices,
       span=(done, end),
     )
-    batches = 0
-    for block, num_batches in self._blocks(stream, end - done) if done < end or not outputs else ():
-      outputs.append(self._projected(*block))
+    batches, total = 0, end - done
+    in_full = rehearsal.in_full(len(rows.ids), total)
+    for block, num_batches in self._blocks(stream, in_full) if total or not outputs else ():
+      with rehearsal.part(-(-in_full // len(block[0])) / max(1, -(-total // len(block[0])))):
+        outputs.append(self._projected(*block))
       batches += num_batches
       if partial is not None and batches >= partial.every:
         partial.save(outputs[saved:])
@@ -243,7 +247,7 @@ def partial_of(
   if compute.checkpoint is None:
     return None
   key = {**settings, **content_of(model, **examples)}
-  return PartialOutputs(compute.checkpoint.folder / name, key, compute.checkpoint.every)
+  return PartialOutputs(compute.checkpoint.path(name), key, compute.checkpoint.every)
 
 
 def settings_of_projected(

@@ -105,7 +105,8 @@ def influence_sweep(
 
   Each damping takes as much memory for the preconditioned query gradients as one.
   """
-  method = Influence(curvature, tuple(dampings), measurement, compression, precision, query_draws)
+  several = checked_dampings(dampings)
+  method = Influence(curvature, several, measurement, compression, precision, query_draws)
   return method.scores(queries=queries, train=train, draws=draws, compute=compute)
 
 
@@ -168,7 +169,7 @@ class _Question:
     if compression.in_eigenbasis or compression.is_costly:
       raise ValueError(
         f"{compression.description} cannot be restored batch by batch: take int4, int8, int16, "
-        "bfloat16, svd or None. (jaxinf compress-study compares them all.)"
+        "bfloat16, svd or None."
       )
     draws = draws.split()
     return cls(
@@ -285,7 +286,7 @@ class _Question:
         "dampings": self.dampings,
         "compression": settings_of(self.compression),
       }
-      folder = checkpoint.folder / f"round-{number:03d}"
+      folder = checkpoint.path(f"round-{number:03d}")
       partial = PartialOutputs(folder, key, checkpoint.every)
     products = score_pass.scores(
       rows, self.compression, first_replicate=number * replicates, partial=partial
@@ -320,7 +321,7 @@ class _Question:
   def _say(self, checks: Sequence[dict[str, Any] | None]) -> None:
     """Says what compression and precision do to the order, and warns where it suffers."""
     for damping, check in zip(self.dampings, checks, strict=True):
-      if check is None or check["spearman"] is None:
+      if check is None or check["spearman"] is None or not processes.is_primary():
         continue
       _LOG.info(
         "attribute: at λ = %.1e, %s queries%s against float32 on %d training examples and %d "

@@ -43,6 +43,7 @@ class Replicate:
 
   def keys(self, origin: PyTree, batch: Batch) -> jax.Array:
     """Keys [B, S] of (example, replicate) rows; `origin` is that of `row_operands`."""
+    chex.assert_equal_shape([batch.ids, batch.draws])
     seed, number = origin
     keys = fold_in_each(stream_of(seed, number), self.draws.numbers(batch.ids))
     size = self.draws.num

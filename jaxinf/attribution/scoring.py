@@ -20,12 +20,16 @@ from jaxinf.core.draws import Draws
 from jaxinf.core.examples import Examples
 from jaxinf.core.types import Matrices, PyTree
 from jaxinf.curvature.curvature import Curvature
+from jaxinf.engine import processes
 from jaxinf.engine.compute import Compute
 from jaxinf.engine.kernels import Kernel
 from jaxinf.engine.maps import Blocks, PartialRows, map_batches, stream_batches
 from jaxinf.engine.worklist import Rows
 from jaxinf.scores.statistics import pearson, spearman
 
+_CHECKED = (
+  "num_examples", "num_queries", "pearson", "least_pearson", "spearman", "least_spearman",
+)  # fmt: skip
 _SAMPLE = 32  # training examples whose scores are computed both ways, or a batch of rows
 
 
@@ -82,7 +86,7 @@ class ScorePass:
 
   def check(
     self, queries: QueryRows, compression: Compression, *, num_dampings: int, replicates: int
-  ) -> Sequence[dict[str, Any] | None]:
+  ) -> Sequence[dict[str, Any]]:
     """How scores correlate with uncompressed and exact ones, on a sample, for each damping.
 
     Args:
@@ -93,10 +97,25 @@ class ScorePass:
     Returns:
       num_examples, num_queries, and over these queries the mean and the least of Pearson's and
       Spearman's correlations over the sampled training examples; the same in all processes, from
-      the primary's queries. None for each damping where there is nothing to compare.
+      the primary's queries.
     """
-    if not len(queries.checked):
-      return [None] * num_dampings
+    found = np.full((num_dampings, len(_CHECKED)), np.nan)
+    if processes.is_primary():
+      exact, ours, num_examples = self._both_scores(queries, compression, replicates)
+      pairs = zip(*(np.split(x, num_dampings) for x in (exact, ours)), strict=True)
+      for row, pair in zip(found, pairs, strict=True):
+        each = correlations(*pair) | {"num_examples": num_examples}
+        row[:] = [np.nan if each[name] is None else each[name] for name in _CHECKED]
+    plain = lambda name, x: None if np.isnan(x) else int(x) if "num" in name else float(x)
+    return [
+      {name: plain(name, x) for name, x in zip(_CHECKED, row, strict=True)}
+      for row in processes.of_primary(found)
+    ]
+
+  def _both_scores(
+    self, queries: QueryRows, compression: Compression, replicates: int
+  ) -> tuple[np.ndarray, np.ndarray, int]:
+    """[L · C, n] exact and our scores of this process's checked queries, and n."""
     restored = {
       layer.name: compression.restore(
         jax.tree.map(lambda x: x[queries.checked], queries.compressed[layer.name]),
@@ -109,10 +128,7 @@ class ScorePass:
     exact, ours = self._sampled(self.gradients, sample, both, replicates)
     if self.exactly != self.gradients:
       exact, _ = self._sampled(self.exactly, sample, both, replicates)
-    split = (np.split(found, num_dampings) for found in (exact, ours))
-    return [
-      correlations(*pair) | {"num_examples": len(sample.ids)} for pair in zip(*split, strict=True)
-    ]
+    return exact, ours, len(sample.ids)
 
   def _sampled(
     self, gradients: Kernel, sample: Rows, both: Matrices, replicates: int

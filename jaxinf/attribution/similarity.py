@@ -78,13 +78,14 @@ def clip_embeddings(images: Array, folder: str | Path, *, batch_size: int = 64) 
     ValueError: transformers or PyTorch is not installed, the folder holds no CLIP, or the images
       have other channels.
   """
-  images = np.asarray(checked_data(images))
-  if images.ndim != 4 or images.shape[3] not in (1, 3):
+  images = checked_data(images)
+  if len(images.shape) != 4 or images.shape[3] not in (1, 3):
     raise ValueError(f"CLIP sees grey or RGB images [B, H, W, C]; got shape {images.shape}.")
   torch, model, preprocess = _load_clip(Path(folder).expanduser())
   parts = []
-  for begin in range(0, len(images), batch_size):
-    batch = images[begin : begin + batch_size]
+  num = images.shape[0]
+  for begin in range(0, num, batch_size):
+    batch = read_rows(images, np.arange(begin, min(begin + batch_size, num)))
     rgb = np.broadcast_to(_bytes(batch), (*batch.shape[:3], 3))
     inputs = preprocess(images=list(rgb), return_tensors="pt", input_data_format="channels_last")
     with torch.no_grad():

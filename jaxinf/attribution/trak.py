@@ -113,7 +113,7 @@ def dtrak(
 
 @dataclasses.dataclass(frozen=True)
 class TRAK:
-  """TRAK as a method: see `trak` for the fields. All dampings share features, at the cost of one."""
+  """TRAK as a method: see `trak` for the fields. All dampings share the features."""
 
   model: Models
   projection: Projection | int
@@ -138,6 +138,11 @@ class TRAK:
     train_measured = measurement_named(self.train_measurement)
     for each in (measured, train_measured):
       each.check(models[0].process)
+    if train_measured.axes:
+      raise ValueError(
+        "train_measurement is of training examples as they are; "
+        f"{train_measured.name or 'this one'} is of {train_measured.of}."
+      )
     check_alike(queries, train, measured.axes)
     check_named(compute, measured, train_measured)
     draws, asked = split_draws(draws, self.query_draws)
@@ -235,7 +240,10 @@ def projected_sweep(
 
 
 def _checked_models(model: Models) -> tuple[DiffusionModel, ...]:
-  """The model or models; ValueError where their parameters are not alike."""
+  """The model or models; ValueError where their parameters are not alike.
+
+  Those of one apply_fn share what is found about it, so that their gradients are one program.
+  """
   models = (model,) if isinstance(model, DiffusionModel) else tuple(model)
   if not models:
     raise ValueError("There is no model: give one or several.")
@@ -246,4 +254,6 @@ def _checked_models(model: Models) -> tuple[DiffusionModel, ...]:
         f"Model {number} has parameters of other shapes or types than the first, or another "
         "process: give models of the same network."
       )
-  return models
+  first = models[0]
+  alike = lambda other: other.apply_fn == first.apply_fn
+  return tuple(first.with_params(m.params) if alike(m) else m for m in models)

@@ -158,7 +158,7 @@ def train_models(
   needed = [spec for spec in specs if spec.name not in done]
   absent = {spec.name for spec in missing(run, needed, stage)}
   index, num_shards = run.shard
-  groups = list(_groups(specs[index::num_shards], at_once * num_devices(run.devices)))
+  groups = list(groups_of(specs[index::num_shards], at_once * num_devices(run.devices)))
   groups = [group for group in groups if any(spec.name in absent for spec in group)]
   total = sum(spec.name in absent for group in groups for spec in group)
   if total:
@@ -187,7 +187,7 @@ def train_models(
   return left
 
 
-def _groups(specs: Sequence[Spec], at_once: int) -> Iterator[list[Spec]]:
+def groups_of(specs: Sequence[Spec], at_once: int) -> Iterator[list[Spec]]:
   """Models that train together: of one seed and number of steps, in groups of about equal size."""
   alike: dict[tuple, list[Spec]] = {}
   for spec in specs:

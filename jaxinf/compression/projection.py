@@ -17,7 +17,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from jaxinf.core.checks import checked_count, checked_seed
 from jaxinf.core.random import fold_in_each, stream
+from jaxinf.core.registry import named
 from jaxinf.core.types import Array
 
 _WORD = 32  # entries that share a key: the signs in one word of random bits
@@ -111,10 +113,9 @@ class Projection:
   tile: ClassVar[int] = 512
 
   def __post_init__(self):
-    if self.dim < 1:
-      raise ValueError(f"A projection needs at least one dimension; got {self.dim}.")
-    if self.kind not in ENTRIES:
-      raise ValueError(f"Unknown projection {self.kind!r}; there are: {', '.join(ENTRIES)}.")
+    object.__setattr__(self, "dim", checked_count(self.dim, "dim"))
+    object.__setattr__(self, "seed", checked_seed(self.seed))
+    named(ENTRIES, self.kind, "projection")
 
   @property
   def key(self) -> jax.Array:
@@ -166,6 +167,7 @@ class RandomProjection:
 
   def __post_init__(self):
     _check_share(self.share)
+    object.__setattr__(self, "seed", checked_seed(self.seed))
 
   @property
   def description(self) -> str:

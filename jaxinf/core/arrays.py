@@ -24,14 +24,30 @@ def as_array(value: Any) -> Any:
 def read_rows(array: Any, rows: np.ndarray) -> np.ndarray:
   """The rows [n, …] with these numbers, which may repeat, in memory and in native byte order."""
   if isinstance(array, np.ndarray):
-    found = np.asarray(array[rows])
-  else:
-    wanted, back = np.unique(rows, return_inverse=True)
-    if len(wanted) and wanted[-1] - wanted[0] + 1 == len(wanted):
-      found = np.asarray(array[int(wanted[0]) : int(wanted[-1]) + 1])[back]
-    else:
-      found = np.asarray(getattr(array, "oindex", array)[wanted])[back]
-  return found if found.dtype.isnative else found.astype(found.dtype.newbyteorder("="))
+    return _native(array[rows])
+  wanted, back = np.unique(rows, return_inverse=True)
+  if len(wanted) and wanted[-1] - wanted[0] + 1 == len(wanted):
+    return _native(array[int(wanted[0]) : int(wanted[-1]) + 1])[back]
+  return _native(getattr(array, "oindex", array)[wanted])[back]
+
+
+class Converted:
+  """An array on disk whose rows come as another type."""
+
+  def __init__(self, array: Any, dtype: Any):
+    self._array, self.shape, self.dtype = array, tuple(array.shape), np.dtype(dtype)
+
+  def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+    if isinstance(rows, slice):
+      rows = np.arange(*rows.indices(self.shape[0]))
+    return read_rows(self._array, rows).astype(self.dtype)
+
+
+def converted(array: Any, dtype: Any) -> Any:
+  """The array as another type: at once where it is in memory, or else as its rows are read."""
+  if isinstance(array, np.ndarray) and not isinstance(array, np.memmap):
+    return array.astype(dtype)
+  return Converted(array, dtype)
 
 
 def blocks(array: Any) -> Iterator[np.ndarray]:
@@ -39,7 +55,7 @@ def blocks(array: Any) -> Iterator[np.ndarray]:
   row_bytes = max(1, int(np.prod(array.shape[1:])) * np.dtype(array.dtype).itemsize)
   size = max(1, _BLOCK_BYTES // row_bytes)
   for begin in range(0, array.shape[0], size):
-    yield read_rows(array, np.arange(begin, min(begin + size, array.shape[0])))
+    yield _native(array[begin : begin + size])
 
 
 def is_floating(dtype: Any) -> bool:
@@ -56,3 +72,9 @@ def fingerprint(arrays: Mapping[str, Any]) -> str:
     for block in blocks(array) if len(array.shape) else (np.asarray(array),):
       digest.update(block.tobytes())
   return digest.hexdigest()[:32]
+
+
+def _native(rows: Any) -> np.ndarray:
+  """Rows in memory, in this machine's byte order."""
+  rows = np.asarray(rows)
+  return rows if rows.dtype.isnative else rows.astype(rows.dtype.newbyteorder("="))

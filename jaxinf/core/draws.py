@@ -42,8 +42,8 @@ class Stopping:
   def __post_init__(self):
     if not 0 < self.agreement <= 1:
       raise ValueError(f"agreement must lie in (0, 1]; got {self.agreement}.")
-    checked_count(self.top_k, "top_k")
-    checked_count(self.most, "most")
+    for name in ("top_k", "most"):
+      object.__setattr__(self, name, checked_count(getattr(self, name), name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Draws:
   Attributes:
     num: draws of an example.
     replicates: independent complete designs that these are split into, whose spread gives standard
-      errors; divides num. None: the largest number that leaves whole antithetic pairs, up to 5 for
-      training examples and up to 2 for queries, each replicate of which takes memory.
+      errors; divides num. None: as many as leave whole antithetic pairs, or else as many as divide
+      num, up to 5 for training examples and up to 2 for queries, whose replicates take memory.
     timesteps: "stratified" (draw s of a replicate lies in the s-th part of the times) or "uniform"
       (independent, the paper).
     antithetic: draws come in pairs (t, ε) and (t, −ε), which share a part of the times; the last of

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf.core.arrays import as_array, blocks, is_floating, read_rows
+from jaxinf.core.arrays import as_array, blocks, converted, is_floating, read_rows
 from jaxinf.core.random import example_numbers
 from jaxinf.core.types import Array, PyTree
 
@@ -94,7 +94,8 @@ class Examples:
   def conditioning_structs(self) -> PyTree:
     """Shape and dtype of a row of each conditioning array."""
     return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(tuple(x.shape[1:]), x.dtype), self.conditioning
+      lambda x: jax.ShapeDtypeStruct(tuple(x.shape[1:]), np.dtype(x.dtype).newbyteorder("=")),
+      self.conditioning,
     )
 
 
@@ -134,6 +135,11 @@ def checked_data(data: Any) -> Any:
     raise ValueError(
       f"Data must be uint8 pixels or floating-point numbers; got {dtype}. Cast pixels in 0…255 "
       "with .astype('uint8'), and other numbers with .astype('float32')."
+    )
+  if dtype == np.uint8 and len(shape) == 4 and shape[1] in (1, 3) and shape[3] > 4:
+    raise ValueError(
+      f"Images are [N, H, W, C]; those of shape {shape} seem to have their channels first. Turn "
+      "them with .transpose(0, 2, 3, 1)."
     )
   if dtype != np.uint8:
     _check_finite(data, "Data")
@@ -184,22 +190,22 @@ def _checked_leaf(leaf: Any, num: int, name: str) -> Any:
     )
   if is_floating(dtype):
     _check_finite(leaf, name)
-    return leaf if dtype != np.float64 else np.asarray(leaf).astype(np.float32)
-  if dtype.kind not in "biu":
+    kept = np.dtype(np.float32) if dtype.itemsize == 8 else dtype.newbyteorder("=")
+  elif dtype.kind in "biu":
+    kept = dtype.newbyteorder("=") if dtype.itemsize <= 4 else np.dtype(np.int32)
+    if kept != dtype and not all(np.array_equal(x.astype(kept), x) for x in blocks(leaf)):
+      raise ValueError(f"{name} has integers that do not fit {kept}.")
+  else:
     raise ValueError(f"{name} must hold numbers or booleans; got {dtype}.")
-  kept = jax.dtypes.canonicalize_dtype(dtype) if dtype.itemsize <= 4 else np.dtype(np.int32)
-  if kept == dtype:
-    return leaf
-  values = np.asarray(leaf)
-  if not np.array_equal(values.astype(kept), values):
-    raise ValueError(f"{name} has integers that do not fit {kept}.")
-  return values.astype(kept)
+  return leaf if kept == dtype else converted(leaf, kept)
 
 
 def _check_finite(array: Any, name: str) -> None:
   row = 0
   for block in blocks(array):
-    bad = ~np.isfinite(block.reshape(len(block), -1).astype(np.float32)).all(axis=1)
+    with np.errstate(over="ignore"):  # too large for float32 is not finite
+      single = block.reshape(len(block), -1).astype(np.float32)
+    bad = ~np.isfinite(single).all(axis=1)
     if bad.any():
       raise ValueError(f"{name} must be finite; row {row + int(np.argmax(bad))} is not.")
     row += len(block)

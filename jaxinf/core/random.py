@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Said here, so that jax_default_prng_impl changes no draw. Others (rbg) would besides make the draws
-# of a vmapped batch of keys from its first key, so that they depended on the batch.
+# Named here, so that jax_default_prng_impl changes no draw. Others (rbg) draw for a vmapped batch
+# of keys from its first key, so that what is drawn depends on the batch.
 _GENERATOR = "threefry2x32"
 
 

@@ -11,8 +11,8 @@ _PAIRS = "jaxinf works with jax 0.6.2 to 0.9.1 and kfac-jax 0.0.8, or newer jax 
 def check_versions(jax_version: tuple[int, ...] = jax.__version_info__) -> None:
   """Raises ImportError, in one line, where the installed versions are known not to work.
 
-  kfac-jax 0.0.8 fails with jax 0.9.2 and later, some of them deep in a trace. Its main branch works,
-  and calls itself 0.0.8 too: it is known by what it has besides.
+  kfac-jax 0.0.8 fails with jax 0.9.2 and later, in some cases deep in a trace. Its main branch
+  works, and calls itself 0.0.8 too: it is known by what it has besides.
   """
   found = ".".join(map(str, jax_version))
   if jax_version < _OLDEST:

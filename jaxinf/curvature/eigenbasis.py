@@ -2,10 +2,12 @@
 
 import dataclasses
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 
 from jaxinf.core.types import Array, Eigenbasis, KroneckerFactors
+from jaxinf.engine import rehearsal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Decomposition:
 
 def eigh_on_host(factor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Eigenvalues [..., d], ascending, and eigenvectors [..., d, d] in float64 by LAPACK."""
-  return np.linalg.eigh(factor)
+  return rehearsal.decomposed(np.linalg.eigh, factor)
 
 
 def eigh_on_device(factor: Array) -> tuple[Array, Array]:
@@ -101,11 +103,6 @@ def from_eigenbasis(rotated: Array, basis: Eigenbasis) -> Array:
   return basis.q_out @ rotated @ basis.q_in.swapaxes(-1, -2)
 
 
-def checked_damping(damping: float) -> None:
-  """Raises ValueError unless λ > 0."""
-  if not damping > 0:
-    raise ValueError(f"damping must be positive (the curvature is singular); got {damping}.")
-
-
 def _scaled(grads: Array, basis: Eigenbasis, scale: Array) -> Array:
+  chex.assert_shape(grads, (..., *np.shape(scale)))
   return from_eigenbasis(to_eigenbasis(grads, basis) * scale, basis)

@@ -19,9 +19,10 @@ from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.decompose import DECOMPOSERS, decomposed
 from jaxinf.curvature.kinds import KFAC, ExactGGN, Kind, settings_of
 from jaxinf.curvature.saving import exact_curvature
-from jaxinf.curvature.targets import FISHERS, curvature_pairs, num_targets
+from jaxinf.curvature.targets import FISHERS, check_exact, curvature_pairs
 from jaxinf.diffusion.content import content_of
 from jaxinf.diffusion.model import DiffusionModel
+from jaxinf.diffusion.noise import Noised
 from jaxinf.diffusion.process import Process
 from jaxinf.engine.checkpoints import PartialSums
 from jaxinf.engine.compute import Compute
@@ -29,13 +30,11 @@ from jaxinf.engine.devices import num_devices
 from jaxinf.engine.kernels import Kernel
 from jaxinf.engine.reductions import reduce_batches
 from jaxinf.engine.worklist import Rows
-from jaxinf.layers.coverage import Selection
-from jaxinf.layers.register import LOSSES, Registration, layers_of
+from jaxinf.layers.coverage import SKIP_NORMALISATION, Selection
+from jaxinf.layers.register import LOSSES, Cotangents, Registration, layers_of
 from jaxinf.layers.specs import Layer
 
 _LOG = logging.getLogger("jaxinf")
-
-SKIP_NORMALISATION = (r"(?i)norm[^/]*/(scale|bias)$",)
 
 
 def fit_curvature(
@@ -145,19 +144,21 @@ class Fit:
     return {layer.name: bases[layer.name] for layer in self.layers.layers}, diagnostics
 
   def _check_targets(self) -> None:
-    each = math.ceil(self.compute.batch_size / num_devices(self.compute.devices))
-    num_targets(
+    if self.kind.fisher != "exact":
+      return
+    num_pairs, devices = len(self.rows), num_devices(self.compute.devices)
+    check_exact(
       self.model,
-      self.kind.fisher,
-      self.kind.samples,
+      self.layers,
       self.rows.padded_batch(0, 1),
-      num_pairs=len(self.rows),
-      batch_size=min(each, len(self.rows)),
+      num_pairs=num_pairs,
+      batch_size=math.ceil(min(self.compute.batch_size, num_pairs) / devices),
     )
 
   def _part_bases(self, layers: Registration, part: str) -> tuple[dict[str, Eigenbasis], dict]:
     sums = dict(self.first_pass(layers, part))
-    _check_losses(sums.pop(LOSSES))
+    if layers.layers[0] == self.layers.layers[0]:  # once, whatever the number of partitions
+      _check_losses(sums[LOSSES])
     bases, diagnostics = decomposed(
       layers.factors(sums, total=len(self.rows)), self.decompose, self.compute.devices
     )
@@ -171,7 +172,9 @@ class Fit:
 
   def first_pass(self, layers: Registration, part: str = "") -> dict[str, PyTree]:
     """Layer name → sums of factors, or of squared gradients where the layer is diagonal."""
-    return self._reduce(FactorKernel(layers, *self._targets), (), "curvature", part)
+    return self._reduce(
+      FactorKernel(layers, self._targets, self.kind.approx), (), "curvature", part
+    )
 
   def second_pass(
     self, layers: Registration, bases: Mapping[str, Eigenbasis], part: str = ""
@@ -184,7 +187,7 @@ class Fit:
     rotations = {
       name: Eigenbasis(single(bases[name].q_in), single(bases[name].q_out), None) for name in names
     }
-    kernel = EigenvalueKernel(layers.only(names), *self._targets)
+    kernel = EigenvalueKernel(layers.only(names), self._targets)
     sums = self._reduce(kernel, (rotations,), "eigenvalues", part)
     mean = lambda name: np.asarray(sums[name], np.float64) / len(self.rows)
     return {
@@ -193,8 +196,9 @@ class Fit:
     }
 
   @property
-  def _targets(self) -> tuple[Process, Kind, bool]:
-    return self.model.process, self.kind, self.train.random_flip
+  def _targets(self) -> "Targets":
+    flips = self.train.random_flip
+    return Targets(self.model.process, self.kind.fisher, self.kind.samples, flips)
 
   def _reduce(self, kernel: Kernel, operands: tuple, label: str, part: str) -> PyTree:
     partial, checkpoint = None, self.compute.checkpoint
@@ -202,7 +206,7 @@ class Fit:
       name = f"{label} {part}".strip().replace(" ", "-")
       key = self.settings | {"pass": label, "part": part, "decompose": self.decompose}
       key |= content_of(self.model, train=self.train)
-      partial = PartialSums(checkpoint.folder / f"{name}.npz", key, checkpoint.every)
+      partial = PartialSums(checkpoint.path(f"{name}.npz"), key, checkpoint.every)
     return reduce_batches(
       kernel,
       (self.model.params, np.uint32(self.draws.seed), *operands),
@@ -216,19 +220,35 @@ class Fit:
 
 
 @dataclasses.dataclass(frozen=True)
+class Targets:
+  """What a pass draws: pairs of (example, draw) rows, and cotangents at the network's outputs.
+
+  It is what the kernels of all kinds of curvature have in common, so that two kinds of one Fisher
+  share a compiled first pass.
+  """
+
+  process: Process
+  fisher: str
+  samples: int
+  random_flip: bool
+
+  def __call__(self, seed, batch: Batch) -> tuple[Noised, Cotangents]:
+    pairs, keys = curvature_pairs(self.process, seed, batch, self.random_flip)
+    return pairs, FISHERS[self.fisher](keys, pairs, self.samples)
+
+
+@dataclasses.dataclass(frozen=True)
 class FactorKernel:
   """Kernel from (params, seed) and pairs to sums of factors; see Registration.factor_sums."""
 
   layers: Registration
-  process: Process
-  kind: Kind
-  random_flip: bool
+  targets: Targets
+  approx: str
 
   def __call__(self, operands, batch: Batch) -> dict[str, PyTree]:
     params, seed = operands
-    pairs, keys = curvature_pairs(self.process, seed, batch, self.random_flip)
-    cotangents = FISHERS[self.kind.fisher](keys, pairs, self.kind.samples)
-    return self.layers.factor_sums(params, pairs, cotangents, batch.mask, approx=self.kind.approx)
+    pairs, cotangents = self.targets(seed, batch)
+    return self.layers.factor_sums(params, pairs, cotangents, batch.mask, approx=self.approx)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,14 +256,11 @@ class EigenvalueKernel:
   """Kernel from (params, seed, eigenbases) and pairs to sums of squared gradients there."""
 
   layers: Registration
-  process: Process
-  kind: Kind
-  random_flip: bool
+  targets: Targets
 
   def __call__(self, operands, batch: Batch) -> dict[str, PyTree]:
     params, seed, rotations = operands
-    pairs, keys = curvature_pairs(self.process, seed, batch, self.random_flip)
-    cotangents = FISHERS[self.kind.fisher](keys, pairs, self.kind.samples)
+    pairs, cotangents = self.targets(seed, batch)
     return self.layers.eigenvalue_sums(params, pairs, cotangents, batch.mask, rotations)
 
 
@@ -260,14 +277,17 @@ def partition(layers: Sequence[Layer], num: int) -> list[list[str]]:
 
 
 def _check_losses(sums: np.ndarray) -> None:
-  """Warns where a model's mean training loss is above that of predicting zero."""
+  """Warns where a model's mean training loss is above that of predicting zero.
+
+  Both are means over the same pairs, so that their ratio has little noise: 5 % of it are enough.
+  """
   count, loss, zero = (float(x) for x in sums)
   if np.isfinite([loss, zero]).all() and loss > 1.05 * zero:
     warnings.warn(
-      f"mean training loss {loss / count:.3g}: worse than predicting zero, {zero / count:.3g}. Check "
-      "that the process is the one that the model was trained with (what it predicts, its schedule, "
-      "its times), that data have the range that it was trained on, and that its parameters are "
-      "the trained ones.",
+      f"mean training loss {loss / count:.3g}: worse than predicting zero, {zero / count:.3g}. "
+      "Check that the process is the one that the model was trained with (what it predicts, its "
+      "schedule, its times), that data have the range that it was trained on, and that its "
+      "parameters are the trained ones.",
       stacklevel=5,
     )
 

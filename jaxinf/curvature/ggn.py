@@ -2,10 +2,13 @@
 
 Over M (example, draw) pairs the GGN is H = (1/M) Σ (2 w_t/D) JᵀJ, with D the number of the
 network's outputs, w_t the weight of the loss, and J = ∂output/∂θ over the parameters of all covered
-layers together: nothing between layers is dropped, nothing is sampled but (t, ε), and those draws are the ones of `fit_curvature`. A product
-H v is a forward-mode and a reverse-mode derivative of each batch; (H + λI) x = b is solved by
-conjugate gradients, preconditioned by a fitted curvature. A product costs a pass over all pairs, a
-solve dozens of them for each query: this is for small sets, to measure the others against.
+layers together. Nothing between layers is dropped. Only (t, ε) are sampled, and these draws are the
+ones of `fit_curvature`.
+
+A product H v is a forward-mode and a reverse-mode derivative of each batch. (H + λI) x = b is
+solved by conjugate gradients, preconditioned by a fitted curvature. A product costs a pass over all
+pairs, and a solve takes dozens of products for each query. So this is for small sets: a referee to
+measure the other kinds of curvature against.
 """
 
 import dataclasses

@@ -22,9 +22,9 @@ class KFAC:
 
   Attributes:
     approx: over positions, "expand" or "reduce" (Eschenhagen et al. 2023).
-    fisher: targets of the squared gradients: "mc" (sampled from the model's own Gaussian, the GGN
-      in expectation), "empirical" (the true targets, which is not the GGN) or "exact" (every output,
-      for small networks only).
+    fisher: targets of the squared gradients: "mc" (sampled from the model's own Gaussian: the GGN
+      in expectation), "empirical" (the true targets, which is not the GGN) or "exact" (every
+      output, for small networks only).
     samples: targets for each draw, of "mc".
 
   Raises:
@@ -104,7 +104,7 @@ class ExactGGN:
     solver: tolerance, iterations, precision and sketch.
   """
 
-  solver: Solver = Solver()
+  solver: Solver = dataclasses.field(default_factory=Solver)
   approx: ClassVar[str] = "expand"
   fisher: ClassVar[str] = "mc"
   samples: ClassVar[int] = 1

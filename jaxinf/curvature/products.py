@@ -16,7 +16,8 @@ class ProductKernel:
   """Kernel from (params, v, seed) to Σ over pairs of (2 w/D) JᵀJ v, in the precision of v.
 
   v and the sums are lists of the leaves at positions `covered` of the parameters; J has these
-  parameters only.
+  parameters only. The network is evaluated at parameters cast to the precision of v: of one that is
+  kept in bfloat16, this is the GGN at the same point, without the rounding on the way.
 
   Attributes:
     apply_fn, process: of the model.
@@ -43,17 +44,18 @@ class ProductKernel:
       replaced = dict(zip(self.covered, part, strict=True))
       tree = jax.tree.unflatten(structure, [replaced.get(i, x) for i, x in enumerate(leaves)])
       given = () if pairs.conditioning is None else (pairs.conditioning,)
-      return self.apply_fn(tree, pairs.inputs, pairs.time, *given)
+      predicted = self.apply_fn(tree, pairs.inputs, pairs.time, *given)
+      if self.x64 and predicted.dtype != dtype:
+        raise ValueError(
+          f"apply_fn returns {predicted.dtype} for {dtype} parameters and data. It casts inside, "
+          "so that products would not have the precision asked for: take precision='float32'."
+        )
+      return predicted.astype(dtype)
 
     part = [leaves[i] for i in self.covered]
     # TF32 or bfloat16, the default on accelerators, would be an approximation itself.
     with jax.default_matmul_precision("highest"):
       predicted, tangents = jax.jvp(outputs, (part,), (vector,))
-      if predicted.dtype != dtype:
-        raise ValueError(
-          f"apply_fn returns {predicted.dtype} for {dtype} parameters and data: it casts inside, so "
-          "that products would not have the precision asked for."
-        )
       size = math.prod(predicted.shape[1:])
       weights = batch.mask.astype(dtype) * pairs.weights.astype(dtype) * (2 / size)
       _, pull_back = jax.vjp(outputs, part)

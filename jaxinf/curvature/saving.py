@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxinf.core.arrays import fingerprint
 from jaxinf.core.draws import Draws
 from jaxinf.core.examples import Examples
 from jaxinf.core.types import Eigenbasis
@@ -96,7 +97,10 @@ def coverage_from(notes: Mapping[str, Any]) -> Coverage:
 def save_curvature(folder: Path, curvature: Curvature) -> None:
   """Writes a curvature to a folder of its own."""
   key = {"curvature": content_of(curvature.model)}
-  artifacts.write(folder, key, arrays_of(curvature), notes=notes_of(curvature), cost={})
+  notes = notes_of(curvature)
+  if isinstance(curvature, ExactCurvature):
+    notes["train"] = fingerprint(curvature.ggn.content)
+  artifacts.write(folder, key, arrays_of(curvature), notes=notes, cost={})
 
 
 def load_curvature(
@@ -113,7 +117,8 @@ def load_curvature(
     train, compute: of the exact GGN alone, which goes through the training examples again.
 
   Raises:
-    ValueError: the folder holds none, it is damaged, or it is that of another model.
+    ValueError: the folder holds none, it is damaged, it is that of another model, or an exact GGN
+      is given no training examples or others than it was made with.
   """
   artifact = artifacts.read(Path(folder))
   if artifact.manifest["key"] != artifacts.plain({"curvature": content_of(model)}):
@@ -121,7 +126,14 @@ def load_curvature(
       f"{folder} holds the curvature of a model with other parameters or another process: load the "
       "model that it was fitted for."
     )
-  return curvature_from(artifact.arrays, artifact.notes, model, train, compute)
+  curvature = curvature_from(artifact.arrays, artifact.notes, model, train, compute)
+  examples = fingerprint(curvature.ggn.content) if isinstance(curvature, ExactCurvature) else None
+  if examples != artifact.notes.get("train"):
+    raise ValueError(
+      f"{folder} holds the exact GGN over other training examples, or the same without or with "
+      "random_flip: give the examples that it was made with."
+    )
+  return curvature
 
 
 def _from_json(cls: type, fields: Mapping[str, Any]) -> Any:

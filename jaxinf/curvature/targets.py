@@ -1,8 +1,9 @@
 """The pairs, and gradients at the network's outputs, that curvature is estimated from.
 
 (Paper, Section 3.1.) The loss of a pair is w_t times the mean over D output elements of squared
-errors. Its GGN is (2/D) E[w_t JᵀJ] over examples and draws of (t, ε), with J = ∂output/∂θ.
-Back-propagating cotangents with second moment (2 w_t/D) I gives it:
+errors. Its GGN is (2/D) E[w_t JᵀJ] over examples and draws of (t, ε), with J = ∂output/∂θ. It is
+the second moment of gradients back-propagated from cotangents, K a pair [K, B, …], that have the
+second moment (2 w_t/D) I:
 
   mc:        √(2 w_t/D) ξ, ξ ~ N(0, I): the gradient at targets sampled from the model's own
              Gaussian, the GGN in expectation;
@@ -13,7 +14,6 @@ Back-propagating cotangents with second moment (2 w_t/D) I gives it:
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,25 +25,24 @@ from jaxinf.core.types import Batch
 from jaxinf.diffusion.model import DiffusionModel
 from jaxinf.diffusion.noise import Noised, flipped, losses, noised, predict
 from jaxinf.diffusion.process import Process
+from jaxinf.engine.kernels import numerics
+from jaxinf.layers.register import Cotangents, Registration
 
 MOST_EXACT_FLOPS = 1e14  # about ten minutes on a few CPU cores
-MOST_EXACT_BYTES = 2**33  # of unit vectors on a device at a time
-
-# (network outputs [B, …]) → K cotangents a pair [K, B, …]
-Cotangents = Callable[[jax.Array], jax.Array]
+MOST_EXACT_BYTES = 2**33  # on a device at a time: what a laptop and a small GPU still have
 
 
 def monte_carlo(keys: jax.Array, pairs: Noised, num: int) -> Cotangents:
   """√(2 w/D) ξ for `num` model-sampled targets a pair; keys [B] are those of the pairs."""
   shape = pairs.target.shape[1:]
 
-  def normal(target: int) -> jax.Array:
+  def normal(target: jax.Array) -> jax.Array:
     numbers = jnp.full(keys.shape, target, jnp.uint32)
     streams = fold_in_each(substreams(keys, "targets"), numbers)
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(streams)
+    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(streams)
 
   scale = np.sqrt(2 / np.prod(shape)).astype(np.float32) * _root_weights(pairs)
-  return lambda out: scale * jnp.stack([normal(target) for target in range(num)])
+  return lambda out: scale * jax.vmap(normal)(jnp.arange(num, dtype=jnp.uint32))
 
 
 def empirical(keys: jax.Array, pairs: Noised, num: int) -> Cotangents:
@@ -57,7 +56,7 @@ def exact(keys: jax.Array, pairs: Noised, num: int) -> Cotangents:
   del keys, num
   shape = pairs.target.shape[1:]
   size = int(np.prod(shape))
-  units = np.sqrt(2).astype(np.float32) * jnp.eye(size).reshape(size, 1, *shape)
+  units = np.sqrt(2).astype(np.float32) * jnp.eye(size, dtype=jnp.float32).reshape(size, 1, *shape)
   return lambda out: units * jnp.broadcast_to(_root_weights(pairs), out.shape)
 
 
@@ -90,47 +89,49 @@ FISHERS: dict[str, Callable[[jax.Array, Noised, int], Cotangents]] = {
 }
 
 
-def num_targets(
-  model: DiffusionModel,
-  fisher: str,
-  samples: int,
-  row: Any,
-  *,
-  num_pairs: int,
-  batch_size: int,
-) -> int:
-  """Backward passes a pair; ValueError where "exact" would take too long or too much memory.
+def check_exact(
+  model: DiffusionModel, layers: Registration, row: Batch, *, num_pairs: int, batch_size: int
+) -> None:
+  """Raises ValueError where back-propagating every output takes too long or too much memory.
 
   Args:
     model: the model.
-    fisher, samples: as of `KFAC`.
+    layers: its registered layers, whose output gradients are in memory for all outputs at once.
     row: a batch of one example, of which shapes count.
     num_pairs: pairs in all.
     batch_size: pairs on a device at a time.
   """
-  if fisher != "exact":
-    return samples
-  outputs = math.prod(row.data.shape[1:])
-  flops = 2 * _forward_flops(model, row) * num_pairs * outputs
-  num_bytes = 4 * outputs * outputs * batch_size
-  if flops > MOST_EXACT_FLOPS or num_bytes > MOST_EXACT_BYTES:
+  num_outputs = math.prod(row.data.shape[1:])
+  flops = 2 * _forward_flops(model, row) * num_pairs * num_outputs
+  pairs = jax.eval_shape(lambda batch: curvature_pairs(model.process, 0, batch)[0], row)
+  positions = layers.positions(model.params, pairs)
+  numbers = num_outputs + sum(positions[x.name] * x.matrix_rows for x in layers.layers)
+  each = 4 * num_outputs * numbers
+  what = f'fisher="exact" back-propagates each of {num_outputs:,} outputs of'
+  if flops > MOST_EXACT_FLOPS:
     raise ValueError(
-      f'fisher="exact" back-propagates each of {outputs:,} outputs of {num_pairs:,} pairs: about '
-      f"{flops:.1e} operations, of which at most {MOST_EXACT_FLOPS:.0e} are allowed, and "
-      f"{num_bytes / 2**30:,.1f} GiB a batch, of which at most {MOST_EXACT_BYTES / 2**30:.0f} are. "
-      'Take fisher="mc" with more samples, fewer draws or examples, a smaller batch, or a smaller '
-      "network."
+      f"{what} {num_pairs:,} pairs: about {flops:.1e} operations, of which at most "
+      f'{MOST_EXACT_FLOPS:.0e} are allowed. Take fisher="mc" with more samples, or fewer draws or '
+      "examples, or a smaller network."
     )
-  return outputs
+  if each * batch_size > MOST_EXACT_BYTES:
+    fits = MOST_EXACT_BYTES // each
+    way_out = f"a batch of at most {fits} pairs on a device" if fits else "a smaller network"
+    raise ValueError(
+      f"{what} {batch_size:,} pairs on a device at once. Gradients at the outputs of all layers "
+      f"take about {each * batch_size / 2**30:,.1f} GiB, of which at most "
+      f'{MOST_EXACT_BYTES / 2**30:.0f} GiB are allowed. Take fisher="mc" with more samples, or '
+      f"{way_out}."
+    )
 
 
 def _forward_flops(model: DiffusionModel, row: Batch) -> float:
   """Operations of the network for one pair, by XLA's count."""
 
   def forward(params, batch):
-    keys = jax.random.split(jax.random.key(0), len(batch.data))
-    pairs = noised(model.process, as_float(batch.data), keys)
-    return predict(model.apply_fn, params, pairs._replace(conditioning=batch.conditioning))
+    pairs, _ = curvature_pairs(model.process, 0, batch)
+    return predict(model.apply_fn, params, pairs)
 
-  cost = jax.jit(forward).lower(model.params, row).cost_analysis() or {}
+  with numerics():
+    cost = jax.jit(forward).lower(model.params, row).cost_analysis() or {}
   return float(cost.get("flops", 0.0))

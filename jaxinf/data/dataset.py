@@ -8,10 +8,12 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
-from jaxinf.core.arrays import blocks
+from jaxinf.core.arrays import blocks, read_rows
+from jaxinf.core.checks import checked_count, checked_seed
 from jaxinf.core.examples import Examples, checked_data, checked_ids
 
 # Fields of DataConfig that only some loaders read.
@@ -36,7 +38,8 @@ class Dataset:
 
   Attributes:
     name: what reports call the data set.
-    images: [N, …], as of `Examples`: pixels [N, H, W, C], latents, series, vectors or volumes.
+    images: [N, …], as the data of `Examples`: pixels, latents, series, vectors or volumes, in
+      memory or on disk.
     ids: [N] unique strings; an example keeps its id whatever else is loaded beside it.
     labels: [N] integers, or None.
     label_names: name of each label 0, 1, …; empty where labels have no names.
@@ -47,22 +50,22 @@ class Dataset:
   """
 
   name: str
-  images: np.ndarray
+  images: Any
   ids: np.ndarray
   labels: np.ndarray | None = None
   label_names: tuple[str, ...] = ()
   random_flip: bool = False
 
   def __post_init__(self):
-    checked_data(self.images)
+    object.__setattr__(self, "images", checked_data(self.images))
     if self.ids is None or np.asarray(self.ids).dtype.kind != "U":
       raise ValueError(
         f"ids must be strings, one an example; got {getattr(self.ids, 'dtype', type(self.ids))}. "
         "Convert with np.array([str(i) for i in ids])."
       )
-    checked_ids(self.ids, len(self.images))
+    checked_ids(self.ids, len(self))
     if self.labels is not None:
-      _check_labels(self.labels, self.label_names, len(self.images))
+      _check_labels(self.labels, self.label_names, len(self))
 
   @functools.cached_property
   def examples(self) -> Examples:
@@ -70,14 +73,14 @@ class Dataset:
     return Examples(self.images, self.ids, groups=self.labels, random_flip=self.random_flip)
 
   def __len__(self) -> int:
-    return len(self.images)
+    return self.images.shape[0]
 
   @property
   def image_shape(self) -> tuple[int, ...]:
     """The shape of an example, (H, W, C) of images."""
     return tuple(self.images.shape[1:])
 
-  @property
+  @functools.cached_property
   def is_pixels(self) -> bool:
     """Whether the data are pixels: uint8, or images [N, H, W, C] of numbers in [-1, 1]."""
     if self.images.dtype == np.uint8:
@@ -98,7 +101,7 @@ class Dataset:
       )
     return dataclasses.replace(
       self,
-      images=self.images[indices],
+      images=read_rows(self.images, indices),
       ids=self.ids[indices],
       labels=None if self.labels is None else self.labels[indices],
     )
@@ -121,32 +124,22 @@ class Dataset:
 
   def sample(self, num_examples: int, seed: int) -> "Dataset":
     """A random subset with the labels' proportions; ValueError unless 1 ≤ num_examples ≤ N."""
-    if not 1 <= num_examples <= len(self):
+    num_examples, seed = checked_count(num_examples, "num_examples"), checked_seed(seed)
+    if num_examples > len(self):
       raise ValueError(
-        f"The number of examples must lie in 1…{len(self)}, the size of data set {self.name!r}; "
+        f"num_examples must lie in 1…{len(self)}, the size of data set {self.name!r}; "
         f"got {num_examples}."
       )
     return self.take(
       stratified_positions(self.ids, self.labels, num_examples=num_examples, seed=seed)
     )
 
-  def float_images(self, indices: Iterable[int] | np.ndarray | None = None) -> np.ndarray:
-    """A float32 copy [n, H, W, C] in [-1, 1] of all images, or of those at `indices`.
-
-    uint8 values x become x / 127.5 − 1.
-    """
-    chosen = self if indices is None else self.take(indices)
-    images = chosen.images.astype(np.float32)
-    if self.images.dtype == np.uint8:
-      images /= np.float32(127.5)  # in place: a float copy of CIFAR-10 is 0.6 GB
-      images -= np.float32(1)
-    return images
-
   def fingerprint(self) -> str:
     """Hex SHA-256 of pixels, shape, dtype and ids, in order; name and labels are not part of it."""
-    header = [self.images.shape, self.images.dtype.str, self.ids.tolist()]
+    header = [self.images.shape, np.dtype(self.images.dtype).str, self.ids.tolist()]
     digest = hashlib.sha256(json.dumps(header).encode())
-    digest.update(np.ascontiguousarray(self.images).data.cast("B"))
+    for block in blocks(self.images):
+      digest.update(block.tobytes())
     return digest.hexdigest()
 
 

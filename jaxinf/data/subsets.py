@@ -4,6 +4,8 @@ import dataclasses
 
 import numpy as np
 
+from jaxinf.core.checks import checked_count, checked_seed
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Subsets:
@@ -56,10 +58,10 @@ def random_subsets(train_ids: np.ndarray, num_subsets: int, *, share: float, see
 
   Args:
     train_ids: [N] unique ids.
-    num_subsets: M ≥ 1.
+    num_subsets: M.
     share: of the examples in a subset; the paper's is ½. An N · share halfway between two integers
       goes to the even one.
-    seed: non-negative.
+    seed: of the draws.
 
   Raises:
     ValueError: a subset would be empty or the whole, or a number is out of range.
@@ -71,10 +73,7 @@ def random_subsets(train_ids: np.ndarray, num_subsets: int, *, share: float, see
       f"A subset must hold between 1 and {num_train - 1} of the {num_train} examples; a share of "
       f"{share:g} gives {size}. Choose another, such as 0.5."
     )
-  if num_subsets < 1 or seed < 0:
-    raise ValueError(
-      f"num_subsets must be at least 1, seed at least 0; got {num_subsets} and {seed}."
-    )
+  num_subsets, seed = checked_count(num_subsets, "num_subsets"), checked_seed(seed)
   membership = np.zeros((num_subsets, num_train), bool)
   for number, row in enumerate(membership):
     stream = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(number,)))

@@ -27,6 +27,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxinf.core.arrays import fingerprint
 from jaxinf.core.types import PyTree
 from jaxinf.engine import processes
 from jaxinf.engine.progress import clock
@@ -190,16 +191,6 @@ def read(folder: Path) -> Artifact:
 
 
 _REMEDY = "Delete the folder and run its stage again."
-
-
-def fingerprint(arrays: Mapping[str, np.ndarray]) -> str:
-  """A hash of names, types, shapes and contents."""
-  digest = hashlib.sha256()
-  for name in sorted(arrays):
-    array = np.asarray(arrays[name])
-    digest.update(f"{name} {array.dtype} {array.shape}".encode())
-    digest.update(array.tobytes())
-  return digest.hexdigest()[:32]
 
 
 def fingerprint_of(value: Any) -> str:

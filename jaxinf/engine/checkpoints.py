@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxinf.core.checks import checked_count
 from jaxinf.core.types import PyTree
 from jaxinf.engine import processes
 from jaxinf.engine.artifacts import plain, refuse_stale
@@ -22,10 +23,21 @@ class Checkpointing:
   Attributes:
     folder: of the files; delete it when the result is safe.
     every: batches between two savings.
+
+  Raises:
+    ValueError: every is too small.
   """
 
-  folder: Path
+  folder: str | Path
   every: int = 100
+
+  def __post_init__(self):
+    object.__setattr__(self, "folder", Path(self.folder))
+    object.__setattr__(self, "every", checked_count(self.every, "every"))
+
+  def path(self, name: str) -> Path:
+    """A file or folder of that name within the folder."""
+    return Path(self.folder) / name
 
 
 class PartialSums:
@@ -40,10 +52,8 @@ class PartialSums:
   """
 
   def __init__(self, path: Path, key: Mapping[str, Any], every: int):
-    if every < 1:
-      raise ValueError(f"Sums are saved every so many batches, at least 1; got every={every}.")
     path = path.with_name(path.stem + processes.suffix() + path.suffix)
-    self._path, self._key, self.every = path, plain(key), every
+    self._path, self._key, self.every = path, plain(key), checked_count(every, "every")
 
   def save(self, rows_done: int, sums: list[np.ndarray]) -> None:
     arrays = {"key": np.array(json.dumps(self._key)), "rows_done": np.array(rows_done)}
@@ -82,9 +92,7 @@ class PartialOutputs:
   """
 
   def __init__(self, folder: Path, key: Mapping[str, Any], every: int, structure: PyTree = 0):
-    if every < 1:
-      raise ValueError(f"Rows are saved every so many batches, at least 1; got every={every}.")
-    self._folder, self._key, self.every = folder, plain(key), every
+    self._folder, self._key, self.every = folder, plain(key), checked_count(every, "every")
     self._structure = jax.tree.structure(structure)
     self._num_saved = 0
 

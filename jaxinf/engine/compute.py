@@ -54,5 +54,5 @@ class Compute:
     """The same, with what is kept on disk in a folder of that name within the folder."""
     if self.checkpoint is None:
       return self
-    inner = dataclasses.replace(self.checkpoint, folder=self.checkpoint.folder / name)
+    inner = dataclasses.replace(self.checkpoint, folder=self.checkpoint.path(name))
     return dataclasses.replace(self, checkpoint=inner)

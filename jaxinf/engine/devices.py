@@ -52,9 +52,14 @@ def shard_of_step(batch: PyTree, devices: Sequence[jax.Device] | None = None) ->
   return jax.tree.map(lambda x: x.reshape(num, -1, *x.shape[1:])[begin : begin + each], batch)
 
 
-def replicate(tree: PyTree, devices: Sequence[jax.Device] | None = None) -> PyTree:
-  """Copies a pytree of arrays to every local device: a leading device axis is added."""
-  return copying(tuple(local_devices(devices)))(tree)
+def replicate(
+  tree: PyTree, devices: Sequence[jax.Device] | None = None, x64: bool = False
+) -> PyTree:
+  """Copies a pytree of arrays to every local device: a leading device axis is added.
+
+  Arrays of 64 bits become such of 32 unless x64.
+  """
+  return copying(tuple(local_devices(devices)), x64)(tree)
 
 
 def shard(batch: PyTree, devices: Sequence[jax.Device] | None = None) -> PyTree:

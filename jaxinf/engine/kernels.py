@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from jaxinf.core.types import PyTree
-
-AXIS = "devices"
+from jaxinf.engine import rehearsal
+from jaxinf.engine.rehearsal import AXIS
 
 Kernel = Callable[[PyTree, Any], PyTree]
 
@@ -25,7 +25,7 @@ _MOST_PROGRAMS = 128
 
 @contextlib.contextmanager
 def numerics(x64: bool = False) -> Iterator[None]:
-  """JAX as all of jaxinf computes: in 32 bits unless asked, whatever the user's global flags say."""
+  """JAX as jaxinf computes, whatever a user's global flags say: in 32 bits unless asked."""
   with jax.enable_x64(x64), jax.threefry_partitionable(True):
     yield
 
@@ -48,23 +48,18 @@ class Program:
     x64: bool = False,
   ):
     donated = (0,) if donate else ()
-    self._x64 = x64
+    self._x64, self._function = x64, function
     self._mapped = jax.pmap(function, axis_name=AXIS, devices=devices, donate_argnums=donated)
 
   def __call__(self, *arguments: PyTree) -> PyTree:
     with numerics(self._x64):
-      return self._mapped(*arguments)
-
-  def lower(self, *arguments: PyTree) -> Any:
-    """The program for such arguments, before it is compiled."""
-    with numerics(self._x64):
-      return self._mapped.lower(*arguments)
+      return rehearsal.program(self._mapped, self._function)(*arguments)
 
 
 @functools.lru_cache(maxsize=_MOST_PROGRAMS)
 def compiled(kernel: Kernel, devices: tuple[jax.Device, ...]) -> Program:
   """kernel(operands, value) on each device, for replicated operands and sharded values."""
-  return Program(kernel, devices, x64=_computes_in_64_bits(kernel))
+  return Program(kernel, devices, x64=in_64_bits(kernel))
 
 
 @functools.lru_cache(maxsize=_MOST_PROGRAMS)
@@ -77,7 +72,7 @@ class Summing:
   """zeros(operands, batch), accumulate(sums, operands, batch), total(sums), place(sums)."""
 
   def __init__(self, kernel: Kernel, devices: tuple[jax.Device, ...]):
-    x64 = _computes_in_64_bits(kernel)
+    x64 = in_64_bits(kernel)
 
     def zeros(operands, batch):
       shapes = jax.eval_shape(kernel, operands, batch)
@@ -99,25 +94,30 @@ class Summing:
     self.total, self.place = Program(total, devices, x64=x64), Program(place, devices, x64=x64)
 
 
-def _computes_in_64_bits(kernel: Kernel) -> bool:
+def in_64_bits(kernel: Kernel) -> bool:
   """What a kernel says of itself, which is no for one that says nothing."""
   return bool(getattr(kernel, "x64", False))
 
 
 @functools.lru_cache(maxsize=_MOST_PROGRAMS)
 def on_one_device(function: Callable) -> Callable:
-  """A function of arrays compiled for the device that its arguments are on."""
+  """A function of arrays on one device, compiled: run(device, *arguments)."""
   program = jax.jit(function)
 
-  def run(*arguments: PyTree) -> PyTree:
+  def run(device: jax.Device, *arguments: PyTree) -> PyTree:
     with numerics():
-      return program(*arguments)
+      return program(*jax.device_put(arguments, device))
 
   return run
 
 
 @functools.cache
-def copying(devices: tuple[jax.Device, ...]) -> Callable[[PyTree], PyTree]:
-  """Copies arrays to every device, with a leading device axis."""
+def copying(devices: tuple[jax.Device, ...], x64: bool = False) -> Callable[[PyTree], PyTree]:
+  """Copies arrays to every device, with a leading device axis; 64 bits become 32 unless x64."""
   program = jax.pmap(lambda _, x: x, axis_name=AXIS, in_axes=(0, None), devices=devices)
-  return lambda tree: program(np.arange(len(devices)), tree)
+
+  def copy(tree: PyTree) -> PyTree:
+    with numerics(x64):
+      return program(np.arange(len(devices)), tree)
+
+  return copy

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
+from jaxinf.core.checks import checked_count
 from jaxinf.core.types import Array, PyTree
-from jaxinf.engine import processes
+from jaxinf.engine import processes, rehearsal
 from jaxinf.engine.devices import IN_FLIGHT, local_devices, replicate, shard
-from jaxinf.engine.kernels import Kernel, compiled, on_one_device
+from jaxinf.engine.kernels import Kernel, compiled, in_64_bits, on_one_device
 from jaxinf.engine.progress import Progress
 from jaxinf.engine.worklist import Rows
 
@@ -108,10 +109,13 @@ def stream_batches(
   """
   devices = local_devices(devices)
   begin, end = processes.share(len(rows)) if span is None else span
-  operands = replicate(operands, devices)
+  operands = replicate(operands, devices, in_64_bits(kernel))
   first_step = compiled(kernel, tuple(devices))
   then_all = _applied_in_blocks(then, devices) if then is not None else lambda values: values
   window = 1 if then is None else len(then.operands)
+  trial = rehearsal.trial(label, len(rows.ids), end - begin)
+  if then is not None:
+    then_all = trial.second(then_all, window)
   waiting: list[tuple[PyTree, int]] = []
   pending: collections.deque = collections.deque()
 
@@ -122,11 +126,12 @@ def stream_batches(
 
   def finish(progress):
     output, num = pending.popleft()
+    output = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[:num], output)
     progress.advance(num)
-    return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[:num], output)
+    return trial.done(num, output)
 
   with Progress(processes.label(label), end, unit, start=begin) as progress:
-    for batch, num in sharded_batches(rows, batch_size, devices, begin, end):
+    for batch, num in trial.few(sharded_batches(rows, batch_size, devices, begin, end)):
       waiting.append((first_step(operands, batch), num))
       if len(waiting) == window:
         apply_waiting()
@@ -136,19 +141,20 @@ def stream_batches(
       apply_waiting()
     while pending:
       yield finish(progress)
+    yield from trial.repeated()
 
 
 def _applied_in_blocks(then: Blocks, devices: list[jax.Device]) -> Callable:
   """The second kernel on several values at once, so that each block is moved once for all."""
   second_step = compiled(then.kernel, tuple(devices))
   if len(then.operands) == 1:
-    placed = replicate(then.operands[0], devices)
+    placed = replicate(then.operands[0], devices, in_64_bits(then.kernel))
     return lambda values: [second_step(placed, value) for value in values]
 
   def apply(values):
     parts: list[list] = [[] for _ in values]
     for block in then.operands:
-      placed = replicate(block, devices)
+      placed = replicate(block, devices, in_64_bits(then.kernel))
       for part, value in zip(parts, values, strict=True):
         part.append(np.asarray(second_step(placed, value)))
       del placed  # before the next block comes
@@ -163,11 +169,11 @@ def spread(
   cost: Callable[[Array], float],
   devices: Sequence[jax.Device] | None = None,
 ) -> dict[Any, PyTree]:
-  """function(item) of every item, each on one device, so that all have about as much to do.
+  """Decompositions of every item, each on one device, so that all have about as much to do.
 
   Args:
-    function: a JAX computation, compiled once a shape.
-    items: name → array.
+    function: a JAX computation that decomposes [..., d, d], compiled once a shape.
+    items: name → array [..., d, d].
     cost: what an item costs, in any unit; the costliest are dealt out first.
     devices: local devices; all of them where None.
 
@@ -180,7 +186,8 @@ def spread(
   for name in sorted(items, key=lambda name: -cost(items[name])):
     least = load.index(min(load))
     load[least] += cost(items[name])
-    results[name] = program(jax.device_put(items[name], devices[least]))
+    run = lambda item: program(devices[least], item)  # noqa: B023
+    results[name] = rehearsal.decomposed(run, items[name])
   return {name: jax.tree.map(np.asarray, results[name]) for name in items}
 
 
@@ -193,8 +200,7 @@ def sharded_batches(
   """
   if not len(rows):
     raise ValueError("There are no examples to go through: the set is empty.")
-  if batch_size < 1:
-    raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
-  size = math.ceil(min(batch_size, len(rows)) / len(devices)) * len(devices)
+  batch_size = min(checked_count(batch_size, "batch_size"), len(rows))
+  size = math.ceil(batch_size / len(devices)) * len(devices)
   for row in range(begin, max(end, begin + 1), size):
     yield shard(rows.padded_batch(row, size, end), devices), max(0, min(size, end - row))

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 from jaxinf.core.types import PyTree
-from jaxinf.engine import processes
+from jaxinf.engine import processes, rehearsal
 from jaxinf.engine.devices import IN_FLIGHT, first, local_devices, replicate
-from jaxinf.engine.kernels import Kernel, Program, summing
+from jaxinf.engine.kernels import Kernel, Program, in_64_bits, summing
 from jaxinf.engine.maps import sharded_batches
 from jaxinf.engine.progress import Progress
 from jaxinf.engine.worklist import Rows
@@ -55,22 +55,24 @@ def reduce_batches(
   """
   devices = local_devices(devices)
   programs = summing(kernel, tuple(devices))
-  operands = replicate(operands, devices)
+  operands = replicate(operands, devices, in_64_bits(kernel))
   done, end = processes.share(len(rows))
   first_batch, _ = next(sharded_batches(rows, batch_size, devices, done, end))
   sums = programs.zeros(operands, first_batch)
   if partial is not None and (saved := partial.load()) is not None:
     done, sums = saved[0], _resumed(sums, *saved, end, len(devices), programs.place)
   pending: collections.deque = collections.deque()
+  trial = rehearsal.trial(label, len(rows.ids), end - done)
 
   def finish(progress):
     marker, count = pending.popleft()
     marker.block_until_ready()
     progress.advance(count)
+    trial.done(count)
 
   with Progress(processes.label(label), end, unit, start=done) as progress:
     batches = sharded_batches(rows, batch_size, devices, done, end)
-    for number, (batch, count) in enumerate(batches if done < end else (), start=1):
+    for number, (batch, count) in enumerate(trial.few(batches if done < end else ()), start=1):
       sums, marker = programs.accumulate(sums, operands, batch)
       done += count
       pending.append((marker, count))

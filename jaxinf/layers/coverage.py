@@ -5,6 +5,7 @@ diagonal approximation in silence.
 """
 
 import dataclasses
+import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,10 @@ ADVICE = (
   "A parameter that enters nn.scan or nn.vmap, is used more than once, or is reshaped before its "
   "product is in no layer; kfac_jax.register_dense(y, x, w, b) in the network declares one by hand."
 )
+
+
+# Left out by default. A network without normalisation may be given it all the same.
+SKIP_NORMALISATION = (r"(?i)norm[^/]*/(scale|bias)$",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,11 +127,11 @@ def cover(
     reasons: leaf → why its layer, or the lack of one, stands in the way.
 
   Raises:
-    ValueError: a parameter is in no layer and not skipped, a layer is skipped in part, or an
-      expression of `diagonal` finds only what is skipped.
+    ValueError: a parameter is in no layer and not skipped, a layer is skipped in part, an
+      expression finds no parameter, or one of `diagonal` finds only what is skipped.
   """
   names, leaves = leaf_names(params), jax.tree.leaves(params)
-  _check_diagonal(selection, names)
+  _check_expressions(selection, names)
   blocks: dict[int, str | None] = {i: None for i in range(len(names))}
   reasons = dict(reasons)
   covered = []
@@ -164,15 +169,24 @@ def cover(
   return tuple(covered), coverage
 
 
-def _check_diagonal(selection: Selection, names: Sequence[str]) -> None:
-  """Raises ValueError where all that an expression of `diagonal` finds is skipped."""
-  for pattern in selection.diagonal:
-    found = [name for name in names if re.search(pattern, name)]
-    if found and all(map(selection.skips, found)):
-      raise ValueError(
-        f"diagonal: all that {pattern!r} finds is skipped, such as {found[0]}. To cover "
-        "normalisation: fit_curvature(…, skip=(), diagonal=jaxinf.SKIP_NORMALISATION)."
-      )
+def _check_expressions(selection: Selection, names: Sequence[str]) -> None:
+  """Raises ValueError where an expression finds nothing, or one of `diagonal` what is skipped."""
+  for field in ("skip", "diagonal", "only"):
+    for pattern in getattr(selection, field) or ():
+      found = [name for name in names if re.search(pattern, name)]
+      if not found and pattern not in SKIP_NORMALISATION:
+        raise ValueError(f"{field}: {pattern!r} finds no parameter. {_like(pattern, names)}")
+      if field == "diagonal" and found and all(map(selection.skips, found)):
+        raise ValueError(
+          f"diagonal: all that {pattern!r} finds is skipped, such as {found[0]}. To cover "
+          "normalisation: fit_curvature(…, skip=(), diagonal=jaxinf.SKIP_NORMALISATION)."
+        )
+
+
+def _like(pattern: str, names: Sequence[str]) -> str:
+  """The parameters whose paths are most like a pattern, as a hint."""
+  close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
+  return f"Expressions are searched for in paths such as {', '.join(map(repr, close))}."
 
 
 def _complaint(coverage: Coverage) -> str:

@@ -84,10 +84,10 @@ def find_batches(
     shapes.append({s.kernel: (traced.shapes[s.x], traced.shapes[s.y]) for s in sites})
   batches = {}
   for site in sites:
-    pairs = zip(shapes[0].get(site.kernel, ()), shapes[1][site.kernel], strict=False)
+    pairs = list(zip(shapes[0].get(site.kernel, ()), shapes[1][site.kernel], strict=False))
     x, y = (*(_batch_axis(small, large, sizes) for small, large in pairs), None, None)[:2]
     if x is None or y is None:
-      why = "its inputs or outputs have no axis that is the batch and nothing else"
+      why = _without_batch(pairs, sizes)
       reasons |= {leaf: why for leaf in (site.kernel, site.bias) if leaf is not None}
     else:
       batches[site.kernel] = (x, y)
@@ -96,10 +96,28 @@ def find_batches(
 
 def _batch_axis(small: tuple[int, ...], large: tuple[int, ...], sizes: Sequence[int]) -> int | None:
   """The only axis in which shapes differ, if these are the batch sizes there; else None."""
-  differ = [axis for axis, pair in enumerate(zip(small, large, strict=False)) if pair[0] != pair[1]]
+  differ = _differing(small, large)
   if len(small) != len(large) or len(differ) != 1:
     return None
   return differ[0] if [small[differ[0]], large[differ[0]]] == list(sizes) else None
+
+
+def _differing(small: tuple[int, ...], large: tuple[int, ...]) -> list[int]:
+  """Axes in which two shapes differ."""
+  return [axis for axis, pair in enumerate(zip(small, large, strict=False)) if pair[0] != pair[1]]
+
+
+def _without_batch(pairs: Sequence[tuple[tuple, tuple]], sizes: Sequence[int]) -> str:
+  """Why a layer with these shapes, (small, large) of its input and output, has no batch axis."""
+  for small, large in pairs:
+    for axis in _differing(small, large):
+      times, rest = divmod(small[axis], sizes[0])
+      if times > 1 and not rest and large[axis] == times * sizes[1]:
+        return (
+          f"the batch is flattened together with another axis, [B · {times}, …]: keep the batch on "
+          f"an axis of its own, [B, {times}, …]"
+        )
+  return "its inputs or outputs have no axis that is the batch and nothing else"
 
 
 def find_layers(traced: Trace, num_leaves: int) -> tuple[list[Site], dict[int, str]]:

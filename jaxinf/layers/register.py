@@ -32,13 +32,14 @@ from jaxinf.engine.kernels import numerics
 from jaxinf.layers.blocks import BLOCKS, Uncovered
 from jaxinf.layers.coverage import ADVICE, Coverage, Selection, cover
 from jaxinf.layers.find import find_batches, tagged
+from jaxinf.layers.independence import check_independent, two_rows
 from jaxinf.layers.precision import in_precision
 from jaxinf.layers.specs import Layer, layer_of
 
 # From the network's output [B, …] to the gradient there of what is differentiated.
 Cotangents = Callable[[jax.Array], jax.Array]
 
-LOSSES = "losses"  # beside the names of layers, which are paths of modules
+LOSSES = "/losses"  # beside the names of layers, which are paths that begin with no slash
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # itself a key, as of compiled kernels
@@ -199,15 +200,19 @@ def layers_of(
     precision: of the network's products; see layers.precision.
 
   Raises:
-    ValueError: the network does not take such examples, or a parameter is in no layer.
+    ValueError: the network does not take such examples, its output for one of them depends on the
+      others of a batch, or a parameter is in no layer.
   """
   shape = tuple(examples.data.shape[1 + axes :])
   structs = examples.conditioning_structs
   leaves, structure = jax.tree.flatten(structs)
-  given = (structure, *((leaf.shape, str(leaf.dtype)) for leaf in leaves))
-  key = (shape, given, selection, precision)
+  inputs = (shape, structure, *((leaf.shape, str(leaf.dtype)) for leaf in leaves))
+  key = (inputs, selection, precision)
   if key not in model.cache:
-    model.check_inputs(shape, examples.conditioning)
+    if inputs not in model.cache:
+      model.check_inputs(shape, examples.conditioning)
+      check_independent(model, shape, two_rows(examples.conditioning))
+      model.cache[inputs] = True
     model.cache[key] = register(model, shape, selection, structs, precision)
   return model.cache[key]
 

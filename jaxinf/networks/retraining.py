@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxinf import engine
 from jaxinf.diffusion.process import Process
+from jaxinf.engine import rehearsal
 from jaxinf.engine.progress import Progress
 from jaxinf.networks.training import (
   Batches,
@@ -150,8 +151,9 @@ class Retraining:
     batches = {n: Batches(n, config.batch_size, seed) for n in {len(m.examples) for m in members}}
     places, recent = np.arange(config.batch_size), []
     start = int(np.asarray(state.step)[0])
+    trial = rehearsal.trial(label, None, config.steps - start)
     with Progress(label, config.steps, "steps", start) as progress:
-      for step in range(start, config.steps):
+      for step in trial.few(range(start, config.steps)):
         order = {n: each.examples(step, places) for n, each in batches.items()}
         examples = np.stack([m.examples[order[len(m.examples)]] for m in padded])
         state, metrics = self._step(
@@ -162,6 +164,7 @@ class Retraining:
         saving = done % config.checkpoint_every == 0 and done < config.steps
         if done % config.log_every == 0 or saving or done == config.steps:
           means = checked_means([jax.tree.map(np.asarray, metrics) for metrics in recent], done)
+          trial.done(len(recent), batches=len(recent))
           recent.clear()
           hooks.log(done, means)
           progress.advance_to(done, f"loss {means['loss']:.4f}")

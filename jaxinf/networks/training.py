@@ -22,7 +22,7 @@ from jaxinf.core.random import fold_in_each, stream
 from jaxinf.core.types import Array, Params
 from jaxinf.diffusion.noise import flipped, losses, noised, predict
 from jaxinf.diffusion.process import Process
-from jaxinf.engine import processes
+from jaxinf.engine import processes, rehearsal
 from jaxinf.engine.progress import Progress
 from jaxinf.networks import apply_fn_of
 
@@ -237,9 +237,10 @@ def fit(
   batches = Batches(len(dataset), config.batch_size, seed)
   replicated = engine.replicate(state, devices)
   recent: list[Any] = []  # metrics not yet looked at, so that the host need not wait each step
+  trial = rehearsal.trial("train", None, end - start)
 
   with Progress(processes.label("train"), config.steps, "steps", start) as progress:
-    for step in range(start, end):
+    for step in trial.few(range(start, end)):
       rows = engine.shard_of_step(batches.rows(dataset, step, num_devices), devices)
       replicated, metrics = step_fn(replicated, rows)
       recent.append(metrics)
@@ -249,6 +250,7 @@ def fit(
       saving = done % config.checkpoint_every == 0 or done == end
       if done % config.log_every == 0 or saving:
         means = checked_means([engine.first(metrics) for metrics in recent], done)
+        trial.done(len(recent), batches=len(recent))
         recent.clear()
         hooks.log(done, means)
         progress.advance_to(done, f"loss {means['loss']:.4f}")

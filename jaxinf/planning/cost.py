@@ -1,11 +1,10 @@
 """What a stage costs, and the table of all stages."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from jaxinf.engine.progress import clock
 from jaxinf.planning.limits import Limits, size, warnings_of
-from jaxinf.planning.trials import added
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,3 +115,13 @@ class Plan:
 
   def _warned(self) -> list[str]:
     return [f"WARNING: {warning}" for warning in self.warnings]
+
+
+def added(values: Iterable[float | None]) -> float | None:
+  """The sum; None where a part is."""
+  total = 0.0
+  for value in values:
+    if value is None:
+      return None
+    total += value
+  return total

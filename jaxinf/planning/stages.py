@@ -1,67 +1,88 @@
-"""The plan of a run: every stage on trial."""
+"""The plan of a run: every stage rehearsed."""
 
 import logging
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import jax
 
+from jaxinf.core.registry import named
+from jaxinf.curvature.kinds import ExactGGN
 from jaxinf.engine import artifacts, processes
 from jaxinf.engine.artifacts import StaleArtifact
 from jaxinf.engine.resources import measured
-from jaxinf.planning.attribution import attribute_cost
 from jaxinf.planning.cost import Plan, StageCost
-from jaxinf.planning.gradients import try_gradients
-from jaxinf.planning.indexing import index_cost
 from jaxinf.planning.limits import Limits, limits_here
-from jaxinf.planning.passes import curvature_cost, sample_cost, train_cost
-from jaxinf.planning.subject import Subject
-from jaxinf.planning.trials import Stopwatch
-from jaxinf.runs.run import Run, key_of
+from jaxinf.planning.line import attribute_cost, curvature_cost, index_cost, sample_cost, train_cost
+from jaxinf.planning.proof import proof_costs
+from jaxinf.planning.reduced import Subject
+from jaxinf.runs.run import Run, key_of, kind_of_config
+from jaxinf.runs.stage import STAGES
 
 _LOG = logging.getLogger("jaxinf")
 
 
-def plan(run: Run, *, watch: Stopwatch | None = None, limits: Limits | None = None) -> Plan:
+def plan(
+  run: Run,
+  line: str = "all",
+  *,
+  clock: Callable[[], float] = time.perf_counter,
+  limits: Limits | None = None,
+) -> Plan:
   """What every stage of a run takes here; needs no trained model and leaves nothing behind.
 
   Args:
     run: whose workdir may hold finished stages, or nothing.
-    watch: takes the times; a `Stopwatch` of the run's devices where None.
+    line: "all", to which the index is added, or "benchmark", the proof by retraining.
+    clock: seconds.
     limits: of the machine; found out where None.
+
+  Raises:
+    ValueError: an unknown line, or what a stage refuses.
   """
+  costs = named({"all": _main_line, "benchmark": _benchmark}, line, "line to plan")
   began = time.perf_counter()
   devices = jax.local_devices() if run.devices is None else list(run.devices)
   if limits is None:
     limits = limits_here(run.workdir, devices, run.config.index.reserve_mib * 2**20)
-  if watch is None:
-    shared = None if limits.host is None else limits.host // len(devices)
-    watch = Stopwatch(run.devices, shared if limits.device is None else limits.device)
-  subject = Subject(run, watch)
-  with measured() as process:
-    costs = _costs(subject)
-  finished, notes = _finished(run, [cost.stage for cost in costs])
+  shared = None if limits.host is None else limits.host // len(devices)
+  above = run.workdir.absolute()
+  while not above.exists():
+    above = above.parent
+  with tempfile.TemporaryDirectory(prefix=".jaxinf-plan-", dir=above) as folder:
+    most = shared if limits.device is None else limits.device
+    subject = Subject(run, Path(folder), clock, most)
+    with measured() as process:  # of what has few arrays of its own
+      found = [train_cost(subject)]
+    for cost in costs(subject):
+      _LOG.info("plan: rehearsed %s", cost.stage)
+      found.append(cost)
+  finished, notes = _finished(run, [cost.stage for cost in found])
   return Plan(
-    costs, len(devices), limits, process["peak_host_mib"] * 2**20, finished,
+    tuple(found), len(devices), limits, process["peak_host_mib"] * 2**20, finished,
     time.perf_counter() - began, notes,
   )  # fmt: skip
 
 
-def _costs(subject: Subject) -> tuple[StageCost, ...]:
-  costs = []
-  for cost in (train_cost, sample_cost, curvature_cost):
-    costs.append(cost(subject))
-    _LOG.info("plan: tried the kernels of %s", costs[-1].stage)
-  gradients = try_gradients(subject)
-  costs.append(attribute_cost(subject, gradients))
-  if subject.run.config.curvature.method != "cg":  # which has no eigenbasis to keep rows in
-    costs.append(index_cost(subject, gradients))
-  return tuple(costs)
+def _main_line(subject: Subject) -> Iterator[StageCost]:
+  yield sample_cost(subject)
+  cost, curved = curvature_cost(subject)
+  yield cost
+  yield attribute_cost(subject, curved)
+  if not isinstance(kind_of_config(subject.run.config.curvature), ExactGGN):
+    yield index_cost(subject, curved)  # the exact curvature has no eigenbasis to keep rows in
 
 
-def show(run: Run) -> Plan:
+def _benchmark(subject: Subject) -> Iterator[StageCost]:
+  yield sample_cost(subject)
+  yield from proof_costs(subject)
+
+
+def show(run: Run, line: str = "all") -> Plan:
   """Prints the plan."""
-  found = plan(run)
+  found = plan(run, line)
   if processes.is_primary():
     print(found.table())
   return found
@@ -73,7 +94,7 @@ def _finished(run: Run, names: Sequence[str]) -> tuple[tuple[str, ...], tuple[st
   notes: dict[str, None] = {}  # in order, once: what depends on a stale stage says the same
   for name in names:
     try:
-      if artifacts.finished(run.folder(name), key_of(run, name)):
+      if STAGES[name].kept and artifacts.finished(run.folder(name), key_of(run, name)):
         found.append(name)
     except StaleArtifact as error:
       notes[str(error)] = None

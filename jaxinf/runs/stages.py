@@ -147,7 +147,7 @@ def _scores(run: Run) -> Sweep:
   config, model = run.config.attribute, load_model(run)
   kept = Checkpointing(run.folder("attribute") / "sums", config.checkpoint_every)
   compute = run.compute(config.batch_size, checkpoint=kept, query_chunk=config.query_chunk)
-  draws, query_draws = _draws(run)
+  draws, query_draws = draws_of(run)
   compression: Any = config.compression
   if config.compression_size is not None:
     compression = compression_named(config.compression, config.compression_size)
@@ -178,7 +178,7 @@ def _queries(run: Run) -> Examples:
   return Examples(samples[of], samples["ids"])
 
 
-def _draws(run: Run) -> tuple[Draws, Draws]:
+def draws_of(run: Run) -> tuple[Draws, Draws]:
   """Draws of each training image: so many, or until the order is stable; and of each query."""
   config = run.config.attribute
   draws = run.draws(config.draws, config.draw_groups, config.design)

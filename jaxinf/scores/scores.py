@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxinf.core.checks import checked_count
 from jaxinf.scores.statistics import mean_and_error
 
 
@@ -196,7 +197,7 @@ class Scores:
 
   def _ranked(self, k: int, order_by: np.ndarray) -> Ranking:
     num_train = order_by.shape[1]
-    if not 1 <= k <= num_train:
+    if checked_count(k, "k") > num_train:
       raise ValueError(f"k must lie in 1…{num_train}, the number of training examples; got {k}.")
     positions = np.argsort(order_by, axis=1, kind="stable")[:, :k]
     pick = lambda array: np.take_along_axis(array, positions, axis=1)

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from jaxinf.core.checks import checked_count, checked_seed
 from jaxinf.scores.scores import Scores
 from jaxinf.scores.statistics import spearman
 
@@ -155,8 +156,7 @@ def split_weights(num_train: int, num_query: int, *, seed: int, num_splits: int)
       "Halves of the draws need at least 2 groups of training draws; the scores have 1. Compute "
       "them with Draws(…, replicates=5), or with 2 or more."
     )
-  if num_splits < 1:
-    raise ValueError(f"num_splits must be at least 1; got {num_splits}.")
+  num_splits, seed = checked_count(num_splits, "num_splits"), checked_seed(seed)
   if _num_halvings(num_train) * _num_halvings(num_query) // 2 <= num_splits:
     pairs = itertools.product(_halvings(num_train), _halvings(num_query))
     splits = dict.fromkeys(pair for pair in pairs if pair[0][0] < pair[0][1])

@@ -11,6 +11,8 @@ import functools
 import numpy as np
 from scipy import stats
 
+from jaxinf.core.checks import checked_count, checked_seed
+
 
 @dataclasses.dataclass(frozen=True)
 class Resamples:
@@ -102,12 +104,11 @@ def spearman_matrix(x: np.ndarray, y: np.ndarray) -> np.ndarray:
   return _quotient(products, (x * x).sum(axis=1)[:, None], (y * y).sum(axis=1)[None])
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=4, typed=True)  # True is no 1
 def resamples(num_subsets: int, num_queries: int, *, seed: int, num_resamples: int) -> Resamples:
   """Bootstrap counts, the same for the same arguments: methods are compared on equal samples."""
-  if num_resamples < 2:
-    raise ValueError(f"num_resamples must be at least 2; got {num_resamples}. 1000 is usual.")
-  rng = np.random.default_rng(seed)
+  num_resamples = checked_count(num_resamples, "num_resamples", 2)
+  rng = np.random.default_rng(checked_seed(seed))
   counts = (
     rng.multinomial(num, np.full(num, 1 / num), size=num_resamples).astype(np.float32)
     for num in (num_subsets, num_queries)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxinf.core.checks import checked_count
 from jaxinf.core.types import Matrices
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.engine import local_devices, processes
@@ -79,8 +80,8 @@ class Search:
   def best(self, k: int) -> Ranking:
     """The k highest scores of each query; memory for Q × (k + a chunk)."""
     ids, kept = self.rows.ledger.ids, self.rows.ledger.kept
-    if not 1 <= k <= kept.sum():
-      raise ValueError(f"top_k must lie in 1…{kept.sum()}, the examples of the store; got {k}.")
+    if checked_count(k, "k") > kept.sum():
+      raise ValueError(f"k must lie in 1…{kept.sum()}, the examples of the store; got {k}.")
     num_queries = len(next(iter(self.vectors.values()))) // self.query_groups
     found = Best.none(num_queries)
     begin, end = processes.share(len(kept))
@@ -115,7 +116,8 @@ class Search:
         raise ValueError(
           "Some scores are not finite, first those of the training example "
           f"{self.rows.ledger.ids[bad // groups].item()!r}: its gradients overflow, or those of a "
-          "query. Check that the model's outputs are finite for these examples, or raise the damping."
+          "query. Check that the model's outputs are finite for these examples, or raise the "
+          "damping."
         )
       return row // groups, products.reshape(
         -1, groups, products.shape[1] // self.query_groups, self.query_groups
@@ -125,10 +127,7 @@ class Search:
       device = number % len(devices)
       arrays = [bits_of(array) for array in self.rows.read(first, last, columns)]
       parts = [
-        kernel(
-          placed[device],
-          jax.device_put([a[i : i + _ROWS_AT_ONCE] for a in arrays], devices[device]),
-        )
+        kernel(devices[device], placed[device], [a[i : i + _ROWS_AT_ONCE] for a in arrays])
         for i in range(0, last - first, _ROWS_AT_ONCE)
       ]
       pending.append((first, parts))

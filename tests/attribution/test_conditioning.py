@@ -1,115 +1,98 @@
 """Influence for a conditional model: a float64 twin that closes over each example's label."""
 
-import jax
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxinf
-from jaxinf.core.random import fold_in_each, stream
-from jaxinf.curvature.eigenbasis import precondition
-from jaxinf.diffusion.measurements import LOSS
-from jaxinf.diffusion.noise import UNIFORM
-from jaxinf.layers.per_example import group_keys
+from jaxinf import Compute, DiffusionModel, Draws, Examples
 from tests import nets
+from tests.twins import INDEPENDENT, assert_close, draw_gradients, twin_scores
 
-NUM_TRAIN, NUM_QUERIES, DRAWS = 11, 3, 4
-SETTINGS = dict(
-  damping=1e-3, draws=DRAWS, seed=5, draw_groups=2, compression=None, design=UNIFORM
-)  # fmt: skip
+NUM_TRAIN, NUM_QUERIES = 11, 3
+DRAWS = Draws(4, 2, **INDEPENDENT, seed=5)
+SETTINGS = dict(damping=1e-3, draws=DRAWS, compression=None)
 TRAIN_LABELS = np.arange(NUM_TRAIN) % 3
 QUERY_LABELS = np.array([2, 0, 1])
-LABELS = dict(query_conditioning=QUERY_LABELS, train_conditioning=TRAIN_LABELS)
+
+pytestmark = pytest.mark.filterwarnings("ignore:mean training loss")  # the network is random
 
 
 @pytest.fixture(scope="module")
 def problem():
-  task = nets.conditional_task()
-  train, queries = nets.random_images(NUM_TRAIN), nets.random_images(NUM_QUERIES, seed=1)
-  curvature = jaxinf.fit_curvature(task, train, draws=20, seed=0, conditioning=TRAIN_LABELS)
-  return task, curvature, queries, train
+  train = Examples(nets.random_images(NUM_TRAIN), conditioning=TRAIN_LABELS)
+  queries = Examples(nets.random_images(NUM_QUERIES, seed=1), conditioning=QUERY_LABELS)
+  curvature = jaxinf.fit_curvature(nets.conditional_model(), train, draws=Draws(20))
+  return dict(curvature=curvature, queries=queries, train=train)
 
 
 @pytest.fixture(scope="module")
 def scores(problem):
-  return jaxinf.influence(*problem, **SETTINGS, **LABELS)
+  return jaxinf.influence(**problem, **SETTINGS)
 
 
-def twin_gradients(task, layers, images, labels, name) -> dict[str, np.ndarray]:
-  """Layer → [n, d_out, d_in] in float64, each image under the network that its label makes."""
-  keys = fold_in_each(stream(SETTINGS["seed"], name), jnp.arange(len(images)))
-  keys = group_keys(keys, jnp.zeros(len(images), jnp.int32), DRAWS)
-  pairs = [LOSS.pairs(task.schedule, images[i][None], keys[i][None]) for i in range(len(images))]
-  grads = []
-  with jax.enable_x64(True):
-    double = lambda x: jnp.asarray(np.asarray(x), jnp.float64)
-    params = jax.tree.map(double, task.params)
-    for pair, label in zip(pairs, labels, strict=True):
+def closed_over(model: DiffusionModel, label: int) -> DiffusionModel:
+  """The unconditional model that a label makes."""
+  network = lambda params, x_t, t: model.apply_fn(params, x_t, t, jnp.full(t.shape, label))
+  return dataclasses.replace(model, apply_fn=network, cache={})
 
-      def loss(params, pair=pair, label=label):
-        t = jnp.asarray(np.asarray(pair.t), jnp.int32)
-        out = task.apply_fn(params, double(pair.x_t), t, jnp.full(DRAWS, label))
-        return jnp.mean(jnp.square(out - double(pair.noise)))
 
-      grads.append(jax.tree.leaves(jax.tree.map(np.asarray, jax.grad(loss)(params))))
-  return {layer.name: np.stack([layer.to_matrix(g) for g in grads]) for layer in layers}
+def gradients_of(problem, which: str) -> dict[str, np.ndarray]:
+  """Those of each example under the model of its label, with the draws of its id."""
+  curvature, examples = problem["curvature"], problem[which]
+  name = {"queries": "query_gradients", "train": "train_gradients"}[which]
+  plain = dataclasses.replace(examples, conditioning=None)
+  each = [
+    draw_gradients(closed_over(curvature.model, label), curvature.layers, plain, name, DRAWS)
+    for label in range(3)
+  ]
+  row = lambda name, i, label: each[label][name][i]
+  return {
+    layer.name: np.stack([row(layer.name, *which) for which in enumerate(examples.conditioning)])
+    for layer in curvature.layers
+  }
 
 
 def test_scores_equal_a_naive_float64_twin_with_labels_closed_over(problem, scores):
-  task, curvature, queries, train = problem
+  curvature = problem["curvature"]
   assert {layer.name for layer in curvature.layers} == {"image", "label", "time", "out"}
-  of_queries = twin_gradients(task, curvature.layers, queries, QUERY_LABELS, "query_gradients")
-  of_train = twin_gradients(task, curvature.layers, train, TRAIN_LABELS, "train_gradients")
-  expected = sum(
-    np.einsum(
-      "qoi,noi->qn", precondition(of_queries[name], basis, SETTINGS["damping"]), of_train[name]
-    )
-    for name, basis in curvature.bases.items()
-  )
-  np.testing.assert_allclose(scores.values, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+  grads = gradients_of(problem, "queries"), gradients_of(problem, "train")
+  assert_close(scores.values, twin_scores(curvature, *grads, SETTINGS["damping"]), 1e-5)
 
 
 def test_a_label_stays_with_its_example_whatever_the_order_batches_or_devices(
   problem, scores, devices
 ):
-  task, curvature, queries, train = problem
-  order = np.random.default_rng(0).permutation(NUM_TRAIN)
+  order, back = np.random.default_rng(0).permutation(NUM_TRAIN), np.arange(NUM_QUERIES)[::-1]
   permuted = jaxinf.influence(
-    task, curvature, queries[::-1], train[order], **SETTINGS, batch_size=6,
-    query_conditioning=QUERY_LABELS[::-1], train_conditioning=TRAIN_LABELS[order],
-    query_ids=np.arange(NUM_QUERIES)[::-1], train_ids=order, devices=devices,
+    problem["curvature"], queries=problem["queries"].take(back),
+    train=problem["train"].take(order), **SETTINGS,
+    compute=Compute(batch_size=6, devices=devices),
   )  # fmt: skip
   expected = scores.group_values[:, ::-1][:, :, order]
-  # Sums of float32 in another order.
-  atol = 1e-5 * np.abs(expected).max()
-  np.testing.assert_allclose(permuted.group_values, expected, rtol=0, atol=atol)
+  assert_close(permuted.group_values, expected, 1e-5)  # sums of float32 in another order
 
 
 @pytest.mark.parametrize(
-  ("change", "message"),
-  [
-    ({"query_conditioning": None}, "must be None or pytrees of one form"),
-    ({"train_conditioning": None}, "must be None or pytrees of one form"),
-    ({"query_conditioning": {"labels": QUERY_LABELS}}, "must be None or pytrees of one form"),
-    ({"query_conditioning": QUERY_LABELS.astype(np.uint8)}, "the same in shape and type"),
-    ({"query_conditioning": QUERY_LABELS[:, None]}, "the same in shape and type"),
-    ({"query_conditioning": QUERY_LABELS[:2]}, "query_conditioning must .* each of the 3 images"),
-    ({"train_conditioning": TRAIN_LABELS / 2}, "train_conditioning is float64"),
-    ({name: None for name in LABELS}, r"apply_fn\(params, x_t, t\) fails"),
-  ],
+  "conditioning",
+  [None, {"labels": QUERY_LABELS}, QUERY_LABELS.astype(np.uint8), QUERY_LABELS[:, None]],
+  ids=["none", "another tree", "another type", "another shape"],
 )
-def test_conditioning_that_does_not_fit_is_refused(problem, change, message):
-  with pytest.raises(ValueError, match=message):
-    jaxinf.influence(*problem, **SETTINGS, **(LABELS | change))
+def test_conditioning_of_another_form_is_refused(problem, conditioning):
+  queries = dataclasses.replace(problem["queries"], conditioning=conditioning)
+  with pytest.raises(
+    ValueError, match=r"must be None or pytrees of one form, .* in shape and type"
+  ):
+    jaxinf.influence(**(problem | {"queries": queries}), **SETTINGS)
 
 
-def test_a_curvature_of_an_unconditional_model_is_refused(problem):
-  """Parameters and schedule are the same: only the inputs tell."""
-  task, _, queries, train = problem
-  unconditional = jaxinf.Task(
-    lambda params, x_t, t: nets.conditional_net(params, x_t, t, jnp.zeros_like(t)),
-    task.params, task.schedule,
-  )  # fmt: skip
-  curvature = jaxinf.fit_curvature(unconditional, train, draws=1, seed=0)
-  with pytest.raises(ValueError, match="fitted with conditioning, or the training images have it"):
-    jaxinf.influence(task, curvature, queries, train, **SETTINGS, **LABELS)
+def test_conditioning_that_the_model_does_not_take_is_refused(problem):
+  without = {
+    which: dataclasses.replace(problem[which], conditioning=None) for which in ("queries", "train")
+  }
+  with pytest.raises(ValueError, match="fitted with conditioning, or the training examples have"):
+    jaxinf.influence(problem["curvature"], **without, **SETTINGS)
+  with pytest.raises(ValueError, match=r"apply_fn\(params, inputs, time\) fails"):
+    jaxinf.fit_curvature(problem["curvature"].model, without["train"], draws=Draws(1))

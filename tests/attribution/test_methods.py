@@ -1,67 +1,73 @@
-"""Methods by name: whatever the method, the same frame of scores; and what each refuses."""
+"""Methods by name on every process: the same frame of scores whatever the method, or a refusal."""
 
-import dataclasses
 import functools
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinf import Task, fit_curvature
-from jaxinf.attribution.methods import METHODS, Question
-from jaxinf.diffusion.noise import DrawDesign
+from jaxinf import Compute, DiffusionModel, Draws, Examples, Projection, fit_curvature
+from jaxinf.attribution.methods import METHODS, Ingredients, method_named
 from tests import nets
+from tests.processes import CONTINUOUS, PROCESSES
 
-NUM_TRAIN, NUM_QUERIES = 6, 2
+NUM_TRAIN, NUM_QUERIES, SHAPE = 6, 2, (4, 4)
 SWEEP = (1e-4, 1e-2)
 QUERY_IDS, TRAIN_IDS = np.array(["q7", "q3"]), np.arange(10, 10 + NUM_TRAIN)
 CURVED = [name for name, method in METHODS.items() if method.curved]
 SHAPES = {"in": {"kernel": (4, 3), "bias": (3,)}, "out": {"kernel": (3, 4), "bias": (4,)}}
+DRAWS = Draws(2, 1)
+# Queries and training examples in batches of the same size: both are one program.
+COMPUTE = Compute(batch_size=4, devices=jax.local_devices()[:1])
+
+pytestmark = pytest.mark.filterwarnings("ignore:mean training loss")  # the network is random
 
 
 def net(params, x_t, t):
-  """Two dense layers on the rows of 4 × 4 images, which share them: expand and reduce differ."""
-  h = jnp.tanh(nets.dense(params["in"], x_t[..., 0]) + jnp.cos(t / 3)[:, None, None])
-  return nets.dense(params["out"], h).reshape(x_t.shape)
+  """Two dense layers on the steps of a series, which share them: expand and reduce differ."""
+  h = jnp.tanh(nets.dense(params["in"], x_t) + jnp.cos(t / 3)[:, None, None])
+  return nets.dense(params["out"], h)
 
 
-@pytest.fixture(scope="module")
-def question(schedule):
-  """A question whose curvatures, one for each set of options, are fitted once."""
-  task = Task(net, nets.random_params(SHAPES), schedule)
-  train = nets.random_images(NUM_TRAIN)
+@functools.cache
+def ingredients(process: str, measurement: str = "loss") -> Ingredients:
+  """Whose curvatures, one for each kind, are fitted once."""
+  model = DiffusionModel(net, nets.random_params(SHAPES), PROCESSES[process])
 
   @functools.cache
-  def fitted(options):
-    return fit_curvature(task, train, draws=2, seed=0, **dict(options))
+  def fitted(kind):
+    given = () if kind is None else (kind,)
+    return fit_curvature(model, train(), *given, draws=Draws(2), compute=COMPUTE)
 
-  return Question(
-    task=task, queries=nets.random_images(NUM_QUERIES, seed=1), query_ids=QUERY_IDS,
-    trajectories=nets.random_images(NUM_QUERIES, (schedule.num_steps + 1, 4, 4, 1), seed=2),
-    train_images=train, train_ids=TRAIN_IDS, measurement="loss", dampings=SWEEP, draws=2,
-    draw_groups=1, query_draws=2, query_groups=1, design=DrawDesign(), compression=None, passes=1,
-    projection_dim=16, projection="rademacher", journey_steps=2,
-    embeddings=lambda: (nets.random_images(NUM_QUERIES, (5,)), nets.random_images(NUM_TRAIN, (5,))),
-    curvature=lambda options: fitted(tuple(sorted(options.items()))), seed=0, batch_size=64,
+  return Ingredients(
+    model=model, curvature=fitted, dampings=SWEEP, measurement=measurement, query_draws=DRAWS,
+    compression=None, projection=Projection(16, 0), journey_steps=2,
+    embed=lambda examples: nets.random_images(len(examples), (5,)),
   )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def answer(question):
-  """(name, changes of the question) → scores at the dampings of the method, computed once."""
-
-  @functools.cache
-  def answered(name, **changes):
-    dampings = METHODS[name].dampings(SWEEP)
-    return METHODS[name].scores(dataclasses.replace(question, dampings=dampings, **changes))
-
-  return answered
+def train() -> Examples:
+  return Examples(nets.random_images(NUM_TRAIN, SHAPE), TRAIN_IDS)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_scores_are_one_for_each_damping_query_and_training_image(answer, name):
-  method, found = METHODS[name], answer(name)
+def queries(of: str, process: str) -> Examples:
+  states = (PROCESSES[process].num_steps + 1,) if of == "trajectories" else ()
+  return Examples(nets.random_images(NUM_QUERIES, (*states, *SHAPE), seed=1), QUERY_IDS)
+
+
+@functools.cache
+def answer(name: str, process: str):
+  """Scores at the dampings of the method, computed once."""
+  method, given = METHODS[name], ingredients(process)
+  given = Ingredients(**(vars(given) | {"dampings": method.dampings(SWEEP)}))
+  asked = queries(method.of, process)
+  return method.make(given).scores(queries=asked, train=train(), draws=DRAWS, compute=COMPUTE)
+
+
+def check_frame(name: str, process: str):
+  method, found = METHODS[name], answer(name, process)
   dampings = [scores.settings.get("damping") for scores in found]
   if method.default_damping is None:
     assert dampings == [None]
@@ -71,42 +77,51 @@ def test_scores_are_one_for_each_damping_query_and_training_image(answer, name):
     assert dampings == sorted(expected)
   for scores in found:
     assert scores.values.shape == (NUM_QUERIES, NUM_TRAIN) and np.isfinite(scores.values).all()
+    assert np.ptp(scores.values) > 0
     np.testing.assert_array_equal(scores.query_ids, QUERY_IDS)
     np.testing.assert_array_equal(scores.train_ids, TRAIN_IDS)
 
 
-def test_damping_changes_more_than_the_scale_where_a_method_says_so(answer):
+@pytest.mark.parametrize("name", METHODS)
+def test_scores_are_one_for_each_damping_query_and_training_example(name):
+  check_frame(name, "epsilon_min_snr")
+
+
+# One method for each way of computing, and processes that share little: other kinds of curvature
+# are influence after another fit, and influence is pinned for each process in test_processes.py.
+@pytest.mark.parametrize("name", ["ekfac", "exact", "trak", "dtrak", "das", "journey-trak"])
+@pytest.mark.parametrize("process", ["v_zero_snr", "flow_logit_normal", "edm_raw"])
+def test_every_method_is_of_every_process_or_says_that_it_is_not(process, name):
+  if name == "journey-trak" and process in CONTINUOUS:
+    with pytest.raises(ValueError, match="journey-trak goes along discrete timesteps"):
+      METHODS[name].make(ingredients(process))
+  else:
+    check_frame(name, process)
+
+
+@pytest.mark.parametrize("process", CONTINUOUS)
+def test_a_measurement_that_a_process_has_not_is_refused_by_name(process):
+  for name in ("influence", "trak"):
+    method = METHODS[name].make(ingredients(process, "elbo"))
+    with pytest.raises(ValueError, match="elbo needs discrete timesteps; .* is continuous"):
+      method.scores(queries=queries("images", process), train=train(), draws=DRAWS)
+
+
+def test_damping_changes_more_than_the_scale_where_a_method_says_so():
   for name, method in METHODS.items():
     if method.default_damping is not None and method.sweeps:
-      first, *_, last = (s.values / np.abs(s.values).max() for s in answer(name))
+      first, *_, last = (s.values / np.abs(s.values).max() for s in answer(name, "epsilon_min_snr"))
       assert not np.allclose(first, last, rtol=1e-3), name
 
 
-def test_each_curvature_gives_scores_of_its_own(answer):
-  """Those of "influence" are of the question's usual one, K-FAC here."""
-  found = {name: answer(name)[0].values for name in CURVED}
+def test_each_curvature_gives_scores_of_its_own():
+  """Those of "influence" are of the usual one, K-FAC here."""
+  found = {name: answer(name, "epsilon_min_snr")[0].values for name in CURVED}
   np.testing.assert_array_equal(found.pop("influence"), found["kfac"])
   for one, other in itertools.combinations(found, 2):
     assert not np.allclose(found[one], found[other], rtol=1e-3), (one, other)
 
 
-def test_passes_over_parts_of_the_queries_change_nothing(answer):
-  # More passes than queries are one a query.
-  for ours, theirs in zip(answer("influence", passes=9), answer("influence"), strict=True):
-    np.testing.assert_array_equal(ours.query_ids, theirs.query_ids)
-    # Products of one row or two, and float32 sums in another order.
-    atol = 1e-6 * np.abs(theirs.values).max()
-    np.testing.assert_allclose(ours.values, theirs.values, rtol=0, atol=atol)
-
-
-def test_no_pass_is_refused(answer):
-  with pytest.raises(ValueError, match="passes must be at least 1; got 0"):
-    answer("influence", passes=0)
-
-
-def test_what_a_question_lacks_is_refused(answer):
-  for name, changes in (("journey-trak", {}), ("trak", {"measurement": "trajectory"})):
-    with pytest.raises(ValueError, match="trajectories are needed, and were not kept"):
-      answer(name, trajectories=None, **changes)
-  with pytest.raises(ValueError, match="only the method journey-trak makes"):
-    answer("trak", measurement="journey_loss(3)")
+def test_an_unknown_method_is_refused_with_those_that_there_are():
+  with pytest.raises(ValueError, match="Unknown method 'trk'; there are: influence, kfac, "):
+    method_named("trk")

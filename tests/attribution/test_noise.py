@@ -6,38 +6,26 @@ import numpy as np
 import pytest
 
 import jaxinf
-from jaxinf.diffusion.noise import UNIFORM, DrawDesign
+from jaxinf import Draws
 from jaxinf.scores.stability import top_overlap
-from tests import nets
-
-NUM_TRAIN, NUM_QUERIES = 11, 3
+from tests.twins import INDEPENDENT, assert_close
 
 
-@pytest.fixture(scope="module")
-def problem():
-  task = nets.conv_task()
-  train, queries = nets.random_images(NUM_TRAIN), nets.random_images(NUM_QUERIES, seed=1)
-  return task, jaxinf.fit_curvature(task, train, draws=20, seed=0), queries, train
+def score(problem, draws: Draws, query_draws: Draws | None = None):
+  return jaxinf.influence(
+    **problem, damping=1e-3, draws=draws, query_draws=query_draws, compression=None
+  )
 
 
-def score(problem, **settings):
-  defaults = dict(damping=1e-3, seed=5, compression=None)
-  return jaxinf.influence(*problem, **(defaults | settings))
-
-
-@pytest.mark.parametrize("design", [UNIFORM, DrawDesign()], ids=["uniform", "default"])
+@pytest.mark.parametrize("design", [INDEPENDENT, {}], ids=["independent", "default"])
 def test_standard_errors_over_training_draws_are_calibrated(problem, design):
-  """400 groups are 80 repetitions of scores from five: their spread is what each says it is."""
-  repetitions, groups = 80, 5
-  scores = score(
-    problem, draws=4 * repetitions * groups, draw_groups=repetitions * groups, design=design,
-    query_draws=40, query_groups=1,
-  )  # fmt: skip
+  """400 replicates are 80 repetitions of scores from five: their spread is what each says it is."""
+  repetitions, replicates = 80, 5
+  num = repetitions * replicates
+  scores = score(problem, Draws(4 * num, num, **design, seed=5), Draws(40, 1, **design, seed=5))
   truth = scores.values
-  split = scores.group_values.reshape(repetitions, groups, NUM_QUERIES, NUM_TRAIN)
-  repeated = [
-    jaxinf.Scores(part, scores.query_ids, scores.train_ids, {}) for part in split
-  ]  # fmt: skip
+  split = scores.group_values.reshape(repetitions, replicates, *truth.shape)
+  repeated = [jaxinf.Scores(part, scores.query_ids, scores.train_ids, {}) for part in split]
   errors = np.stack([r.std_errors for r in repeated])
   z = (np.stack([r.values for r in repeated]) - truth) / errors
   # Student's t with 4 degrees has the variance 2, heavy tails, and |t| below 0.74 half of the time.
@@ -50,73 +38,39 @@ def test_standard_errors_over_training_draws_are_calibrated(problem, design):
 
 def test_standard_errors_count_the_draws_of_queries(problem):
   """Over seeds, scores spread as their standard errors say, and not if queries are left out."""
-  seeds = range(12)
-  runs = [
-    score(problem, draws=40, draw_groups=5, query_draws=4, query_groups=2, seed=seed)
-    for seed in seeds
-  ]
+  runs = [score(problem, Draws(40, 5, seed=seed), Draws(4, 2, seed=seed)) for seed in range(12)]
   spread = np.var([r.values for r in runs], axis=0, ddof=1).mean()
   said = np.mean([r.std_errors**2 for r in runs])
   train_alone = np.mean([r.group_values.var(axis=0, ddof=1) / 5 for r in runs])
-  # Two groups of queries leave one degree of freedom, shared by all 11 training images: the mean
-  # over 3 queries and 12 seeds has a relative error of √(2 / 36) = 0.24.
+  # Two replicates of queries leave one degree of freedom, shared by all 11 training images: the
+  # mean over 3 queries and 12 seeds has a relative error of √(2 / 36) = 0.24.
   assert 0.4 < said / spread < 2
   assert train_alone < 0.4 * spread
 
 
 def test_more_draws_have_smaller_errors(problem):
-  few, many = (score(problem, draws=draws, draw_groups=4).std_errors.mean() for draws in (8, 128))
-  assert 0.1 < many / few < 0.5  # a quarter, but for the noise of errors from four groups
+  few, many = (score(problem, Draws(num, 4, seed=5)).std_errors.mean() for num in (8, 128))
+  assert 0.1 < many / few < 0.5  # a quarter, but for the noise of errors from four replicates
 
 
-def test_auto_draws_stop_when_the_top_is_stable_and_say_so(problem, caplog):
+def test_rounds_stop_when_the_top_is_stable_and_say_so(problem, caplog):
   caplog.set_level(logging.INFO, logger="jaxinf")
-  stop = jaxinf.AutoDraws(top_k=3, agreement=0.7, num_groups=4, group_size=4, max_draws=1600)
-  scores = score(problem, draws=stop, query_draws=64)
-  draws = scores.settings["draws"]
-  assert 16 <= draws <= 1600 and draws % 16 == 0
-  assert top_overlap(scores, 3).mean() >= 0.7 or draws == 1600
+  draws = Draws.until_stable(top_k=3, agreement=0.7, replicates=4, size=4, most=1600, seed=5)
+  scores = score(problem, draws, Draws(64, seed=5))
+  num = scores.settings["draws"]
+  assert 16 <= num <= 1600 and num % 16 == 0
+  assert top_overlap(scores, 3).mean() >= 0.7 or num == 1600
   assert len(scores.group_values) == 4
-  assert f"after {draws} draws" in caplog.text
-  # The rounds are the draws that as many at once would be, group by group.
-  at_once = score(problem, draws=draws, draw_groups=draws // 4, query_draws=64)
-  rounds = at_once.group_values.reshape(-1, 4, NUM_QUERIES, NUM_TRAIN).mean(axis=0)
-  atol = 1e-5 * np.abs(rounds).max()  # float32 sums in another order
-  np.testing.assert_allclose(scores.group_values, rounds, rtol=0, atol=atol)
+  assert f"after {num} draws" in caplog.text
+  # The rounds are the draws that as many at once would be, replicate by replicate.
+  at_once = score(problem, Draws(num, num // 4, seed=5), Draws(64, seed=5))
+  rounds = at_once.group_values.reshape(-1, 4, *scores.values.shape).mean(axis=0)
+  assert_close(scores.group_values, rounds, 1e-5)  # float32 sums in another order
 
 
-def test_auto_draws_end_at_their_most_and_say_that_they_fell_short(problem, caplog):
+def test_rounds_end_at_the_most_and_say_that_they_fell_short(problem, caplog):
   caplog.set_level(logging.INFO, logger="jaxinf")
-  stop = jaxinf.AutoDraws(top_k=5, agreement=1.0, num_groups=2, group_size=1, max_draws=5)
-  scores = score(problem, draws=stop, query_draws=2)
+  draws = Draws.until_stable(top_k=5, agreement=1.0, replicates=2, size=1, most=5, seed=5)
+  scores = score(problem, draws, Draws(2, seed=5))
   assert scores.settings["draws"] == 4  # a third round of two would be more than 5
   assert "stopped short of 100%" in caplog.text
-
-
-@pytest.mark.parametrize(
-  ("change", "message"),
-  [
-    ({"agreement": 0.0}, "agreement must lie in"),
-    ({"top_k": 0}, "top_k must be at least 1"),
-    ({"num_groups": 1}, "num_groups must be at least 2"),
-    ({"max_draws": 0}, "max_draws must be at least 1"),
-  ],
-)
-def test_impossible_stopping_rules_are_refused(change, message):
-  with pytest.raises(ValueError, match=message):
-    jaxinf.AutoDraws(**change)
-
-
-@pytest.mark.parametrize(
-  ("settings", "message"),
-  [
-    ({"draws": "many"}, 'draws must be a number, "auto" or an AutoDraws'),
-    ({"draws": 8, "query_groups": 3}, "query_groups must divide query_draws"),
-    ({"draws": 8, "query_blocks": 0}, "query_blocks must be at least 1"),
-    ({"draws": 8, "compression": "projection"}, "cannot be restored batch by batch"),
-    ({"draws": 8, "precision": "float8"}, "Unknown precision"),
-  ],
-)
-def test_impossible_settings_are_refused(problem, settings, message):
-  with pytest.raises(ValueError, match=message):
-    score(problem, **settings)

@@ -1,27 +1,45 @@
-"""The score pass in pieces: blocks of queries, batches kept on disk, and what it checks itself."""
+"""One pass over the training gradients: several dampings at once, blocks of queries, batches kept
+on disk, and what the pass checks itself."""
+
+import dataclasses
 
 import numpy as np
 import pytest
 
 import jaxinf
+from jaxinf import Checkpointing, Compute, Draws
+from jaxinf.compression.compression import LowRank
 from jaxinf.engine.artifacts import StaleArtifact
-from jaxinf.engine.checkpoints import PartialOutputs, Resume
-from tests import nets
+from jaxinf.engine.checkpoints import PartialOutputs
+from jaxinf.engine.progress import Progress
+from tests.twins import INDEPENDENT, Killed, assert_close
 
-NUM_TRAIN, NUM_QUERIES = 11, 3
-SETTINGS = dict(damping=[1e-3, 1e-6], draws=4, seed=5, draw_groups=2, batch_size=8)
-
-
-@pytest.fixture(scope="module")
-def problem():
-  task = nets.conv_task()
-  train, queries = nets.random_images(NUM_TRAIN), nets.random_images(NUM_QUERIES, seed=1)
-  return task, jaxinf.fit_curvature(task, train, draws=20, seed=0), queries, train
+DAMPINGS = (1e-3, 1e-8, 1e-1)
+DRAWS = Draws(4, 2, **INDEPENDENT, seed=5)
+COMPUTE = Compute(batch_size=8)
 
 
 @pytest.fixture(scope="module")
-def whole(problem):
-  return jaxinf.influence(*problem, **SETTINGS)
+def sweep(problem):
+  """At all dampings, of int8 queries."""
+
+  def found(draws=DRAWS, compute=COMPUTE, compression="int8", **changes):
+    return jaxinf.influence_sweep(
+      **(problem | changes), dampings=DAMPINGS, draws=draws, compression=compression,
+      compute=compute,
+    )  # fmt: skip
+
+  return found
+
+
+@pytest.fixture(scope="module")
+def whole(sweep):
+  return sweep()
+
+
+@pytest.fixture(scope="module")
+def exact(sweep):
+  return sweep(compression=None)
 
 
 def assert_equal(found, expected):
@@ -30,25 +48,64 @@ def assert_equal(found, expected):
     np.testing.assert_array_equal(ours.query_group_values, theirs.query_group_values)
 
 
-@pytest.mark.parametrize("blocks", [2, 5, 12, 100])
-def test_blocks_of_queries_give_the_same_scores(problem, whole, blocks):
-  """12 rows (2 dampings, 3 queries, 2 groups), of which one block is on the devices at a time."""
-  found = jaxinf.influence(*problem, **SETTINGS, query_blocks=blocks)
-  for ours, theirs in zip(found, whole, strict=True):
+def without_check(scores):
+  """The compression's check is measured, to float32 rounding."""
+  return {name: value for name, value in scores.settings.items() if name != "check"}
+
+
+def test_a_sweep_equals_separate_calls(problem, whole):
+  assert isinstance(whole, jaxinf.Sweep) and whole.dampings.tolist() == list(DAMPINGS)
+  for damping, scores in zip(DAMPINGS, whole, strict=True):
+    alone = jaxinf.influence(
+      **problem, damping=damping, draws=DRAWS, compression="int8", compute=COMPUTE
+    )
+    assert without_check(scores) == without_check(alone)
+    # A product with more query rows may sum in another order: float32 rounding.
+    assert_close(scores.group_values, alone.group_values, 1e-6)
+  # And dampings do matter here: no scores are mistaken for others.
+  assert not np.allclose(whole[0].values, whole[2].values, rtol=0.1)
+
+
+def test_a_sweep_does_not_depend_on_batches_or_devices(sweep, exact, devices):
+  """Batches so small that queries are preconditioned in several parts."""
+  again = sweep(compute=Compute(batch_size=4, devices=devices), compression=None)
+  for ours, expected in zip(again, exact, strict=True):
+    assert_close(ours.group_values, expected.group_values, 1e-5)
+
+
+def test_gradients_are_computed_once_however_many_dampings(sweep, monkeypatch):
+  passes = {}
+
+  class Recorded(Progress):
+    def __init__(self, label, *args, **kwargs):
+      assert label not in passes
+      passes[label] = 0
+      self._name = label
+      super().__init__(label, *args, **kwargs)
+
+    def advance(self, amount):
+      passes[self._name] += amount
+      super().advance(amount)
+
+  monkeypatch.setattr("jaxinf.engine.maps.Progress", Recorded)
+  sweep(compression=None)
+  assert passes == {"query gradients": 3 * 2, "training gradients": 11 * 2}
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 100])
+def test_queries_in_parts_give_the_same_scores(sweep, whole, chunk):
+  for ours, theirs in zip(
+    sweep(compute=dataclasses.replace(COMPUTE, query_chunk=chunk)), whole, strict=True
+  ):
     # A product with fewer rows may sum in another order: float32 rounding.
-    atol = 1e-6 * np.abs(theirs.group_values).max()
-    np.testing.assert_allclose(ours.group_values, theirs.group_values, rtol=0, atol=atol)
-
-
-class Killed(BaseException):
-  pass
+    assert_close(ours.group_values, theirs.group_values, 1e-6)
 
 
 @pytest.mark.parametrize("every", [1, 2])
-def test_a_stopped_pass_goes_on_and_gives_bitwise_the_same(
-  problem, whole, tmp_path, monkeypatch, every
+def test_a_killed_pass_goes_on_and_gives_bitwise_the_same(
+  sweep, whole, tmp_path, monkeypatch, every
 ):
-  """22 rows in batches of 4: six batches, stopped after the second saving."""
+  """22 rows in batches of 4: six batches, killed after the second saving."""
   saved = []
   save = PartialOutputs.save
 
@@ -59,58 +116,82 @@ def test_a_stopped_pass_goes_on_and_gives_bitwise_the_same(
       raise Killed
 
   monkeypatch.setattr(PartialOutputs, "save", save_then_die)
-  resume = Resume(tmp_path, every=every)
+  compute = dataclasses.replace(COMPUTE, checkpoint=Checkpointing(tmp_path, every))
   with pytest.raises(Killed):
-    jaxinf.influence(*problem, **SETTINGS, resume=resume)
-  assert_equal(jaxinf.influence(*problem, **SETTINGS, resume=resume), whole)
-  assert sum(saved) == NUM_TRAIN * 2  # nothing was computed twice
-  again = jaxinf.influence(*problem, **SETTINGS, resume=resume)
-  assert_equal(again, whole)
-  assert sum(saved) == NUM_TRAIN * 2
+    sweep(compute=compute)
+  assert_equal(sweep(compute=compute), whole)
+  assert sum(saved) == 11 * 2  # nothing was computed twice
+  assert_equal(sweep(compute=compute), whole)
+  assert sum(saved) == 11 * 2
 
 
-def test_kept_rows_of_other_settings_or_damaged_ones_are_refused(problem, tmp_path):
-  resume = Resume(tmp_path, every=1)
-  jaxinf.influence(*problem, **SETTINGS, resume=resume)
+def test_kept_rows_of_other_settings_or_damaged_ones_are_refused(problem, sweep, tmp_path):
+  compute = dataclasses.replace(COMPUTE, checkpoint=Checkpointing(tmp_path, every=1))
+  sweep(compute=compute)
   with pytest.raises(StaleArtifact, match="seed: 5 → 6"):
-    jaxinf.influence(*problem, **(SETTINGS | {"seed": 6}), resume=resume)
-  task, curvature, queries, train = problem
+    sweep(compute=compute, draws=dataclasses.replace(DRAWS, seed=6))
   with pytest.raises(StaleArtifact, match="inputs"):
-    jaxinf.influence(task, curvature, queries[::-1], train, **SETTINGS, resume=resume)
+    sweep(compute=compute, queries=problem["queries"].take(np.array([2, 1, 0])))
   first = min(tmp_path.rglob("rows-*.npz"))
   first.write_bytes(first.read_bytes()[:-40])
   with pytest.raises(ValueError, match=f"{first} cannot be read"):
-    jaxinf.influence(*problem, **SETTINGS, resume=resume)
+    sweep(compute=compute)
 
 
-def test_compression_is_measured_on_a_sample(problem, whole):
+def test_compression_is_measured_on_a_sample(whole, exact):
   """The check is what comparing with float32 queries gives, on these few images on all of them."""
-  exact = jaxinf.influence(*problem, **SETTINGS, compression=None)
   for ours, theirs in zip(whole, exact, strict=True):
     check = ours.settings["check"]
-    assert check["num_examples"] == NUM_TRAIN and "check" not in theirs.settings
+    assert theirs.settings["check"] is None
+    assert check["num_examples"] == 11 and check["num_queries"] == 3
     assert 0.99 < check["least_pearson"] <= check["pearson"] <= 1
-    assert check["pearson"] == pytest.approx(
-      np.mean([np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in query_rows(ours, theirs)]),
-      abs=1e-3,
-    )
+    # The check is of each query's replicates; those of their means are near.
+    each = [np.corrcoef(*rows)[0, 1] for rows in zip(ours.values, theirs.values, strict=True)]
+    assert check["pearson"] == pytest.approx(np.mean(each), abs=1e-3)
 
 
-def query_rows(ours, theirs):
-  """Scores of each query's group of draws are not public; those of their means are near."""
-  return zip(
-    np.moveaxis(ours.group_values, 1, 0), np.moveaxis(theirs.group_values, 1, 0), strict=True
-  )
-
-
-def test_rounded_products_are_measured_too(problem):
-  settings = SETTINGS | {"damping": 1e-3}
-  exact = jaxinf.influence(*problem, **settings, compression=None)
-  rounded = jaxinf.influence(*problem, **settings, compression=None, precision="bfloat16")
-  assert not np.array_equal(rounded.values, exact.values)
+def test_rounded_products_are_measured_too(problem, exact):
+  rounded = jaxinf.influence(
+    **problem, damping=DAMPINGS[0], draws=DRAWS, compression=None, precision="bfloat16",
+    compute=COMPUTE,
+  )  # fmt: skip
+  assert not np.array_equal(rounded.values, exact[0].values)
   check = rounded.settings["check"]
   # bfloat16 has 8 bits; sums over pixels and draws average its rounding.
   assert 0.99 < check["least_pearson"] < 1
-  np.testing.assert_allclose(
-    rounded.values, exact.values, rtol=0, atol=0.05 * np.abs(exact.values).max()
-  )
+  assert_close(rounded.values, exact[0].values, 0.05)
+
+
+def test_a_library_user_is_warned_where_the_order_is_lost(problem):
+  """Truncated to rank 1, some layers keep too little. The warning points at the user's line."""
+  asked = problem | dict(damping=1e-8, draws=DRAWS, compute=COMPUTE)
+  with pytest.warns(UserWarning, match="changed the order of the scores") as warned:
+    scores = jaxinf.influence(**asked, compression=LowRank(1))
+  assert scores.settings["check"]["spearman"] < 0.95
+  assert warned[0].filename == __file__
+
+
+def test_by_default_queries_are_float32_where_less_would_lose_the_order(problem, monkeypatch):
+  asked = problem | dict(damping=DAMPINGS[0], draws=DRAWS, compute=COMPUTE)
+  assert jaxinf.influence(**asked).settings["compression"] == "int16"
+  monkeypatch.setattr("jaxinf.attribution.influence.keeps_order", lambda check: False)
+  fallen_back = jaxinf.influence(**asked)
+  expected = jaxinf.influence(**asked, compression=None)
+  assert fallen_back.settings == expected.settings
+  assert_equal([fallen_back], [expected])
+
+
+@pytest.mark.parametrize(
+  ("dampings", "message"),
+  [
+    ([], "non-empty sequence"),
+    (1e-3, "non-empty sequence"),
+    ([[1e-3]], "non-empty sequence"),
+    ([1e-3, 0.0], "damping must be positive .*got 0.0"),
+    ([1e-3, float("nan")], "damping must be positive"),
+    ([1e-3, 1, 1e-3], r"Each damping must be given once; got \[0.001, 1.0, 0.001\]"),
+  ],
+)
+def test_impossible_dampings_are_refused(problem, dampings, message):
+  with pytest.raises(ValueError, match=message):
+    jaxinf.influence_sweep(**problem, dampings=dampings, draws=DRAWS)

@@ -4,14 +4,13 @@ import jax
 import numpy as np
 import pytest
 
-from jaxinf import Curvature
+from jaxinf import KFAC, Curvature
 from jaxinf.core.types import Eigenbasis, KroneckerFactors
 from jaxinf.curvature.decompose import DECOMPOSERS, decomposed
 from jaxinf.curvature.eigenbasis import multiply, precondition
 from jaxinf.layers.coverage import Selection
 from jaxinf.layers.register import register
-from tests import nets
-from tests.curvature import naive
+from tests import nets, twins
 
 D_OUT, D_IN = 3, 7
 
@@ -87,7 +86,7 @@ def test_bases_express_the_product_of_the_factors(where, devices):
   for name, f in layers.items():
     pairs = zip(f.g.reshape(-1, *f.g.shape[-2:]), f.a.reshape(-1, *f.a.shape[-2:]), strict=True)
     expected = np.stack([np.kron(g, a) for g, a in pairs])
-    found = naive.dense(bases[name])
+    found = twins.block(bases[name])
     # Entries are at most 1. float32 rounding, some steps of 6e-8 an eigenvalue; float64's
     atol = {"devices": 3e-6, "host": 1e-14}[where]
     np.testing.assert_allclose(found, expected.reshape(found.shape), rtol=0, atol=atol)
@@ -126,14 +125,14 @@ def test_a_factor_that_is_not_finite_stops_with_the_layer_and_factor(bad, side, 
 @pytest.fixture(scope="module")
 def curvature():
   """A curvature of random factors, with the time layer skipped."""
-  task = nets.conv_task()
-  model = register(task.apply_fn, task.params, (4, 4, 1), Selection(skip=("time",)))
+  model, selection = nets.conv_model(), Selection(skip=("time",))
+  layers = register(model, (4, 4, 1), selection)
   bases = {}
-  for i, layer in enumerate(model.layers):
+  for i, layer in enumerate(layers.layers):
     d_out, d_in = layer.matrix_shape
     factors = KroneckerFactors(a=random_factor(d_in, i), g=random_factor(d_out, 10 + i))
     bases[layer.name] = eigenbasis(factors)
-  return Curvature(model.layers, bases, model.coverage, task, {})
+  return Curvature(model, KFAC(), layers.layers, bases, layers.coverage, selection, {})
 
 
 @pytest.mark.parametrize("order", ["precondition∘multiply", "multiply∘precondition"])
@@ -150,7 +149,7 @@ def test_precondition_inverts_multiply_at_a_damping_of_1e_minus_8_of_the_layer(c
 def test_parameters_outside_the_curvature_come_back_as_zeros(curvature):
   applied = curvature.multiply(nets.random_params(nets.CONV_SHAPES, seed=3), 0.1)
   assert not applied["time"]["kernel"].any() and not applied["time"]["bias"].any()
-  assert jax.tree.structure(applied) == jax.tree.structure(curvature.task.params)
+  assert jax.tree.structure(applied) == jax.tree.structure(curvature.model.params)
 
 
 def test_a_pytree_of_other_shapes_is_refused(curvature):
@@ -158,7 +157,13 @@ def test_a_pytree_of_other_shapes_is_refused(curvature):
     curvature.multiply({"conv_in": np.zeros(3)}, 0.1)
 
 
+def test_gradients_of_another_shape_are_refused(factors):
+  """Broadcasting would give numbers without a meaning."""
+  with pytest.raises(AssertionError, match="shape"):
+    precondition(np.ones((5, D_OUT, 1)), eigenbasis(factors), 0.1)
+
+
 @pytest.mark.parametrize("damping", [0.0, -1.0, np.nan])
 def test_damping_must_be_positive(curvature, damping):
   with pytest.raises(ValueError, match="damping must be positive"):
-    curvature.precondition(curvature.task.params, damping)
+    curvature.precondition(curvature.model.params, damping)

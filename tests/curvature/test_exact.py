@@ -6,13 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinf import Task, fit_curvature
-from jaxinf.core.random import fold_in_each, stream
+from jaxinf import Compute, DiffusionModel, Draws, Examples, fit_curvature
 from jaxinf.curvature.ggn import GGN, Solver
-from jaxinf.diffusion.objective import float_images, noised
-from jaxinf.engine import Rows
-from jaxinf.layers.specs import to_matrices
-from tests import nets
+from tests import nets, twins
+from tests.twins import vector
 
 NUM, DRAWS, SEED = 5, 2, 3
 IDS = np.array([5, 3, 6, 0, 1], np.uint32)
@@ -24,21 +21,22 @@ def conditional_net(params, x_t, t, labels):
   return nets.conv_net(params, x_t * (1 + labels[:, None, None, None]), t)
 
 
-def bytes_rows(conditioning=None) -> Rows:
+def bytes_examples(conditioning=None) -> Examples:
   images = np.random.default_rng(0).integers(0, 256, (NUM, 4, 4, 1)).astype(np.uint8)
-  return Rows(images, IDS, DRAWS, conditioning)
+  return Examples(images, IDS, conditioning)
 
 
-def ggn(task, layers, *, rows=None, batch_size=10, devices=None, precision="float32") -> GGN:
-  rows = bytes_rows() if rows is None else rows
-  options = dict(batch_size=batch_size, devices=devices, solver=Solver(precision=precision))
-  return GGN(task, layers, rows, seed=SEED, **options)
-
-
-def vector(layers, tree) -> np.ndarray:
-  """[P] float64 of a pytree like the parameters."""
-  tree = jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
-  return np.concatenate([np.ravel(matrix) for matrix in to_matrices(layers, tree).values()])
+def ggn(
+  model, layers, *, train=None, num=DRAWS, batch_size=10, devices=None, precision="float32"
+) -> GGN:
+  return GGN(
+    model,
+    layers,
+    bytes_examples() if train is None else train,
+    draws=Draws(num, seed=SEED),
+    solver=Solver(precision=precision),
+    compute=Compute(batch_size=batch_size, devices=devices),
+  )
 
 
 def flat(matrices) -> np.ndarray:
@@ -46,36 +44,20 @@ def flat(matrices) -> np.ndarray:
   return np.concatenate([m.reshape(len(m), -1) for m in matrices.values()], axis=1)
 
 
-def dense_ggn(task, layers, conditioning=None) -> np.ndarray:
-  """[P, P] in float64: (2/D) mean of JᵀJ over single pairs, on the draws of the curvature."""
-  rows = bytes_rows()
-  examples, draws = np.repeat(np.arange(NUM), DRAWS), np.tile(np.arange(DRAWS), NUM)
-  keys = fold_in_each(fold_in_each(stream(SEED, "curvature"), IDS[examples]), draws)
-  pairs = noised(task.schedule, float_images(jnp.asarray(rows.images[examples])), keys)
-  given = () if conditioning is None else (conditioning[examples].astype(np.float64),)
-  x_t, t = np.asarray(pairs.x_t, np.float64), np.asarray(pairs.t)
-  params = jax.tree.map(lambda x: np.asarray(x, np.float64), task.params)
-  total = 0.0
-  with jax.enable_x64(True):
-    one = lambda p, *inputs: task.apply_fn(p, *(x[None] for x in inputs)).ravel()
-    jacobian = jax.jit(jax.jacrev(one))
-    for inputs in zip(x_t, t, *given, strict=True):
-      leaves = jax.tree.map(np.asarray, jacobian(params, *map(jnp.asarray, inputs)))
-      assert jax.tree.leaves(leaves)[0].dtype == np.float64
-      outputs = [jax.tree.map(lambda x, i=i: x[i], leaves) for i in range(x_t[0].size)]
-      j = np.stack([vector(layers, tree) for tree in outputs])
-      total += 2 / len(j) * j.T @ j / len(t)
-  return total
+def dense_ggn(model, layers, conditioning=None) -> np.ndarray:
+  """[P, P] in float64, on the draws of the curvature."""
+  pairs = twins.fit_pairs(model, bytes_examples(conditioning), DRAWS, SEED)
+  return twins.dense_ggn(model, layers, pairs)
 
 
 @pytest.fixture(scope="module")
-def task():
-  return nets.conv_task()
+def model():
+  return nets.conv_model()
 
 
 @pytest.fixture(scope="module")
-def kfac(task):
-  return fit_curvature(task, bytes_rows().images, ids=IDS, draws=50, seed=SEED)
+def kfac(model):
+  return fit_curvature(model, bytes_examples(), draws=Draws(50, seed=SEED))
 
 
 @pytest.fixture(scope="module")
@@ -84,20 +66,20 @@ def layers(kfac):
 
 
 @pytest.fixture(scope="module")
-def dense(task, layers):
-  return dense_ggn(task, layers)
+def dense(model, layers):
+  return dense_ggn(model, layers)
 
 
 @pytest.fixture(scope="module")
-def exact(task, layers):
+def exact(model, layers):
   """In float64, on one device."""
-  return ggn(task, layers, devices=jax.local_devices()[:1], precision="float64")
+  return ggn(model, layers, devices=jax.local_devices()[:1], precision="float64")
 
 
 @pytest.fixture(scope="module")
-def matrix(exact, task, layers, dense):
+def matrix(exact, model, layers, dense):
   """H [P, P] as the products of `exact` have it, to the rounding of float64."""
-  _, unravel = jax.flatten_util.ravel_pytree(task.params)
+  _, unravel = jax.flatten_util.ravel_pytree(model.params)
   units = [unravel(unit) for unit in np.eye(len(dense), dtype=np.float32)]
   products = [vector(layers, exact.multiply(unit, 1.0)) for unit in units]
   order = np.stack([vector(layers, unit) for unit in units])
@@ -118,15 +100,13 @@ ERRORS = {"float32": 1e-5, "float64": 1e-7}
 
 @pytest.mark.parametrize("precision", ERRORS)
 @pytest.mark.parametrize("batch_size", [4, 100])
-def test_products_are_those_of_the_dense_ggn(task, layers, dense, devices, batch_size, precision):
+def test_products_are_those_of_the_dense_ggn(model, layers, dense, devices, batch_size, precision):
   """Over batches with and without padding, on one device and two."""
-  product = ggn(task, layers, batch_size=batch_size, devices=devices, precision=precision).multiply(
-    GRADS, damping=0.1
-  )
+  exact = ggn(model, layers, batch_size=batch_size, devices=devices, precision=precision)
+  product = exact.multiply(GRADS, damping=0.1)
   assert all(leaf.dtype == np.float64 for leaf in jax.tree.leaves(product))
   expected = dense @ vector(layers, GRADS) + 0.1 * vector(layers, GRADS)
-  atol = ERRORS[precision] * np.abs(expected).max()
-  np.testing.assert_allclose(vector(layers, product), expected, rtol=0, atol=atol)
+  twins.assert_close(vector(layers, product), expected, ERRORS[precision])
 
 
 def test_blocks_between_layers_are_there(layers, dense, matrix):
@@ -142,21 +122,20 @@ def test_float64_products_are_symmetric_to_float64(matrix):
   np.testing.assert_allclose(matrix, matrix.T, rtol=0, atol=1e-14 * np.abs(matrix).max())
 
 
-def test_a_conditional_model_is_given_its_conditioning(task, layers):
-  conditional = Task(conditional_net, task.params, nets.SCHEDULE)
-  product = ggn(conditional, layers, rows=bytes_rows(LABELS)).multiply(GRADS, damping=0.1)
+def test_a_conditional_model_is_given_its_conditioning(model, layers):
+  conditional = DiffusionModel(conditional_net, model.params, nets.PROCESS)
+  product = ggn(conditional, layers, train=bytes_examples(LABELS)).multiply(GRADS, damping=0.1)
   expected = dense_ggn(conditional, layers, LABELS) @ vector(layers, GRADS)
   actual = vector(layers, product) - 0.1 * vector(layers, GRADS)
-  np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+  twins.assert_close(actual, expected)
 
 
-def test_parameters_outside_the_layers_neither_count_nor_change(task, layers):
+def test_parameters_outside_the_layers_neither_count_nor_change(model, layers):
   """The GGN of some layers is the block of the whole; zeros come out for the others."""
   some = tuple(layer for layer in layers if layer.name in ("conv_in", "mix"))
-  product = ggn(task, some).multiply(GRADS, damping=0.1)
-  expected = dense_ggn(task, some) @ vector(some, GRADS) + 0.1 * vector(some, GRADS)
-  atol = 1e-5 * np.abs(expected).max()
-  np.testing.assert_allclose(vector(some, product), expected, rtol=0, atol=atol)
+  product = ggn(model, some).multiply(GRADS, damping=0.1)
+  expected = dense_ggn(model, some) @ vector(some, GRADS) + 0.1 * vector(some, GRADS)
+  twins.assert_close(vector(some, product), expected)
   for name in ("time", "conv_out"):
     assert not any(leaf.any() for leaf in jax.tree.leaves(product[name]))
 
@@ -183,9 +162,9 @@ def test_solutions_are_those_of_a_dense_solve(exact, matrix, kfac, rhs, precondi
     assert solutions[name].shape == matrices.shape
 
 
-def test_float32_solves_at_an_ordinary_damping(task, layers, dense, rhs, devices):
+def test_float32_solves_at_an_ordinary_damping(model, layers, dense, rhs, devices):
   damping = 1e-3 * np.linalg.eigvalsh(dense)[-1]
-  solutions, residuals = ggn(task, layers, batch_size=4, devices=devices).solve(rhs, damping)
+  solutions, residuals = ggn(model, layers, batch_size=4, devices=devices).solve(rhs, damping)
   assert residuals.converged.all()
   # Against the dense GGN, residuals have the float32 error of a product, some 1e-6 · ‖H‖ ‖x‖ / ‖b‖.
   bound = 1e-4 + 1e-5 / 1e-3
@@ -197,10 +176,9 @@ def test_a_fitted_curvature_saves_iterations_where_kfac_is_nearly_exact():
   scales = np.array([1, 10], np.float32)
   net = lambda params, x_t, t: nets.conv(params["only"], x_t * scales)
   params = nets.random_params({"only": {"kernel": (3, 3, 2, 2), "bias": (2,)}})
-  task, images = Task(net, params, nets.SCHEDULE), nets.random_images(20, (4, 4, 2))
-  kfac = fit_curvature(task, images, draws=50, seed=0)
-  rows = Rows(images, np.arange(20, dtype=np.uint32), draws=10)
-  exact = ggn(task, kfac.layers, rows=rows, batch_size=200)
+  model, train = DiffusionModel(net, params, nets.PROCESS), nets.examples(20, (4, 4, 2))
+  kfac = fit_curvature(model, train, draws=Draws(50))
+  exact = ggn(model, kfac.layers, train=train, num=10, batch_size=200)
   rng = np.random.default_rng(0)
   rhs = {layer.name: rng.normal(size=(2, *layer.matrix_shape)) for layer in kfac.layers}
   damping = 1e-3 * exact.largest_eigenvalue()
@@ -237,25 +215,25 @@ def test_the_largest_eigenvalue_is_approached_from_below(exact, matrix):
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
-def test_the_network_is_traced_once_for_all_products(task, layers, rhs, precision):
+def test_the_network_is_traced_once_for_all_products(model, layers, rhs, precision):
   traces = []
 
   def counted(params, x_t, t):
     traces.append(x_t.shape)
     return nets.conv_net(params, x_t, t)
 
-  exact = ggn(Task(counted, task.params, nets.SCHEDULE), layers, precision=precision)
+  exact = ggn(DiffusionModel(counted, model.params, nets.PROCESS), layers, precision=precision)
   exact.multiply(GRADS, 0.1)
   after_the_first = len(traces)
   exact.solve(rhs, 1e-2)
   exact.largest_eigenvalue(3)
-  exact.multiply(task.params, 0.2)
+  exact.multiply(model.params, 0.2)
   assert len(traces) == after_the_first
 
 
-def test_a_network_that_casts_to_float32_inside_has_no_float64_products(task, layers):
+def test_a_network_that_casts_to_float32_inside_has_no_float64_products(model, layers):
   single = lambda p, x_t, t: nets.conv_net(p, x_t, t).astype(jnp.float32)
-  exact = ggn(Task(single, task.params, nets.SCHEDULE), layers, precision="float64")
+  exact = ggn(DiffusionModel(single, model.params, nets.PROCESS), layers, precision="float64")
   with pytest.raises(ValueError, match="apply_fn returns float32 for float64 parameters"):
     exact.multiply(GRADS, 0.1)
 
@@ -286,7 +264,7 @@ def test_vectors_of_another_structure_are_refused(exact, rhs):
     exact.solve(rhs | {"mix": np.full_like(rhs["mix"], np.nan)}, 0.1)
 
 
-def test_bad_options_are_refused(task, exact, layers, rhs):
+def test_bad_options_are_refused(model, exact, layers, rhs):
   with pytest.raises(ValueError, match="tolerance must lie between 0 and 1; got 0"):
     exact.solve(rhs, 0.1, solver=Solver(tolerance=0))
   with pytest.raises(ValueError, match="max_iterations must be at least 1; got 0"):
@@ -294,8 +272,6 @@ def test_bad_options_are_refused(task, exact, layers, rhs):
   with pytest.raises(ValueError, match="iterations must be at least 1; got 0"):
     exact.largest_eigenvalue(0)
   with pytest.raises(ValueError, match="there are: float32, float64"):
-    ggn(task, layers, precision="half")
-  with pytest.raises(ValueError, match="give Rows their draws"):
-    ggn(task, layers, rows=Rows(bytes_rows().images, IDS))
+    ggn(model, layers, precision="half")
   with pytest.raises(ValueError, match="layers is empty"):
-    ggn(task, ())
+    ggn(model, ())

@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from jaxinf import DiffusionModel
 from jaxinf.curvature.decompose import decomposed
 from jaxinf.curvature.eigenbasis import precondition
-from jaxinf.diffusion.objective import Noised
-from jaxinf.diffusion.schedule import Schedule, add_noise
+from jaxinf.diffusion.noise import Noised
 from jaxinf.layers.coverage import Selection
 from jaxinf.layers.register import register
 from jaxinf.networks import diffusers
+from tests import nets, twins
 
 LAYERS = ("conv", "strided", "dense", "attention")
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -58,7 +59,8 @@ def ours(referee, tmp_path_factory):
   save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
   apply_fn, params = diffusers.load(folder)
   only = tuple(f"^{re.escape(layer_of(referee, short))}/" for short in LAYERS)
-  model = register(apply_fn, params, (8, 8, 3), Selection(only=only))
+  model = DiffusionModel(apply_fn, params, nets.PROCESS)
+  layers = register(model, (8, 8, 3), Selection(only=only))
 
   train, query = (stored_pairs(referee, split) for split in ("train", "query"))
   num, size = len(train.t), 8 * 8 * 3
@@ -69,16 +71,16 @@ def ours(referee, tmp_path_factory):
   @quick_jit
   def sums(params, pairs):
     cotangents = lambda out: jnp.broadcast_to(units, (size, *out.shape))
-    return model.factor_sums(params, pairs, cotangents, jnp.ones(num))
+    return layers.factor_sums(params, pairs, cotangents, jnp.ones(num))
 
   @quick_jit
   def gradients(params, pairs):
     draws = 2
-    cotangents = lambda out: 2 * (out - pairs.noise) / draws
-    rows = model.gradients(params, pairs, cotangents, rows=len(pairs.t) // draws)
-    return rows, apply_fn(params, pairs.x_t, pairs.t)
+    cotangents = lambda out: 2 * (out - pairs.target) / draws
+    rows = layers.gradients(params, pairs, cotangents, rows=len(pairs.t) // draws)
+    return rows, apply_fn(params, pairs.inputs, pairs.time)
 
-  means = model.factors(sums(params, train), total=num)
+  means = layers.factors(sums(params, train), total=num)
   means = {name: f.replace(g=f.g * size) for name, f in means.items()}
   grads, output = gradients(params, jax.tree.map(lambda *x: jnp.concatenate(x), train, query))
   split = len(referee["train"])
@@ -89,12 +91,11 @@ def ours(referee, tmp_path_factory):
 
 def stored_pairs(referee, split) -> Noised:
   """The referee's pairs, example-major, channels last."""
-  schedule = Schedule.linear(1000, 1e-4, 0.02)
   images, t, noise = (referee[split + suffix] for suffix in ("", "_t", "_eps"))
   draws = t.shape[1]
   last = lambda x: jnp.asarray(np.moveaxis(x.reshape(-1, *x.shape[-3:]), 1, -1))
   images, noise, t = last(np.repeat(images, draws, axis=0)), last(noise), jnp.asarray(t.reshape(-1))
-  return Noised(add_noise(schedule, images=images, t=t, noise=noise), t, noise)
+  return Noised(nets.PROCESS.noised(images, t, noise), t, noise, jnp.ones(len(t)), t)
 
 
 def layer_of(referee, short):
@@ -110,7 +111,7 @@ def in_our_order(columns: int, kind: str) -> np.ndarray:
 
 
 def assert_close(actual, expected):
-  np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+  twins.assert_close(actual, expected, TOLERANCE)
 
 
 def test_the_network_equals_the_referee(referee, ours):

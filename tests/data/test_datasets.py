@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxinf.core import arrays
+from jaxinf.core.examples import as_float
 from jaxinf.data import DATASETS, DataConfig, Dataset, load
 from jaxinf.data.dataset import stratified_positions
+from tests.stored import Stored
 
 CIFAR_LABELS = [
   "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
@@ -94,13 +97,13 @@ def test_images_ids_and_labels_have_the_stated_shapes_and_ranges(dataset):
     assert set(np.unique(dataset.labels)) == set(range(len(dataset.label_names)))
 
 
-def test_float_images_map_the_full_range_to_minus_one_and_one(dataset):
+def test_pixels_fill_the_range_from_minus_one_to_one(dataset):
   sample = dataset.take(np.arange(0, len(dataset), 1 + len(dataset) // 200))
-  images = sample.float_images()
+  images = as_float(sample.images)
   assert images.dtype == np.float32 and images.shape == sample.images.shape
   assert images.min() >= -1 and images.max() <= 1
-  assert images.min() < -0.9 and images.max() > 0.9  # real pictures fill the range
-  np.testing.assert_array_equal(sample.float_images([3, 1]), images[[3, 1]])
+  assert images.min() < -0.9 and images.max() > 0.9  # as real pictures do
+  assert dataset.is_pixels
 
 
 def test_take_and_select_carry_ids_labels_and_pixels_together(dataset):
@@ -161,7 +164,7 @@ def test_an_unknown_name_and_too_large_a_subset_are_refused(configs):
   with pytest.raises(ValueError, match="'mnist'.*digits, cifar10, cifar2, arrays, folder"):
     load(config("mnist"))
   for num_examples in (0, 1798):
-    with pytest.raises(ValueError, match=rf"1…1797.*got {num_examples}\."):
+    with pytest.raises(ValueError, match=rf"num_examples must .*got {num_examples}\."):
       load(dataclasses.replace(configs["digits"], num_examples=num_examples))
 
 
@@ -289,17 +292,16 @@ FLOATS = np.zeros((4, 2, 2, 1), np.float32)
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"images": FLOATS[..., 0]}, r"\[N, H, W, C\].*\(4, 2, 2\).*images\[\.\.\., None\]"),
-    ({"images": FLOATS.tolist()}, "NumPy array.*got list"),
-    ({"images": FLOATS.astype(np.float64)}, r"float64.*astype\(np.float32\)"),
-    ({"images": FLOATS[:0]}, r"at least one image.*\(0, 2, 2, 1\)"),
+    ({"images": FLOATS[:, 0, 0, 0]}, r"data \[N, …\].*\(4,\)"),
+    ({"images": FLOATS.astype(int)}, r"int64.*astype\('uint8'\)"),
+    ({"images": FLOATS[:0]}, r"at least one number in it; got shape \(0, 2, 2, 1\)"),
     ({"images": np.zeros((4, 3, 8, 8), np.uint8)}, r"\(4, 3, 8, 8\).*transpose\(0, 2, 3, 1\)"),
     ({"images": FLOATS + np.float32("nan")}, "finite"),
     ({"images": FLOATS - np.float32("inf")}, "finite"),
-    ({"images": FLOATS + np.float32(255)}, r"\[-1, 1\]; got 255…255.*x / 127.5 - 1"),
-    ({"ids": np.arange(4)}, "4 strings.*int64"),
-    ({"ids": np.array(["a", "b"])}, r"4 strings.*\(2,\)"),
-    ({"ids": np.array(["a", "b", "a", "c"])}, "unique; got 'a' more than once"),
+    ({"ids": np.arange(4)}, "ids must be strings.*int64"),
+    ({"ids": None}, "ids must be strings.*NoneType"),
+    ({"ids": np.array(["a", "b"])}, r"4 different ids.*\(2,\)"),
+    ({"ids": np.array(["a", "b", "a", "c"])}, "different; got more than once: 'a'"),
     ({"labels": np.zeros(4)}, "4 integers.*float64"),
     ({"labels": np.zeros(3, int)}, r"4 integers.*\(3,\)"),
     ({"label_names": ("only",)}, "0…0.*got 0…1"),
@@ -318,20 +320,59 @@ def test_take_and_select_refuse_what_is_not_there():
   for indices in ([], np.array([True, False, True, False]), [[0, 1]]):
     with pytest.raises(ValueError, match="non-empty list of integers"):
       small().take(indices)
-  with pytest.raises(ValueError, match="unique; got 'b'"):
+  with pytest.raises(ValueError, match="different; got more than once: 'b'"):
     small().take([1, 1])
   with pytest.raises(ValueError, match="2 of 3 ids are not in data set 'small': 'x', 'y'"):
     small().select(["x", "a", "y"])
 
 
-def test_float_images_are_a_copy_and_an_affine_map_of_uint8():
-  images = np.array([0, 51, 127, 255], np.uint8).reshape(4, 1, 1, 1)
-  # One rounding of float32 apart from the float64 values: 1e-7.
-  expected = np.array([-1, -0.6, 127 / 127.5 - 1, 1]).reshape(4, 1, 1, 1)
-  np.testing.assert_allclose(small(images=images).float_images(), expected, rtol=0, atol=1e-7)
-  dataset = small(images=FLOATS)
-  dataset.float_images()[...] = 1
-  assert np.all(dataset.images == 0)
+@pytest.mark.parametrize(
+  ("images", "pixels"),
+  [
+    (np.zeros((4, 3, 3, 2), np.uint8), True),
+    (FLOATS - np.float32(1), True),
+    (FLOATS.astype(np.float16) + 1, True),
+    (FLOATS.astype(np.float64), True),
+    (FLOATS + np.float32(4), False),  # latents
+    (np.zeros((4, 2, 2, 16), np.float32) - 3, False),
+    (FLOATS[..., 0], False),  # a series
+    (FLOATS[:, 0, 0], False),  # vectors
+    (FLOATS[..., None], False),  # volumes
+    (np.zeros((4, 2, 2, 2, 3), np.uint8), True),
+  ],
+)
+def test_data_of_any_shape_are_taken_and_pixels_known(images, pixels):
+  dataset = small(images=images)
+  assert dataset.is_pixels == pixels and dataset.image_shape == images.shape[1:]
+  assert dataset.examples.data is dataset.images is images
+  assert dataset.examples.groups.tolist() == [0, 1, 0, 1]
+
+
+def test_a_list_of_numbers_becomes_an_array():
+  assert small(images=FLOATS.tolist()).take([1, 0]).images.shape == (2, 2, 2, 1)
+
+
+@pytest.mark.parametrize("kind", ["memmap", "h5py"])
+def test_images_on_disk_are_the_same_data_set_read_a_few_rows_at_a_time(
+  kind, tmp_path, monkeypatch
+):
+  images = np.random.default_rng(0).integers(0, 256, (40, 3, 4, 1)).astype(np.uint8)
+  np.save(tmp_path / "images.npy", images)
+  lazy = np.load(tmp_path / "images.npy", mmap_mode="r") if kind == "memmap" else Stored(images)
+  fields = dict(ids=np.array([f"x{n}" for n in range(40)]), labels=np.arange(40) % 3)
+  whole, dataset = small(images=images, **fields), small(images=lazy, **fields)
+  monkeypatch.setattr(arrays, "_BLOCK_BYTES", 5 * 12)
+  assert dataset.fingerprint() == whole.fingerprint() and dataset.is_pixels
+  some, same = dataset.sample(7, seed=1), whole.sample(7, seed=1)
+  assert some.fingerprint() == same.fingerprint()
+  np.testing.assert_array_equal(some.take([4, 0]).images, same.images[[4, 0]])
+  assert dataset.images is lazy and (kind == "memmap" or lazy.most <= 7)
+
+
+def test_a_fingerprint_is_that_of_published_runs():
+  """Results that were kept are found by it."""
+  expected = "b09724903f36d77483053c8b69bd677c1c62495da420ba8f45457cb236be0c94"
+  assert small().fingerprint() == expected
 
 
 # Users' files.
@@ -354,11 +395,11 @@ def test_arrays_keep_given_ids_and_default_to_the_index(tmp_path):
 @pytest.mark.parametrize(
   ("contents", "message"),
   [
-    ({"images": FLOATS[..., 0]}, r"\[N, H, W, C\]"),
-    ({"images": np.float32(0)}, r"\[N, H, W, C\]"),
-    ({"images": FLOATS.astype(np.float64)}, "float64"),
-    ({"images": FLOATS, "ids": np.array([1, 1, 2, 3])}, "unique"),
-    ({"images": FLOATS, "ids": np.zeros(4)}, "4 strings"),
+    ({"images": FLOATS[:, 0, 0, 0]}, r"data \[N, …\]"),
+    ({"images": np.float32(0)}, r"data \[N, …\]"),
+    ({"images": FLOATS.astype(int)}, "int64"),
+    ({"images": FLOATS, "ids": np.array([1, 1, 2, 3])}, "more than once: '1'"),
+    ({"images": FLOATS, "ids": np.zeros(4)}, "ids must be strings"),
     ({"images": FLOATS, "labels": np.zeros(3, int)}, "4 integers"),
     ({"images": FLOATS, "label": np.zeros(4, int)}, "got images, label"),
     ({"pictures": FLOATS}, "expected the arrays images"),
@@ -385,6 +426,15 @@ def test_arrays_that_are_missing_or_damaged_name_the_file(tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"file\.npz: expected"):
       load(config("arrays", path=str(path)))
+
+
+@pytest.mark.parametrize("shape", [(5,), (6, 2), (2, 3, 3, 2), (4, 4, 16)])
+def test_arrays_may_be_latents_series_vectors_or_volumes(shape, tmp_path):
+  values = np.random.default_rng(0).normal(size=(3, *shape)) * 4
+  np.savez(tmp_path / "file.npz", images=values)
+  dataset = load(config("arrays", path=str(tmp_path / "file.npz")))
+  assert dataset.image_shape == shape and not dataset.is_pixels
+  np.testing.assert_array_equal(dataset.images, values)
 
 
 def test_folder_ids_are_relative_paths_and_labels_first_level_folders(tmp_path):

@@ -67,7 +67,7 @@ def test_arrays_that_are_no_subsets_are_refused(arrays, message):
   [
     (dict(share=0.99), "of 0.99 gives 31"),
     (dict(share=0.01), "of 0.01 gives 0"),
-    (dict(seed=-1), "seed at least 0"),
+    (dict(seed=-1), "seed must be a whole number in [0, 2**32)"),
   ],
 )
 def test_impossible_subsets_are_refused(changes, message):

@@ -11,7 +11,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jaxinf.engine import artifacts
 from jaxinf.engine.artifacts import Checkpoints, MetricsLog, StaleArtifact
-from jaxinf.engine.checkpoints import PartialSums
+from jaxinf.engine.checkpoints import PartialOutputs, PartialSums
 
 KEY = {"seed": 0, "train": {"steps": 10, "shape": (2, 3), "decay": None}}
 
@@ -304,9 +304,10 @@ def test_an_interrupted_save_leaves_the_sums_before_it(tmp_path, arrays, monkeyp
   assert not list(tmp_path.iterdir())
 
 
-def test_sums_are_saved_every_so_many_batches_at_least_one(tmp_path):
-  with pytest.raises(ValueError, match="at least 1; got every=0"):
-    PartialSums(tmp_path / "sums.npz", KEY, every=0)
+@pytest.mark.parametrize("partial", [PartialSums, PartialOutputs])
+def test_what_is_unfinished_is_saved_every_so_many_batches_at_least_one(tmp_path, partial):
+  with pytest.raises(ValueError, match="every must be at least 1; got 0"):
+    partial(tmp_path / "sums", KEY, every=0)
 
 
 def test_checkpoints_give_back_states_with_structure_and_types(tmp_path):

@@ -1,5 +1,7 @@
 """The drivers give what the kernel gives on all rows at once, however the work is cut up."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,10 @@ import pytest
 
 from jaxinf import engine
 from jaxinf.core.random import fold_in_each, stream
-from jaxinf.engine import Reduction, Rows, map_batches, reduce_batches
+from jaxinf.engine import Blocks, Rows, map_batches, reduce_batches, spread, stream_batches
 from jaxinf.engine.artifacts import StaleArtifact
 from jaxinf.engine.checkpoints import PartialSums
+from tests.stored import Stored
 
 NUM = 7
 BATCH_SIZES = (1, 3, 7, 100)  # with remainders on both numbers of devices; more than there is
@@ -25,13 +28,13 @@ def row_kernel(weights, batch):
   """Depends on each row's image, id and draw; the mask must not change a real row."""
   noise = jax.vmap(jax.random.normal)(fold_in_each(stream(0, "test"), batch.ids))
   draws = jnp.zeros_like(batch.ids) if batch.draws is None else batch.draws
-  values = jnp.sum(batch.images * weights, axis=(1, 2, 3)) + noise
+  values = jnp.sum(batch.data * weights, axis=(1, 2, 3)) + noise
   return {"values": values * (1 + draws), "row": (batch.ids, draws)}
 
 
 def sum_kernel(weights, batch):
-  masked = batch.mask[:, None, None, None] * batch.images * weights
-  return {"images": jnp.sum(masked, axis=0), "ids": jnp.sum(batch.mask * batch.ids)}
+  masked = batch.mask[:, None, None, None] * batch.data * weights
+  return {"data": jnp.sum(masked, axis=0), "ids": jnp.sum(batch.mask * batch.ids)}
 
 
 WEIGHTS = np.arange(4, dtype=np.float32).reshape(1, 2, 2, 1)
@@ -78,14 +81,14 @@ def test_a_reduction_equals_the_kernel_on_all_rows_at_once(rows, batch_size, dev
 
 def test_results_follow_the_rows_into_another_order(rows, devices):
   order = np.random.default_rng(1).permutation(NUM)
-  shuffled = Rows(rows.images[order], rows.ids[order])
+  shuffled = Rows(rows.data[order], rows.ids[order])
   expected = jax.tree.map(lambda x: x[order], row_kernel(WEIGHTS, whole(rows)))
   assert_close(map_rows(shuffled, 3, devices), expected)
   assert_close(reduce_rows(shuffled, 3, devices), sum_kernel(WEIGHTS, whole(rows)))
 
 
 def test_pairs_of_example_and_draw_arrive_example_major(rows, devices):
-  pairs = Rows(rows.images, rows.ids, draws=2)
+  pairs = Rows(rows.data, rows.ids, draws=2)
   assert len(pairs) == 2 * NUM
   mapped = map_rows(pairs, 5, devices)
   ids, draws = mapped["row"]
@@ -103,7 +106,7 @@ def test_padding_repeats_the_last_row_with_mask_zero(rows):
   batch = rows.padded_batch(5, 4)
   np.testing.assert_array_equal(batch.mask, [1, 1, 0, 0])
   np.testing.assert_array_equal(batch.ids, rows.ids[[5, 6, 6, 6]])
-  np.testing.assert_array_equal(batch.images, rows.images[[5, 6, 6, 6]])
+  np.testing.assert_array_equal(batch.data, rows.data[[5, 6, 6, 6]])
   assert batch.draws is None
 
 
@@ -111,7 +114,7 @@ def test_padding_takes_conditioning_along(rows):
   """Every leaf's rows stay with their examples, through draws and padding."""
   labels = np.arange(NUM) % 3
   text = np.random.default_rng(2).normal(size=(NUM, 4, 2)).astype(np.float32)
-  pairs = Rows(rows.images, rows.ids, draws=2, conditioning={"labels": labels, "text": text})
+  pairs = Rows(rows.data, rows.ids, draws=2, conditioning={"labels": labels, "text": text})
   batch = pairs.padded_batch(11, 5)
   examples = [5, 6, 6, 6, 6]
   np.testing.assert_array_equal(batch.ids, rows.ids[examples])
@@ -122,14 +125,14 @@ def test_padding_takes_conditioning_along(rows):
 
 def test_a_kernel_sees_each_rows_own_conditioning(rows, devices):
   labels = np.arange(NUM, dtype=np.int32) * 7
-  pairs = Rows(rows.images, rows.ids, draws=2, conditioning=(labels,))
+  pairs = Rows(rows.data, rows.ids, draws=2, conditioning=(labels,))
   kernel = lambda _, batch: (batch.ids, batch.conditioning[0])
   ids, seen = map_batches(kernel, 0, pairs, batch_size=5, label="test", devices=devices)
   np.testing.assert_array_equal(ids, np.repeat(rows.ids, 2))
   np.testing.assert_array_equal(seen, np.repeat(labels, 2))
 
 
-def test_rows_need_no_images(devices):
+def test_rows_need_no_data(devices):
   rows = Rows(None, np.arange(3, dtype=np.uint32))
   kernel = lambda scale, batch: scale * batch.ids
   doubled = map_batches(kernel, 2, rows, batch_size=2, label="test", devices=devices)
@@ -148,7 +151,7 @@ def test_every_row_is_reported_as_progress(rows, driver, monkeypatch):
 @pytest.mark.parametrize("driver", [map_rows, reduce_rows])
 def test_nothing_to_go_through_is_an_error(rows, driver):
   with pytest.raises(ValueError, match="no examples to go through"):
-    driver(Rows(rows.images[:0], rows.ids[:0]), 2, None)
+    driver(Rows(rows.data[:0], rows.ids[:0]), 2, None)
 
 
 @pytest.mark.parametrize("driver", [map_rows, reduce_rows])
@@ -158,21 +161,78 @@ def test_a_batch_size_below_one_is_an_error(rows, driver, batch_size):
     driver(rows, batch_size, None)
 
 
-def test_a_reduction_compiles_once_for_rows_of_one_shape(rows, devices):
-  traces = []
+def test_rows_on_disk_are_read_batch_by_batch(rows, devices):
+  stored = Stored(rows.data)
+  pairs = Rows(stored, rows.ids, draws=2)
+  found = map_rows(pairs, 4, devices)
+  assert_close(found, map_rows(dataclasses.replace(pairs, data=rows.data), 4, devices))
+  assert stored.most <= 3  # four pairs are of at most three examples
 
-  def counted(weights, batch):
-    traces.append(batch.mask.shape)
-    return sum_kernel(weights, batch)
 
-  reduction = Reduction(counted, label=None, devices=devices)
-  reduction(WEIGHTS, rows, batch_size=4)
-  first_traces = len(traces)
-  shorter = Rows(rows.images[:5], rows.ids[:5])
-  for scale, some_rows in ((1, rows), (2, rows), (3, shorter)):
-    reduced = reduction(scale * WEIGHTS, some_rows, batch_size=4)
-    assert_close(reduced, sum_kernel(scale * WEIGHTS, whole(some_rows)))
-  assert len(traces) == first_traces
+@pytest.mark.parametrize("dtype", [np.float16, np.float64, ">f4"])
+def test_kernels_see_float32_whatever_the_data_are(rows, dtype):
+  data = rows.data.astype(dtype)
+  found = map_rows(dataclasses.replace(rows, data=data), 3, None)
+  expected = dataclasses.replace(rows, data=data.astype(np.float32))
+  jax.tree.map(np.testing.assert_array_equal, found, map_rows(expected, 3, None))
+
+
+def test_kernels_see_pixels_as_they_are(devices):
+  pixels = np.random.default_rng(0).integers(0, 256, (5, 2, 2, 1)).astype(np.uint8)
+  same = lambda _, batch: batch.data
+  rows = Rows(pixels, np.arange(5, dtype=np.uint32))
+  found = map_batches(same, 0, rows, batch_size=2, label=None, devices=devices)
+  np.testing.assert_array_equal(found, pixels, strict=True)
+
+
+# --- a second kernel, and parts of the rows ---
+
+
+def multiply(vectors, values):
+  return values["values"][:, None] * vectors
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_a_second_kernel_sees_what_the_first_made_block_by_block(
+  rows, devices, batch_size, num_blocks
+):
+  vectors = np.arange(6, dtype=np.float32)
+  found = map_batches(
+    row_kernel, WEIGHTS, rows, batch_size=batch_size, label=None, devices=devices,
+    then=Blocks(multiply, np.split(vectors, num_blocks)),
+  )  # fmt: skip
+  assert_close(found, multiply(vectors, row_kernel(WEIGHTS, whole(rows))))
+
+
+@pytest.mark.parametrize("span", [(0, 14), (3, 11), (13, 14)])
+def test_a_stream_of_a_span_gives_its_rows_in_order(rows, devices, span):
+  pairs = Rows(rows.data, rows.ids, draws=2)
+  parts = list(
+    stream_batches(row_kernel, WEIGHTS, pairs, batch_size=4, label=None, devices=devices, span=span)
+  )
+  joined = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+  expected = jax.tree.map(lambda x: x[slice(*span)], row_kernel(WEIGHTS, whole(pairs)))
+  assert_close(joined, expected)
+
+
+def test_draws_may_be_numbered_from_any_one_on(rows, devices):
+  pairs = Rows(rows.data, rows.ids, draws=2, first_draw=6)
+  _, draws = map_rows(pairs, 5, devices)["row"]
+  np.testing.assert_array_equal(draws, np.tile([6, 7], NUM))
+
+
+def test_items_are_spread_by_cost_and_all_come_back(devices):
+  sizes = {"large": 6, "small": 1, "middle": 3, "other": 3}
+  items = {name: np.full(size, size, np.float32) for name, size in sizes.items()}
+  found = spread(lambda x: {"sum": jnp.sum(x)}, items, cost=len, devices=devices)
+  assert {name: float(value["sum"]) for name, value in found.items()} == {
+    name: size**2 for name, size in sizes.items()
+  }
+  assert list(found) == list(items)
+
+
+# --- reductions that are stopped ---
 
 
 def test_a_reduction_without_a_label_shows_no_progress(rows, monkeypatch, caplog):
@@ -243,7 +303,7 @@ def test_sums_of_something_else_are_not_gone_on_from(tmp_path, rows):
   with pytest.raises(StaleArtifact, match=f"{path} was made with other settings:\n  seed: 0 → 1"):
     resume(PartialSums(path, {"seed": 1}, every=1), rows, 2, device)
   same_key = PartialSums(path, {"seed": 0}, every=1)
-  fewer = Rows(rows.images[:3], rows.ids[:3])
+  fewer = Rows(rows.data[:3], rows.ids[:3])
   with pytest.raises(ValueError, match="over 4 rows, where .* over at most 3 are expected"):
     resume(same_key, fewer, 2, device)
   with pytest.raises(ValueError, match="The partial sums are those of another computation"):

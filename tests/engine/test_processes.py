@@ -1,13 +1,9 @@
 """Several processes: two real ones give the results of one, and go on after kill −9."""
 
-import os
 import shutil
 import signal
 import socket
 import subprocess
-import sys
-import threading
-import time
 from pathlib import Path
 
 import jax
@@ -15,58 +11,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinf import Draws, Examples
 from jaxinf.engine import artifacts, processes
 from jaxinf.runs import run as runs
 from jaxinf.runs import serving
-from jaxinf.runs.config import typed
 from jaxinf.runs.perform import perform
 from jaxinf.runs.stage import MAIN_LINE
-from tests import tiny
+from tests import running
 
-ROOT = Path(__file__).parents[2]
 # Shares of 24 images, 3 samples and 40 draws in groups of 2 that 2 processes split unevenly, and
 # enough of them that a process can be killed on the way. int16 rounds by 1/32767 of a block.
-ATTRIBUTE = {"draws": 38, "draw_groups": 19, "query_groups": 1, "compression": "int16"}
+ATTRIBUTE = {
+  "attribute.draws": 38,
+  "attribute.draw_groups": 19,
+  "attribute.query_groups": 1,
+  "attribute.compression": "int16",
+}
 # Of the largest number, for float32 sums in another order; training and sampling amplify it.
 TOLERANCE = 1e-3
 
 
 # --- one process at a time, in threads that take its place ---
-
-
-@pytest.fixture
-def in_processes(monkeypatch):
-  """in_processes(num, function) → its results in `num` threads that exchange as processes do."""
-  own = threading.local()
-  monkeypatch.setattr(jax, "process_index", lambda: own.index)
-
-  def run(num, function):
-    meeting, sent, results = threading.Barrier(num, timeout=20), [None] * num, [None] * num
-
-    def allgather(array):
-      sent[own.index] = array
-      meeting.wait()
-      together = np.stack(sent)
-      meeting.wait()
-      return together
-
-    def process(index):
-      own.index = index
-      try:
-        results[index] = function()
-      except ValueError as error:
-        results[index] = error
-
-    monkeypatch.setattr(jax, "process_count", lambda: num)
-    monkeypatch.setattr(processes.multihost_utils, "process_allgather", allgather)
-    threads = [threading.Thread(target=process, args=(index,)) for index in range(num)]
-    for thread in threads:
-      thread.start()
-    for thread in threads:
-      thread.join()
-    return results
-
-  return run
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 7, 12])
@@ -149,30 +114,25 @@ def start(
   stage: str, workdir: Path, *, by_slurm: bool = False, fields=None, of_second=None
 ) -> list[subprocess.Popen]:
   """Both processes of a run, told of one another by flags or by a cluster's variables."""
-  fields = {f"attribute.{name}": value for name, value in ATTRIBUTE.items()} | (fields or {})
+  fields = ATTRIBUTE | (fields or {})
   coordinator, started = f"localhost:{free_port()}", []
   for index, own in enumerate((fields, fields | (of_second or {}))):
-    command = [sys.executable, "-m", "jaxinf", stage, "--config=tests/tiny.py"]
-    command += [f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in own.items())]
+    flags = [f"--coordinator={coordinator}", "--num_processes=2", f"--process_id={index}"]
+    variables = {
+      "JAX_COORDINATOR_ADDRESS": coordinator,
+      "SLURM_JOB_ID": "1",
+      "SLURM_NTASKS": "2",
+      "SLURM_STEP_NODELIST": "localhost",
+      "SLURM_STEP_NUM_NODES": "1",
+      "SLURM_PROCID": str(index),
+      "SLURM_LOCALID": str(index),
+    }
     if by_slurm:
-      command.append("--distributed")
-      variables = {
-        "JAX_COORDINATOR_ADDRESS": coordinator, "SLURM_JOB_ID": "1", "SLURM_NTASKS": "2",
-        "SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID": str(index),
-        "SLURM_LOCALID": str(index), "SLURM_STEP_NUM_NODES": "1",
-      }  # fmt: skip
+      process = running.start(stage, workdir, "--distributed", fields=own, variables=variables)
     else:
-      command += [f"--coordinator={coordinator}", "--num_processes=2", f"--process_id={index}"]
-      variables = {}
-    environment = os.environ | variables
-    started.append(
-      subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-    )
+      process = running.start(stage, workdir, *flags, fields=own)
+    started.append(process)
   return started
-
-
-def logs(processes: list[subprocess.Popen]) -> list[str]:
-  return [process.communicate(timeout=120)[1] for process in processes]
 
 
 @pytest.fixture(scope="module")
@@ -181,11 +141,8 @@ def finished(tmp_path_factory):
 
   The two take training over from the first checkpoint of the one.
   """
-  config = tiny.get_config()
-  config.attribute.update(ATTRIBUTE)
   one, two = (
-    runs.Run(typed(config), tmp_path_factory.mktemp(name), jax.devices()[:1])
-    for name in ("one", "two")
+    running.run_of(tmp_path_factory.mktemp(name), fields=ATTRIBUTE) for name in ("one", "two")
   )
   perform(one, "train")
   shutil.copytree(one.folder("train"), two.folder("train"))
@@ -194,9 +151,7 @@ def finished(tmp_path_factory):
     shutil.rmtree(path) if path.is_dir() else path.unlink()
   processes = start("all", two.workdir)
   perform(one, "all")
-  said = logs(processes)
-  assert [process.returncode for process in processes] == [0, 0], said
-  return one, two, said
+  return one, two, running.succeed(*processes)
 
 
 def assert_close(actual, expected):
@@ -216,9 +171,9 @@ def test_two_processes_give_the_results_of_one(finished):
       else:
         np.testing.assert_array_equal(ours[name], expected)
   # Eigenvectors have free signs: compare what the curvature does to a vector.
-  task = runs.load_task(one)
-  vector = jax.tree.map(np.ones_like, task.params)
-  products = [runs.load_curvature(run, task).multiply(vector, 1e-4) for run in (one, two)]
+  model = runs.load_model(one)
+  vector = jax.tree.map(np.ones_like, model.params)
+  products = [runs.load_curvature(run, model).multiply(vector, 1e-4) for run in (one, two)]
   jax.tree.map(assert_close, *reversed(products))
 
 
@@ -226,11 +181,10 @@ def test_two_processes_write_the_store_that_one_writes(finished):
   one, two, _ = finished
   processes = start("index", two.workdir)
   perform(one, "index")
-  said = logs(processes)
-  assert [process.returncode for process in processes] == [0, 0], said
-  samples = artifacts.read(one.folder("sample")).arrays["images"]
+  running.succeed(*processes)
+  samples = Examples(artifacts.read(one.folder("sample")).arrays["images"])
   answers = [
-    serving.load_store(run).query(samples, damping=1e-4, draws=4, seed=0) for run in (one, two)
+    serving.load_store(run).query(samples, damping=1e-4, draws=Draws(4, 1)) for run in (one, two)
   ]
   np.testing.assert_array_equal(answers[1].train_ids, answers[0].train_ids)
   # Eigenvectors have free signs, so that the rows are rounded to int8 otherwise: by 1/254 of the
@@ -264,19 +218,12 @@ def test_killed_processes_go_on_to_the_same_scores(finished, tmp_path):
   _, two, _ = finished
   workdir = copied(two, tmp_path, ("train", "sample", "curvature"))
   pace = {"attribute.checkpoint_every": 1, "attribute.batch_size": 4}
-  processes = start("attribute", workdir, fields=pace)
   saved = [workdir / "attribute/sums/round-000" / f"rows-000003.{i}of2.npz" for i in range(2)]
-  while not all(path.exists() for path in saved):
-    ended = [process.poll() for process in processes]
-    assert ended == [None, None], f"they ended before they could be killed: {logs(processes)}"
-    time.sleep(0.001)
-  for process in processes:
-    os.kill(process.pid, signal.SIGKILL)
-  logs(processes)
+  running.kill_when(
+    lambda: all(path.exists() for path in saved), *start("attribute", workdir, fields=pace)
+  )
   assert not (workdir / "attribute/manifest.json").exists() and all(p.exists() for p in saved)
-  processes = start("attribute", workdir, by_slurm=True, fields=pace)
-  said = logs(processes)
-  assert [process.returncode for process in processes] == [0, 0], said
+  running.succeed(*start("attribute", workdir, by_slurm=True, fields=pace))
   assert not (workdir / "attribute/sums").exists()
   expected = artifacts.read(two.folder("attribute")).arrays
   for name, array in artifacts.read(workdir / "attribute").arrays.items():
@@ -288,7 +235,7 @@ def test_processes_with_different_settings_end_together(finished, tmp_path):
   """They would add up different things; and neither waits for the other for ever."""
   workdir = copied(finished[1], tmp_path, ("train",))
   processes = start("sample", workdir, of_second={"sample.num_samples": 4})
-  said = "".join(logs(processes))
+  said = "".join(running.outcome(process) for process in processes)
   assert all(process.returncode for process in processes)
   assert "The processes differ in what the stage sample depends on" in said
   assert not (workdir / "sample").exists()

@@ -2,6 +2,7 @@
 
 import re
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,10 @@ import kfac_jax
 import numpy as np
 import pytest
 
-from jaxinf.curvature.fit import SKIP_NORMALISATION
-from jaxinf.diffusion.objective import Noised
+from jaxinf import SKIP_NORMALISATION, DiffusionModel
 from jaxinf.layers.coverage import Selection
 from jaxinf.layers.register import Registration, register
-from tests import nets
-from tests.curvature import naive
+from tests import nets, twins
 
 SHAPE = (4, 4, 1)
 
@@ -130,29 +129,36 @@ def network(module: nn.Module):
 
 def registered(module: nn.Module, wrap=lambda f: f, **selection) -> Registration:
   selection = {"skip": SKIP_NORMALISATION} | selection
-  return register(wrap(network(module)), initial(module), SHAPE, Selection(**selection))
+  model = DiffusionModel(wrap(network(module)), initial(module), nets.PROCESS)
+  return register(model, SHAPE, Selection(**selection))
 
 
-def some_pairs() -> Noised:
-  x_t = jnp.asarray(np.random.default_rng(1).normal(size=(3, *SHAPE)), jnp.float32)
-  return Noised(x_t, jnp.arange(3), x_t)
+def blocks(layers: Registration) -> dict[str, str | None]:
+  return {row.parameter: row.block for row in layers.coverage.rows}
 
 
-def blocks(model: Registration) -> dict[str, str | None]:
-  return {row.parameter: row.block for row in model.coverage.rows}
+def gradients(layers: Registration, params, pairs) -> dict:
+  """Of half the squared norm of the outputs."""
+  return jax.jit(lambda p, q: layers.gradients(p, q, lambda out: out, rows=3))(params, pairs)
+
+
+def plain_gradients(module: nn.Module, layers: Registration, pairs) -> dict:
+  params = initial(module)
+  dy = np.asarray(network(module)(params, pairs.inputs, pairs.time))[None]
+  found = twins.cotangent_gradients(network(module), params, layers.layers, pairs, dy)
+  return {name: matrices[0] for name, matrices in found.items()}
 
 
 def test_every_parameter_is_accounted_for():
-  task = nets.conv_task()
-  coverage = register(task.apply_fn, task.params, SHAPE, Selection()).coverage
+  model = nets.conv_model()
+  layers = register(model, SHAPE, Selection())
   assert (
-    coverage.num_covered
-    == coverage.num_parameters
-    == sum(leaf.size for leaf in jax.tree.leaves(task.params))
+    layers.coverage.num_covered
+    == layers.coverage.num_parameters
+    == sum(leaf.size for leaf in jax.tree.leaves(model.params))
   )
-  blocks = {row.parameter: row.block for row in coverage.rows}
-  assert blocks["conv_in/kernel"] == "conv2d (kronecker)"
-  assert blocks["mix/bias"] == "dense (kronecker)"
+  assert blocks(layers)["conv_in/kernel"] == "conv2d (kronecker)"
+  assert blocks(layers)["mix/bias"] == "dense (kronecker)"
 
 
 def custom_gradient(f):
@@ -176,39 +182,28 @@ def custom_gradient(f):
 )
 def test_how_a_layer_is_called_changes_nothing(module, wrap):
   """The same layers and, with the same operations in the same order, the same gradients."""
-  model, plain = registered(module, wrap), registered(Plain())
-  assert model.layers == plain.layers and len(plain.layers) == 2
-  pairs, params = some_pairs(), initial(Plain())
-  found, expected = (
-    jax.jit(lambda p, q, m=m: m.gradients(p, q, lambda out: out, rows=3))(params, pairs)
-    for m in (model, plain)
-  )
-  for name in expected:
-    np.testing.assert_allclose(found[name], expected[name], rtol=1e-6, atol=1e-6)
+  layers, plain = registered(module, wrap), registered(Plain())
+  assert layers.layers == plain.layers and len(plain.layers) == 2
+  pairs, params = nets.some_pairs(3), initial(Plain())
+  found, expected = (gradients(each, params, pairs) for each in (layers, plain))
+  chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_bfloat16_inside_is_summed_up_in_float32():
   """Gradients of a network that computes in bfloat16, to some rounding steps of 2⁻⁸ each."""
   module = Plain(lambda features, name: nn.Dense(features, name=name, dtype=jnp.bfloat16))
-  model, params, pairs = registered(module), initial(module), some_pairs()
-  found = jax.jit(lambda p, q: model.gradients(p, q, lambda out: out, rows=3))(params, pairs)
-  dy = np.asarray(network(Plain())(params, pairs.x_t, pairs.t))[None]
-  expected = naive.gradients(network(Plain()), params, model.layers, pairs, dy)
-  assert model.layers == registered(Plain()).layers
-  for name, matrix in found.items():
-    assert matrix.dtype == jnp.float32
-    scale = np.abs(expected[name]).max()
-    np.testing.assert_allclose(matrix / scale, expected[name][0] / scale, atol=5 * 2**-8)
+  layers, params, pairs = registered(module), initial(module), nets.some_pairs(3)
+  found, expected = gradients(layers, params, pairs), plain_gradients(Plain(), layers, pairs)
+  assert layers.layers == registered(Plain()).layers
+  assert all(matrix.dtype == jnp.float32 for matrix in found.values())
+  twins.assert_close(found, expected, 5 * 2**-8)
 
 
 def test_a_layer_declared_by_hand_is_covered():
-  model, params, pairs = registered(Declared()), initial(Declared()), some_pairs()
-  assert blocks(model) == dict.fromkeys(("bias", "kernel"), "dense (kronecker)")
-  found = jax.jit(lambda p, q: model.gradients(p, q, lambda out: out, rows=3))(params, pairs)
-  dy = np.asarray(network(Declared())(params, pairs.x_t, pairs.t))[None]
-  expected = naive.gradients(network(Declared()), params, model.layers, pairs, dy)
-  for name, matrix in found.items():
-    np.testing.assert_allclose(matrix, expected[name][0], rtol=1e-5, atol=1e-5)
+  layers, params, pairs = registered(Declared()), initial(Declared()), nets.some_pairs(3)
+  assert blocks(layers) == dict.fromkeys(("bias", "kernel"), "dense (kronecker)")
+  expected = plain_gradients(Declared(), layers, pairs)
+  twins.assert_close(gradients(layers, params, pairs), expected)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +214,7 @@ def test_a_layer_declared_by_hand_is_covered():
     (Vmapped(), "pair/kernel", "a batch of matrices (nn.vmap)"),
     (Reshaped(), "kernel", "no block for a parameter that enters `reshape`"),
     (Normed(), "kernel", "used 2 times"),
-    (Flattened(), "Dense_0/kernel", "no axis that is the batch"),
+    (Flattened(), "Dense_0/kernel", "keep the batch on an axis of its own, [B, 16, …]"),
     (Positions(), "Dense_0/kernel", "no axis that is the batch"),
     (Scaled(), "temperature", "a scale has no Kronecker factors"),
     (Unused(), "spare", "the network does not use it"),
@@ -251,8 +246,8 @@ def test_normalisation_that_is_not_declared_stops_the_fit():
 
 
 def test_diagonal_layers_are_declared_by_name():
-  model = registered(Normalised(), skip=(), diagonal=("GroupNorm", "Conv_1"))
-  assert blocks(model) == {
+  layers = registered(Normalised(), skip=(), diagonal=("GroupNorm", "Conv_1"))
+  assert blocks(layers) == {
     "Conv_0/bias": "conv2d (kronecker)",
     "Conv_0/kernel": "conv2d (kronecker)",
     "Conv_1/bias": "conv2d (diagonal)",
@@ -265,8 +260,8 @@ def test_diagonal_layers_are_declared_by_name():
 def test_only_keeps_what_it_names():
   """The rest is skipped, whether or not it has a block."""
   assert registered(Scaled(), only=("Dense",)).coverage.skipped == ("temperature",)
-  model = registered(Normalised(), skip=("Conv_1",), only=("Conv",))
-  assert [layer.name for layer in model.layers] == ["Conv_0"]
+  layers = registered(Normalised(), skip=("Conv_1",), only=("Conv",))
+  assert [layer.name for layer in layers.layers] == ["Conv_0"]
 
 
 @pytest.mark.parametrize("half", [{"skip": ("Conv_0/bias",)}, {"only": ("Conv_0/kernel",)}])
@@ -286,7 +281,7 @@ def test_normalisation_is_told_by_its_own_name_not_by_a_parent():
     assert any(re.search(pattern, name) for pattern in SKIP_NORMALISATION) == skipped
 
 
-@pytest.mark.parametrize("nothing", [{"skip": (".",)}, {"only": ()}, {"only": ("no such",)}])
+@pytest.mark.parametrize("nothing", [{"skip": (".",)}, {"only": ()}])
 def test_skipping_everything_is_refused(nothing):
   with pytest.raises(ValueError, match="leaves out everything"):
     registered(Normalised(), **nothing)
@@ -298,6 +293,19 @@ def test_malformed_expressions_are_named(argument):
     Selection(**{argument: ("(",)})
   with pytest.raises(ValueError, match=rf"write {argument}=\('norm',\)"):
     Selection(**{argument: "norm"})
+
+
+@pytest.mark.parametrize("argument", ["skip", "diagonal", "only"])
+def test_expressions_that_find_nothing_are_refused(argument):
+  """A misspelt layer would be covered, or left out, without a word."""
+  with pytest.raises(ValueError, match=rf"{argument}: 'Cnov_1' finds no parameter.*'Conv_1/bias'"):
+    registered(Normalised(), **{argument: ("Conv", "Cnov_1")})
+
+
+@pytest.mark.parametrize("argument", ["skip", "diagonal"])
+def test_normalisation_need_not_be_there(argument):
+  layers = registered(Plain(), **{argument: (*SKIP_NORMALISATION, "conv")})
+  assert len(layers.layers) == (1 if argument == "skip" else 2)
 
 
 def test_a_diagonal_expression_without_effect_is_refused():

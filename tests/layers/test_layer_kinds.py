@@ -1,7 +1,6 @@
 """Each kind of layer: its gradients, factors and corrected eigenvalues against plain sums.
 
-A kind is one row: a Flax module, the shape of its input and the kinds of its layers. The twins are
-in naive.py.
+A kind is one row: a Flax module, the shape of its input and the kinds of its layers.
 """
 
 from collections.abc import Callable
@@ -13,17 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinf import DiffusionModel
 from jaxinf.core.types import Eigenbasis, Matrices
-from jaxinf.diffusion.objective import Noised
 from jaxinf.layers.coverage import Selection
+from jaxinf.layers.factors import SHARINGS
 from jaxinf.layers.register import Registration, register
-from tests.curvature import naive
+from tests import nets, twins
 
 NUM, TARGETS = 3, 2
-DIAGONAL = ("scale$", "layer/bias$", "positions$")
+DIAGONAL = r"(scale|layer/bias|positions|gain)$"  # where a kind has scales or shifts
 WEIGHTS = np.array([1.0, 0.0, 2.5])
-# float32 sums of at most some hundred terms
-close = dict(rtol=0, atol=3e-6)
+CLOSE = 3e-6  # float32 sums of at most some hundred terms
 
 
 class RowMajor(nn.Module):
@@ -117,6 +116,38 @@ class Positions(nn.Module):
     return x + self.param("positions", nn.initializers.normal(), (1, *x.shape[1:]))
 
 
+class Gain(nn.Module):
+  """A number times the input, or the input plus a number, in front of a dense layer."""
+
+  adds: bool = False
+
+  @nn.compact
+  def __call__(self, x):
+    gain = self.param("gain", nn.initializers.ones, ())
+    return nn.Dense(3, name="dense")(x + gain if self.adds else gain * x)
+
+
+class Series(nn.Module):
+  """Robot actions or audio [L, C]: 1-D convolutions, one strided and one back."""
+
+  @nn.compact
+  def __call__(self, x):
+    h = nn.tanh(nn.Conv(4, (3,), name="in")(x))
+    h = nn.tanh(nn.Conv(4, (3,), strides=2, name="down")(h))
+    h = nn.tanh(nn.ConvTranspose(4, (2,), strides=(2,), name="up")(h))
+    return nn.Conv(x.shape[-1], (3,), name="out")(h)
+
+
+class Vector(nn.Module):
+  """States [D]: dense layers and a layer of learned scales."""
+
+  @nn.compact
+  def __call__(self, x):
+    h = nn.tanh(nn.Dense(5, name="in")(x))
+    h = h * self.param("scale", nn.initializers.ones, (5,))
+    return nn.Dense(x.shape[-1], name="out")(h)
+
+
 class Kind(NamedTuple):
   module: nn.Module
   shape: tuple[int, ...]  # of one input
@@ -162,6 +193,10 @@ KINDS = {
   "learned positions": Kind(
     nn.Sequential([nn.Dense(3, use_bias=False), Positions()]), (5, 4), {"dense", "shift"}
   ),
+  "scalar gain": Kind(Gain(), (4,), {"dense", "scale"}),
+  "scalar shift": Kind(Gain(adds=True), (2, 4), {"dense", "shift"}),
+  "series": Kind(Series(), (6, 2), {"conv1d", "conv_transpose1d"}),
+  "vector": Kind(Vector(), (4,), {"dense", "scale"}),
   "embed": Kind(nn.Embed(8, 3), (1,), {"embed"}, OfTime),
   "group normalisation": Kind(nn.GroupNorm(2), (3, 2, 4), {"scale", "shift"}),
   "layer normalisation": Kind(nn.LayerNorm(), (3, 4), {"scale", "shift"}),
@@ -171,7 +206,7 @@ KINDS = {
 class Case(NamedTuple):
   """What both sides computed for a kind."""
 
-  model: Registration
+  layers: Registration
   ours: dict[str, Matrices]
   grads: Matrices  # [K, B, …], float64
   taps: dict
@@ -182,38 +217,42 @@ class Case(NamedTuple):
 def case(request) -> Case:
   kind = KINDS[request.param]
   module, rng = kind.wrap(kind.module), np.random.default_rng(0)
-  x_t = jnp.asarray(rng.normal(size=(NUM, *kind.shape)), jnp.float32)
-  pairs = Noised(x_t, jnp.asarray([3, 63, 28]), x_t)
-  params = jax.eval_shape(module.init, jax.random.key(0), pairs.x_t, pairs.t)["params"]
+  pairs = nets.some_pairs(NUM, kind.shape)
+  pairs = pairs._replace(time=jnp.asarray([3, 63, 28]))
+  params = jax.eval_shape(module.init, jax.random.key(0), pairs.inputs, pairs.time)["params"]
   params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
-  apply_fn = lambda params, x_t, t: module.apply({"params": params}, x_t, t)
-  shape = jax.eval_shape(apply_fn, params, pairs.x_t, pairs.t).shape
+  apply_fn = lambda params, inputs, time: module.apply({"params": params}, inputs, time)
+  shape = jax.eval_shape(apply_fn, params, pairs.inputs, pairs.time).shape
   dy = rng.normal(size=(TARGETS, *shape)).astype(np.float32)
+  # What is back-propagated here has the shape of the output, which need not be that of the target.
+  pairs = pairs._replace(target=jnp.zeros(shape))
 
-  model = register(apply_fn, params, kind.shape, Selection(diagonal=DIAGONAL))
-  assert {layer.kind for layer in model.layers} == kind.kinds
-  assert model.coverage.num_covered == model.coverage.num_parameters
-  kronecker = [layer for layer in model.layers if layer.structure == "kronecker"]
-  bases = {layer.name: random_basis(rng, layer) for layer in model.layers}
+  model = DiffusionModel(apply_fn, params, nets.PROCESS)
+  diagonal = (DIAGONAL,) if kind.kinds & {"scale", "shift"} else ()
+  layers = register(model, kind.shape, Selection(diagonal=diagonal))
+  assert {layer.kind for layer in layers.layers} == kind.kinds
+  assert layers.coverage.num_covered == layers.coverage.num_parameters
+  kronecker = [layer for layer in layers.layers if layer.structure == "kronecker"]
+  bases = {layer.name: random_basis(rng, layer) for layer in layers.layers}
 
   @jax.jit
   def ours(params, pairs, dy, bases):
     weights = jnp.asarray(WEIGHTS, jnp.float32)
     sums = {
-      sharing: model.factor_sums(params, pairs, lambda out: dy, weights, sharing=sharing)
-      for sharing in ("expand", "reduce")
+      approx: layers.factor_sums(params, pairs, lambda out: dy, weights, approx=approx)
+      for approx in SHARINGS
     }
     identity = jax.tree.map(lambda b: Eigenbasis(None, None, None), bases, is_leaf=is_basis)
     return sums | {
-      "gradients": model.gradients(params, pairs, lambda out: dy[0], rows=NUM),
-      "summed": model.gradients(params, pairs, lambda out: dy[0], rows=1),
-      "eigenvalues": model.eigenvalue_sums(params, pairs, lambda out: dy, weights, bases),
-      "diagonal": model.eigenvalue_sums(params, pairs, lambda out: dy, weights, identity),
+      "gradients": layers.gradients(params, pairs, lambda out: dy[0], rows=NUM),
+      "summed": layers.gradients(params, pairs, lambda out: dy[0], rows=1),
+      "eigenvalues": layers.eigenvalue_sums(params, pairs, lambda out: dy, weights, bases),
+      "diagonal": layers.eigenvalue_sums(params, pairs, lambda out: dy, weights, identity),
     }
 
-  grads = naive.gradients(apply_fn, params, model.layers, pairs, dy)
-  taps = naive.taps(module, params, kronecker, pairs, dy)
-  return Case(model, ours(params, pairs, dy, bases), grads, taps, bases)
+  grads = twins.cotangent_gradients(apply_fn, params, layers.layers, pairs, dy)
+  taps = twins.taps(module, params, kronecker, pairs, dy)
+  return Case(layers, ours(params, pairs, dy, bases), grads, taps, bases)
 
 
 def is_basis(x) -> bool:
@@ -229,15 +268,11 @@ def random_basis(rng, layer) -> Eigenbasis:
   return Eigenbasis(rotation(d_in), rotation(d_out), None)
 
 
-def assert_close(actual, expected, scale=None):
-  scale = np.abs(expected).max() if scale is None else scale
-  np.testing.assert_allclose(np.asarray(actual) / scale, expected / scale, **close)
-
-
 def test_gradients_of_pairs_equal_those_of_the_network(case):
   for name, expected in case.grads.items():
-    assert_close(case.ours["gradients"][name], expected[0])
-    assert_close(case.ours["summed"][name], expected[0].sum(0, keepdims=True))
+    twins.assert_close(case.ours["gradients"][name], expected[0], CLOSE)
+    total, scale = expected[0].sum(0, keepdims=True), np.abs(expected).max()
+    twins.assert_close(case.ours["summed"][name], total, CLOSE, scale)
 
 
 def test_gradients_are_sums_of_outer_products(case):
@@ -249,20 +284,20 @@ def test_gradients_are_sums_of_outer_products(case):
     )
 
 
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
-def test_factors_equal_plain_sums(case, sharing):
-  factors = case.model.factors(case.ours[sharing], total=WEIGHTS.sum())
+@pytest.mark.parametrize("approx", SHARINGS)
+def test_factors_equal_plain_sums(case, approx):
+  factors = case.layers.factors(case.ours[approx], total=WEIGHTS.sum())
   assert factors.keys() == case.taps.keys()
   for name, (a, g) in case.taps.items():
     # Not the largest entry of the sum: the key biases of attention have gradients that cancel.
     scale = np.square(g).sum(2).max()
-    if sharing == "reduce":
+    if approx == "reduce":
       a, g = a.mean(1, keepdims=True), g.sum(2, keepdims=True)
     weights = WEIGHTS / WEIGHTS.sum()
     expected_a = np.einsum("b,brgi,brgj->gij", weights, a, a) / a.shape[1]
     expected_g = np.einsum("b,kbrgo,kbrgp->gop", weights, g, g) / TARGETS
-    assert_close(factors[name].a, expected_a.reshape(factors[name].a.shape))
-    assert_close(factors[name].g, expected_g.reshape(factors[name].g.shape), scale)
+    twins.assert_close(factors[name].a, expected_a.reshape(factors[name].a.shape), CLOSE)
+    twins.assert_close(factors[name].g, expected_g.reshape(factors[name].g.shape), CLOSE, scale)
 
 
 @pytest.mark.parametrize("basis", ["eigenvalues", "diagonal"])
@@ -272,4 +307,4 @@ def test_eigenvalues_are_second_moments_of_rotated_gradients(case, basis):
     if basis == "eigenvalues" and q.q_in is not None:
       matrices = np.swapaxes(q.q_out, -1, -2) @ matrices @ q.q_in
     expected = np.einsum("b,kb...->...", WEIGHTS, matrices**2) / TARGETS
-    assert_close(case.ours[basis][name], expected)
+    twins.assert_close(case.ours[basis][name], expected, CLOSE)

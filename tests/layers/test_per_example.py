@@ -5,85 +5,93 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinf import DiffusionModel, Draws, Process, Schedule
 from jaxinf.core.random import draw_keys, fold_in_each, stream
 from jaxinf.diffusion.measurements import LOSS, measurement_named
-from jaxinf.diffusion.noise import DrawDesign
-from jaxinf.diffusion.schedule import Schedule
 from jaxinf.layers.coverage import Selection
-from jaxinf.layers.per_example import checked_draws, example_gradients, group_keys
+from jaxinf.layers.per_example import example_gradients, group_keys
 from jaxinf.layers.register import register
 from jaxinf.layers.specs import to_matrices
-from tests import nets
+from tests import nets, twins
 from tests.diffusion.measured import NAMES, random_examples
+from tests.processes import PROCESSES
 
 NUM, DRAWS = 3, 4
+
+
+def draw_keys_of(num: int, draws: int = DRAWS) -> jax.Array:
+  """Keys [num, draws] of the examples 0 … num − 1."""
+  keys = fold_in_each(stream(0, "test"), jnp.arange(num))
+  return group_keys(keys, jnp.zeros(num, jnp.int32), draws)
+
+
+def tapped_gradients(model, measurement, data, keys, **options):
+  """The kernel's gradients of data [n, …], compiled."""
+  row = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+  given = jax.tree.map(row, options.get("conditioning"))
+  layers = register(model, data.shape[1 + measurement.axes :], Selection(), given)
+  kernel = lambda params, data, keys: example_gradients(
+    layers, measurement, model.process, params, data=data, keys=keys, **options
+  )
+  return layers.layers, jax.jit(kernel)(model.params, data, keys)
 
 
 @pytest.mark.parametrize("num", [1, 2, 3])
 @pytest.mark.parametrize("draws", [1, 4, 16])
 def test_few_images_of_many_draws_have_the_gradients_of_many_of_few(num, draws):
   """Up to two images of 16 draws are batches of their own; others share a backward pass."""
-  task = nets.conv_task()
-  model = register(task.apply_fn, task.params, (4, 4, 1), Selection())
-  images = jnp.asarray(nets.random_images(5))
-  keys = fold_in_each(stream(0, "test"), jnp.arange(5))
-  keys = group_keys(keys, jnp.zeros(5, jnp.int32), draws)
-  kernel = lambda images, keys: example_gradients(
-    model, LOSS, task.schedule, task.params, images=images, keys=keys
-  )
-  together, few = jax.jit(kernel)(images, keys), jax.jit(kernel)(images[:num], keys[:num])
-  for layer, expected in together.items():
-    # The same float32 sums in another order.
-    atol = 1e-5 * np.abs(expected).max()
-    np.testing.assert_allclose(few[layer], expected[:num], rtol=0, atol=atol)
+  model, images = nets.conv_model(), jnp.asarray(nets.random_images(5))
+  keys = draw_keys_of(5, draws)
+  _, together = tapped_gradients(model, LOSS, images, keys)
+  _, few = tapped_gradients(model, LOSS, images[:num], keys[:num])
+  # The same float32 sums in another order.
+  twins.assert_close(few, jax.tree.map(lambda x: x[:num], together))
+
+
+def looped_gradients(layers, model, value, data, keys, *more):
+  """Layer name → [n, …] of value(params, example, keys, …), differentiated example by example."""
+  gradient = jax.jit(jax.grad(value))
+  trees = [gradient(model.params, *row) for row in zip(data, keys, *more, strict=True)]
+  return to_matrices(layers, jax.tree.map(lambda *x: np.stack(x), *trees))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_tapped_gradients_equal_a_loop_over_examples(name):
-  task, measurement = nets.conv_task(), measurement_named(name)
-  model = register(task.apply_fn, task.params, (4, 4, 1), Selection())
-  images = jnp.asarray(random_examples(measurement, NUM, task.schedule.num_steps))
-  keys = fold_in_each(stream(0, "test"), jnp.arange(NUM))
-  keys = group_keys(keys, jnp.zeros(NUM, jnp.int32), DRAWS)
-  kernel = lambda params: example_gradients(
-    model, measurement, task.schedule, params, images=images, keys=keys
-  )
-  tapped = jax.jit(kernel)(task.params)
+  model, measurement = nets.conv_model(), measurement_named(name)
+  data = jnp.asarray(random_examples(measurement, NUM, model.process.num_steps))
+  layers, tapped = tapped_gradients(model, measurement, data, draw_keys_of(NUM))
 
-  def value(params, image, keys):
-    return measurement.evaluate(task.apply_fn, params, task.schedule, image[None], keys[None])[0]
+  def value(params, example, keys):
+    return measurement.evaluate(model.apply_fn, params, model.process, example[None], keys[None])[0]
 
-  gradient = jax.jit(jax.grad(value))
-  for n in range(NUM):
-    grads = jax.tree.map(np.asarray, gradient(task.params, images[n], keys[n]))
-    for layer, expected in to_matrices(model.layers, grads).items():
-      # The same float32 sums in another order.
-      atol = 1e-5 * np.abs(expected).max()
-      np.testing.assert_allclose(tapped[layer][n], expected, rtol=0, atol=atol)
+  # The same float32 sums in another order.
+  twins.assert_close(tapped, looped_gradients(layers, model, value, data, draw_keys_of(NUM)))
+
+
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=list(PROCESSES))
+def test_the_gradient_of_a_process_is_that_of_its_own_weighted_loss(process):
+  """Against jax.grad in float64, pair by pair, of a network that takes the process's own times."""
+  model = DiffusionModel(nets.vector_net, nets.random_params(nets.VECTOR_SHAPES), process)
+  data, keys = jnp.asarray(nets.random_images(NUM, (4,))), draw_keys_of(NUM)
+  layers, tapped = tapped_gradients(model, LOSS, data, keys, draws=Draws(DRAWS))
+  pairs = LOSS.pairs(process, data, keys, draws=Draws(DRAWS))
+  grads = twins.twin_gradients(model, layers, pairs)
+  means = {name: g.reshape(NUM, DRAWS, *g.shape[1:]).mean(axis=1) for name, g in grads.items()}
+  twins.assert_close(tapped, means)
 
 
 def test_conditional_gradients_equal_a_loop_over_examples():
-  task = nets.conditional_task()
+  model = nets.conditional_model()
   images, labels = jnp.asarray(nets.random_images(NUM)), jnp.array([2, 0, 1])
-  model = register(task.apply_fn, task.params, (4, 4, 1), Selection(), conditioning=labels)
-  keys = fold_in_each(stream(0, "test"), jnp.arange(NUM))
-  keys = group_keys(keys, jnp.zeros(NUM, jnp.int32), DRAWS)
-  kernel = lambda params: example_gradients(
-    model, LOSS, task.schedule, params, images=images, keys=keys, conditioning=labels
-  )
-  tapped = jax.jit(kernel)(task.params)
+  keys = draw_keys_of(NUM)
+  layers, tapped = tapped_gradients(model, LOSS, images, keys, conditioning=labels)
 
   def value(params, image, keys, label):
-    apply_fn = lambda params, x_t, t: task.apply_fn(params, x_t, t, jnp.full(len(x_t), label))
-    return LOSS.evaluate(apply_fn, params, task.schedule, image[None], keys[None])[0]
+    apply_fn = lambda params, x_t, t: model.apply_fn(params, x_t, t, jnp.full(len(x_t), label))
+    return LOSS.evaluate(apply_fn, params, model.process, image[None], keys[None])[0]
 
-  gradient = jax.jit(jax.grad(value))
-  for n in range(NUM):
-    grads = jax.tree.map(np.asarray, gradient(task.params, images[n], keys[n], labels[n]))
-    for layer, expected in to_matrices(model.layers, grads).items():
-      # The same float32 sums in another order.
-      atol = 1e-5 * np.abs(expected).max()
-      np.testing.assert_allclose(tapped[layer][n], expected, rtol=0, atol=atol)
+  # The same float32 sums in another order.
+  twins.assert_close(tapped, looped_gradients(layers, model, value, images, keys, labels))
 
 
 @pytest.mark.parametrize("antithetic", [False, True])
@@ -98,7 +106,7 @@ def test_with_flips_the_gradient_is_the_mean_of_an_images_and_its_mirror_images(
   apply_fn = lambda params, x_t, t: nets.dense(params["linear"], x_t.reshape(-1, 3)).reshape(
     x_t.shape
   )
-  model = register(apply_fn, params, shape, Selection())
+  model = DiffusionModel(apply_fn, params, Process.epsilon(schedule))
 
   def expected(x):
     total = np.zeros((3, 4))
@@ -108,15 +116,11 @@ def test_with_flips_the_gradient_is_the_mean_of_an_images_and_its_mirror_images(
       total[:, 3] += matrix @ (signal * x) + bias
     return 2 / 3 * total / 5
 
-  design = DrawDesign(antithetic=antithetic, shared=False, random_flip=True)
-  keys = fold_in_each(stream(0, "test"), jnp.arange(num))
-  kernel = lambda images, keys: example_gradients(
-    model, LOSS, schedule, params, images=images, keys=keys, design=design
-  )
   images = jnp.broadcast_to(jnp.asarray(image, jnp.float32).reshape(1, *shape), (num, *shape))
-  grads = jax.jit(kernel)(images, group_keys(keys, jnp.zeros(num, jnp.int32), DRAWS))["linear"]
+  draws = Draws(DRAWS, antithetic=antithetic, shared=False)
+  _, grads = tapped_gradients(model, LOSS, images, draw_keys_of(num), draws=draws, random_flip=True)
+  grads = np.float64(grads["linear"])
   both = (expected(image) + expected(image[::-1])) / 2
-  grads = np.float64(grads)
   # Examples are independent: five standard errors, of twelve means.
   errors = 5 * grads.std(axis=0, ddof=1) / np.sqrt(num)
   assert (abs(grads.mean(axis=0) - both) < errors).all()
@@ -129,9 +133,3 @@ def test_groups_split_the_draws_of_an_example_in_order():
   together = jnp.concatenate([groups[0], groups[1]])
   data = jax.random.key_data
   np.testing.assert_array_equal(data(together), data(draw_keys(key, 6)))
-
-
-@pytest.mark.parametrize(("draws", "groups"), [(5, 2), (4, 0), (0, 1)])
-def test_draws_that_do_not_split_evenly_are_refused(draws, groups):
-  with pytest.raises(ValueError, match="must divide draws"):
-    checked_draws(draws, groups)

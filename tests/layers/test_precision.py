@@ -38,11 +38,11 @@ def by_hand(params, x_t, t):
   "wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["plain", "jit", "remat"]
 )
 def test_products_are_rounded_and_nothing_else(wrap):
-  task = nets.conv_task()
-  ours = in_precision(wrap(task.apply_fn), "bfloat16")(task.params, X, T)
-  exact = task.apply_fn(task.params, X, T)
+  model = nets.conv_model()
+  ours = in_precision(wrap(model.apply_fn), "bfloat16")(model.params, X, T)
+  exact = model.apply_fn(model.params, X, T)
   # Sums of rounded products in another order: a unit in the last of bfloat16's 8 bits.
-  np.testing.assert_allclose(ours, by_hand(task.params, X, T), atol=2**-8 * np.abs(exact).max())
+  np.testing.assert_allclose(ours, by_hand(model.params, X, T), atol=2**-8 * np.abs(exact).max())
   assert ours.dtype == jnp.float32
   assert 1e-4 < np.abs(ours - exact).max() / np.abs(exact).max() < 3e-2
 
@@ -59,16 +59,15 @@ def test_derivatives_that_a_network_brings_along_are_kept():
 
 
 def test_a_rounded_network_has_the_same_layers():
-  task = nets.conv_task()
+  model = nets.conv_model()
   layers = [
-    register(in_precision(task.apply_fn, precision), task.params, (4, 4, 1), Selection()).layers
-    for precision in PRECISIONS
+    register(model, (4, 4, 1), Selection(), precision=precision).layers for precision in PRECISIONS
   ]
   assert all(found == layers[0] for found in layers)
 
 
 def test_none_is_the_network_itself_and_unknown_ones_are_refused():
-  task = nets.conv_task()
-  assert in_precision(task.apply_fn, None) is task.apply_fn
+  model = nets.conv_model()
+  assert in_precision(model.apply_fn, None) is model.apply_fn
   with pytest.raises(ValueError, match="Unknown precision 'float8'"):
-    in_precision(task.apply_fn, "float8")
+    in_precision(model.apply_fn, "float8")

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 import jaxinf
-from jaxinf.diffusion.objective import Noised, predict
+from jaxinf import DiffusionModel, Examples
+from jaxinf.diffusion.noise import Noised, losses, predict
 from jaxinf.layers.coverage import Selection
-from jaxinf.layers.register import Registration, register
+from jaxinf.layers.register import Registration, layers_of
 from jaxinf.layers.specs import to_matrices
 from tests import nets
+from tests.twins import assert_close
 
 RECIPES = (Path(__file__).parents[2] / "docs/any_model.md").read_text()
 SPELLINGS = {
@@ -30,6 +32,8 @@ TEXT = {
   "tokens": RNG.normal(size=(NUM, 3, 5)).astype(np.float32),
   "mask": np.arange(3) <= ONE_OF_THREE[:, None],
 }
+pytestmark = pytest.mark.filterwarnings("ignore:mean training loss")  # the networks are random
+
 CONDITIONING = {"Labels": ONE_OF_THREE, "Text": TEXT}
 NOT_FOUND = "A layer that is not found"
 
@@ -45,15 +49,15 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def run(source: str, names: dict) -> None:
-  exec(source.replace("draws=250", "draws=2"), names)
+  exec(source.replace("Draws(250)", "Draws(2)"), names)
 
 
 @functools.cache
 def recipe(title: str) -> dict:
   """The names that a section's first block leaves, and others before anything is fitted."""
   names = dict(
-    images=nets.random_images(NUM), queries=nets.random_images(2, seed=1),
-    labels=ONE_OF_THREE, query_labels=np.array([2, 0]), text=TEXT,
+    images=nets.random_images(NUM), samples=nets.random_images(2, seed=1),
+    labels=ONE_OF_THREE, sample_labels=np.array([2, 0]), text=TEXT,
   )  # fmt: skip
   for source in blocks(RECIPES.split("\n## ")[0] + section(title), "python"):
     if "fit_curvature" in source:
@@ -82,29 +86,33 @@ def weights(title: str, net: dict):
   return net
 
 
+def found(apply_fn, params, selection: Selection, conditioning=None) -> Registration:
+  """The layers of a network of images."""
+  model = DiffusionModel(apply_fn, params, nets.PROCESS)
+  return layers_of(model, Examples(nets.random_images(NUM), conditioning=conditioning), selection)
+
+
 def check_gradients(names: dict, conditioning=None, diagonal=()) -> Registration:
   """All is covered, and every layer's gradients of single examples are those of jax.grad."""
   apply_fn, params = names["apply_fn"], random_like(names["params"])
-  selection = Selection(diagonal=diagonal)
-  model = register(apply_fn, params, SHAPE, selection, conditioning=conditioning)
-  assert all(row.block not in (None, "skipped") for row in model.coverage.rows)
+  layers = found(apply_fn, params, Selection(diagonal=diagonal), conditioning)
+  assert all(row.block not in (None, "skipped") for row in layers.coverage.rows)
   rng = np.random.default_rng(1)
-  x_t, noise = rng.normal(size=(2, NUM, *SHAPE)).astype(np.float32)
-  pairs = Noised(x_t, rng.integers(0, 1000, NUM).astype(np.int32), noise, conditioning)
-  cotangents = lambda out: 2 * (out - noise) / np.prod(SHAPE)
-  tapped = jax.jit(lambda p: model.gradients(p, pairs, cotangents, rows=NUM))(params)
+  inputs, target = rng.normal(size=(2, NUM, *SHAPE)).astype(np.float32)
+  t, weights = rng.integers(0, 1000, NUM).astype(np.int32), np.ones(NUM, np.float32)
+  pairs = Noised(inputs, t, target, weights, t, conditioning)
+  cotangents = lambda out: 2 * (out - target) / np.prod(SHAPE)
+  tapped = jax.jit(lambda p: layers.gradients(p, pairs, cotangents, rows=NUM))(params)
 
   def loss(params, pair: Noised):
     one = jax.tree.map(lambda x: x[None], pair)
-    return jnp.mean(jnp.square(predict(apply_fn, params, one) - one.noise))
+    return losses(predict(apply_fn, params, one), one)[0]
 
   expected = jax.jit(jax.vmap(jax.grad(loss), in_axes=(None, 0)))(params, pairs)
-  for name, matrices in to_matrices(model.layers, expected).items():
-    # Sums of float32 in another order.
-    atol = 1e-5 * np.abs(matrices).max()
-    np.testing.assert_allclose(tapped[name], matrices, rtol=0, atol=atol, err_msg=name)
-    assert atol > 1e-9, name  # the layer takes part
-  return model
+  for name, matrices in to_matrices(layers.layers, expected).items():
+    assert_close(tapped[name], matrices, 1e-5)  # sums of float32 in another order
+    assert np.abs(matrices).max() > 1e-4, name  # the layer takes part
+  return layers
 
 
 @functools.cache
@@ -130,7 +138,7 @@ def test_one_network_has_the_same_scores_in_every_spelling(title):
   """Same weights, draws and damping: kernels lie differently, and sums come in another order."""
   expected = scores_of("Flax linen")
   assert np.abs(expected).min() > 0
-  np.testing.assert_allclose(scores_of(title), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+  assert_close(scores_of(title), expected, 1e-4)
 
 
 @pytest.mark.parametrize("title", CONDITIONING)
@@ -178,7 +186,7 @@ def test_the_expressions_for_normalisation_find_it_in_every_spelling_and_nothing
 def test_calls_inside_the_network_hide_no_layer():
   names = recipe("Flax linen")
   plain, inlined = (
-    register(function, names["params"], SHAPE, Selection())
+    found(function, names["params"], Selection())
     for function in (names["apply_fn"], jax.jit(jax.checkpoint(names["apply_fn"])))
   )
   assert inlined.layers == plain.layers
@@ -199,7 +207,7 @@ def test_a_layer_that_is_not_found_stops_with_the_table_shown_and_three_ways_lea
   names = recipe(NOT_FOUND)
   message, *tables = blocks(section(NOT_FOUND), "text")
   with pytest.raises(ValueError, match=re.escape(message)):
-    register(names["apply_fn"], names["params"], SHAPE, Selection(jaxinf.SKIP_NORMALISATION))
+    found(names["apply_fn"], names["params"], Selection(jaxinf.SKIP_NORMALISATION))
   assert three_ways()[1] == tables
 
 
@@ -208,16 +216,15 @@ def test_a_layer_declared_by_hand_has_the_gradients_and_curvature_of_one_that_is
   names, _ = three_ways()
   check_gradients(names, diagonal=["^gain$"])
 
-  def found(params, x_t, t):
+  def explained(params, x_t, t):
     hidden = params["hidden"]
     y = 0.25 * names["inputs"](x_t, t) @ hidden["w"] + hidden["b"]
     return (params["gain"] * (jnp.tanh(y) @ params["out"]["w"])).reshape(x_t.shape)
 
   params = names["params"]
-  task = jaxinf.Task(found, params, names["schedule"])
-  expected = jaxinf.fit_curvature(task, names["images"], draws=2, seed=0, diagonal=["^gain$"])
+  model = DiffusionModel(explained, params, names["process"])
+  expected = jaxinf.fit_curvature(model, names["train"], draws=jaxinf.Draws(2), diagonal=["^gain$"])
   assert expected.layers == names["curvature"].layers
   products = (c.multiply(params, 1e-9) for c in (names["curvature"], expected))
   for ours, theirs in zip(*map(jax.tree.leaves, products), strict=True):
-    # Sums of float32 in another order.
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+    assert_close(ours, theirs, 1e-5)  # sums of float32 in another order

@@ -1,0 +1,219 @@
+"""What the proof by retraining takes: models of subsets, their measurements, and scores of them."""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+
+from jaxinf.benchmark.measuring import check_measurements, measure_models
+from jaxinf.benchmark.retraining import groups_of, subset_specs, train_models
+from jaxinf.benchmark.scoring import Row, answered, check_rows, ingredients, rows_of
+from jaxinf.core.draws import Draws
+from jaxinf.curvature.kinds import ExactGGN
+from jaxinf.planning.cost import StageCost, added
+from jaxinf.planning.line import CHECKED, OFTEN, cost_of, eigenbases_bytes, query_row_bytes
+from jaxinf.planning.reduced import Reduced, Subject, examples_of_batches
+from jaxinf.runs.run import kind_of_config
+
+_EXAMPLES = 256  # to retrain on, in rehearsals
+_SIZE = 640  # of matrices whose decomposition and product are timed
+
+
+def proof_costs(subject: Subject) -> Iterator[StageCost]:
+  """Of retrain, measure and evaluate; ValueError where methods or measurements lack something."""
+  config = subject.run.config
+  check_measurements(subject.run, (*config.measure.measurements, *config.score.measurements))
+  check_rows(subject.run)
+  cost, retrained = _retrain_cost(subject)
+  yield cost
+  yield _measure_cost(subject, retrained)
+  yield _evaluate_cost(subject)
+
+
+def _retrain_cost(subject: Subject) -> tuple[StageCost, Reduced]:
+  """Steps of all models, from one group of each kind; and the reduced run, with these models."""
+  config, num = subject.run.config, subject.num_devices
+  at_once = config.retrain.models_at_once * num
+  specs = subset_specs(subject.run)
+  kind = lambda group: (group[0].steps, math.ceil(len(group) / num))
+  groups = Counter(map(kind, groups_of(specs, at_once)))
+  most = max(len(group) for group in groups_of(specs, at_once))
+
+  draws = _measure_draws(subject)
+  rows = subject.run.compute(config.measure.batch_size).rows(draws)
+  run = subject.reduced(
+    "retrained", _EXAMPLES, examples_of_batches(rows, draws.replicates or 1), states=True,
+    train={**OFTEN, "checkpoint_every": config.train.steps},
+    retrain={"num_subsets": min(config.retrain.num_subsets, most), "num_seeds": 1},
+  )  # fmt: skip
+  few = subset_specs(run)
+  with subject.rehearsal(run) as found:
+    train_models(run, few)
+  tried = dict(zip(map(kind, groups_of(few, at_once)), found.passes, strict=True))
+
+  def like(steps, each):  # what was tried, and how much larger a group of this kind is
+    near = min(tried, key=lambda k: (k[0] != steps, abs(k[1] - each)))
+    return tried[near], each / near[1]
+
+  seconds, operations = 0.0, []
+  for (steps, each), count in groups.items():
+    one, larger = like(steps, each)
+    seconds += count * steps * one.seconds * larger
+    operations.append(None if (ops := one.operations(0)) is None else count * steps * ops * larger)
+  state, params = subject.state_bytes, subject.params_bytes
+  cost = cost_of(
+    subject, "retrain", len(specs), "models", found,
+    written=len(specs) * params,
+    device={
+      "state": state * math.ceil(most / num), "gradients": params * math.ceil(most / num),
+      "images": subject.images_bytes,
+    },
+    host={"images": subject.images_bytes, "state": state * most},
+    disk={"parameters": len(specs) * params},
+  )  # fmt: skip
+  total = added(operations)
+  compiling = cost.seconds["compiling"] * len(groups) / len(tried)
+  spent = {"compiling": compiling, "batches": None if found.too_large else seconds}
+  cost = dataclasses.replace(
+    cost,
+    operations=None if total is None else total * num,
+    seconds={**cost.seconds, **spent},
+  )
+  return cost, run
+
+
+def _measure_draws(subject: Subject) -> Draws:
+  config = subject.run.config.measure
+  return subject.run.draws(config.draws, config.draw_groups, config.design).split()
+
+
+def _measure_cost(subject: Subject, retrained: Reduced) -> StageCost:
+  """Passes over the samples, one for each group of models and kind of measurement."""
+  config, specs = subject.run.config, subset_specs(subject.run)
+  names, at_once = config.measure.measurements, config.retrain.models_at_once
+  few = subset_specs(retrained)
+  with subject.rehearsal(retrained) as found:
+    measure_models(retrained, few, names)
+  times = math.ceil(len(specs) / at_once) / math.ceil(len(few) / at_once)
+  kept = 8 * len(specs) * config.sample.num_samples * len(names)
+  cost = cost_of(
+    subject, "measure", len(specs), "models", found,
+    device={"parameters": at_once * subject.params_bytes},
+    host={"images": subject.images_bytes, "parameters": at_once * subject.params_bytes},
+    disk={"measurements": kept},
+  )  # fmt: skip
+  more = {
+    part: None if (value := cost.seconds[part]) is None else times * value
+    for part in ("batches", "besides")
+  }
+  operations = None if cost.operations is None else times * cost.operations
+  return dataclasses.replace(cost, operations=operations, seconds={**cost.seconds, **more})
+
+
+def _evaluate_cost(subject: Subject) -> StageCost:
+  """Scores by every method: those of a curvature, which is fitted first, and the others."""
+  run, config = subject.run, subject.run.config.score
+  rows = rows_of(run)
+  known = [row for row in rows if not _is_solved(subject, row)]
+  curved = [row for row in known if row.kind.curved]
+  others = [row for row in known if row not in curved]
+  draws = run.draws(config.draws, config.draw_groups, config.design)
+  asked = run.draws(config.query_draws, config.query_groups, config.design)
+  num_train, num_queries = len(run.dataset), run.config.sample.num_samples
+  passes = min(config.passes, num_queries)
+  at_once = math.ceil(num_queries / passes)
+  dampings = max((len(row.kind.dampings(config.dampings)) for row in curved), default=1)
+
+  # 1. Curvatures, once for each kind; then a pass over the training examples for each part.
+  query_rows = (asked.replicates or 1) * dampings * bool(curved)
+  row = query_row_bytes(subject, config.compression, None)
+  sizes = CHECKED, at_once, query_rows * row
+  reduced = _reduced(subject, "scored", draws.split(), asked.split(), *sizes)
+  with subject.rehearsal(reduced) as fits:
+    methods = {row: row.kind.make(ingredients(reduced, row)) for row in curved}
+  with subject.rehearsal(reduced, at_once) as scores:
+    for number, (row_of, method) in enumerate(methods.items()):
+      answered(reduced, row_of, method, subject.folder / f"sums-{number}")
+  growth = at_once / reduced.config.sample.num_samples
+
+  # 2. The others, whose Fishers are as large as the full training set makes them.
+  reduced = _reduced(subject, "projected", draws.split(2), asked.split(2), 1, num_queries)
+  with subject.rehearsal(reduced) as plain:
+    for number, row_of in enumerate(others):
+      row_of.scores(reduced, subject.folder / f"features-{number}")
+  projected = sum("projection_dim" in row_of.kind.reads for row_of in others)
+
+  size = subject.run.compute(config.batch_size).rows(draws.split())
+  score_bytes = 4 * num_queries * num_train * (1 + len(config.dampings))
+  features = 4 * num_train * (draws.split(2).replicates or 1) * config.projection_dim
+  cost = lambda found, growth=1.0: cost_of(
+    subject, "evaluate", len(rows), "methods", found,
+    growth=growth,
+    device={
+      "parameters": subject.params_bytes,
+      "rows of queries": at_once * query_rows * row,
+      "gradients": math.ceil(size / subject.num_devices) * subject.gradient_bytes,
+    },
+    host={
+      "images": subject.images_bytes, "eigenbases": eigenbases_bytes(subject) * bool(curved),
+      "rows of queries": at_once * query_rows * row,
+      "scores": score_bytes, "features": features * bool(projected),
+    },
+    disk={"scores": score_bytes * len(rows)},
+    notes=_NOTES[: 1 + (known != rows)],
+  )  # fmt: skip
+  found = [cost(fits), cost(scores, growth), cost(plain)]
+  batches = [part.seconds["batches"] for part in found]
+  batches += [] if batches[1] is None else [(passes - 1) * batches[1]]
+  seconds = {name: added(part.seconds[name] for part in found) for name in found[0].seconds}
+  fishers = projected and projected * _fisher_seconds(subject, draws.split(2), asked.split(2))
+  whole = added(batches) if known == rows else None
+  return dataclasses.replace(
+    found[0],
+    operations=added([found[0].operations, found[2].operations,
+                      None if (ops := found[1].operations) is None else passes * ops]),
+    seconds={**seconds, "batches": whole, "Fishers": fishers},
+    device=max((part.device for part in found), key=lambda device: sum(device.values())),
+  )  # fmt: skip
+
+
+_NOTES = (
+  "the tables that are made of the scores are not counted.",
+  "how long solves with the exact curvature take is not known beforehand.",
+)
+
+
+def _is_solved(subject: Subject, row: Row) -> bool:
+  """Whether a method solves with the exact curvature."""
+  kind = row.kind.kind
+  own = kind_of_config(subject.run.config.curvature)
+  return isinstance(own if kind == "own" else kind, ExactGGN)
+
+
+def _reduced(
+  subject: Subject, name: str, draws: Draws, asked: Draws, least: int, most: int, row_bytes: int = 0
+) -> Reduced:
+  """A run to score with, of `least` examples and `most` queries; `row_bytes` are of a query."""
+  compute = subject.run.compute(subject.run.config.score.batch_size)
+  examples = examples_of_batches(compute.rows(draws), draws.replicates or 1)
+  queries = examples_of_batches(compute.rows(asked), asked.replicates or 1, row_bytes)
+  score = {"passes": 1}
+  return subject.reduced(name, max(least, examples), min(most, queries), states=True, score=score)
+
+
+def _fisher_seconds(subject: Subject, draws: Draws, asked: Draws) -> float:
+  """For the decomposition of one method's Fisher, and the products with it, in float64."""
+  config, num = subject.run.config.score, len(subject.run.dataset)
+  rows = np.random.default_rng(0).standard_normal((_SIZE, _SIZE))
+  began = subject.clock()
+  gram = rows @ rows.T
+  multiplied = subject.clock()
+  np.linalg.eigh(gram)
+  product, decomposition = multiplied - began, subject.clock() - multiplied
+  smaller = min(num, config.projection_dim)
+  every = (asked.replicates or 1) + 3 * (draws.replicates or 1)  # products for a damping
+  applied = (1 + len(config.dampings)) * every * subject.run.config.sample.num_samples
+  products = num * config.projection_dim * (smaller + applied)
+  return decomposition * (smaller / _SIZE) ** 3 + product * products / _SIZE**3

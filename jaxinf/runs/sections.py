@@ -75,7 +75,7 @@ class DrawConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CurvatureConfig:
-  method: str = "kfac"  # kfac, ekfac, diagonal, identity or cg (exact, for small sets)
+  method: str = "kfac"  # kfac, ekfac, diagonal, identity or exact (for small sets)
   sharing: str = "expand"  # expand or reduce, over positions
   estimator: str = "mc"  # mc, empirical or exact
   targets: int = 1  # model-sampled targets for each draw
@@ -86,7 +86,7 @@ class CurvatureConfig:
   only: tuple[str, ...] | None = None  # likewise, parameters to keep; None: all
   partitions: int = 1  # groups of layers fitted one after another, in less memory
   decompose: str = "host"  # host (float64) or devices (float32)
-  solver: Solver = Solver(tolerance=1e-3, max_iterations=500, sketch_rank=500)  # of cg
+  solver: Solver = Solver(tolerance=1e-3, max_iterations=500, sketch_rank=500)  # of exact
   checkpoint_every: int = 500  # batches
 
 

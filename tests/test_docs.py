@@ -1,0 +1,89 @@
+"""The library examples of docs/ run as they stand, on a small model and few draws.
+
+Those of docs/any_model.md are in networks/test_any_model.py.
+"""
+
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxinf
+
+DOCS = Path(__file__).parents[1] / "docs"
+# As few draws as repeat, and dimensions of a projection as the model has.
+FEWER = {"Draws(250": "Draws(40", "projection=2048": "projection=8"}
+
+
+@pytest.fixture(scope="module")
+def given() -> dict:
+  """What the pages take for granted: a network of 27 parameters, and a few images."""
+  rng = np.random.default_rng(0)
+  of = lambda *shape: rng.normal(size=shape).astype(np.float32)
+
+  def apply_fn(params, x_t, t):
+    hidden = jnp.tanh(x_t.reshape(len(x_t), -1) @ params["w"] + params["b"])
+    return (hidden @ params["out"]).reshape(x_t.shape)
+
+  params = {"w": of(4, 3), "b": of(3), "out": of(3, 4)}
+  schedule = jaxinf.Schedule.linear(1000, 1e-4, 0.02)
+  return {
+    "apply_fn": apply_fn,
+    "params": params,
+    "schedule": schedule,
+    "model": jaxinf.DiffusionModel(apply_fn, params, jaxinf.Process.epsilon(schedule)),
+    "images": of(12, 2, 2, 1),
+    "samples": of(3, 2, 2, 1),
+    "new_images": of(3, 2, 2, 1),
+    "more_images": of(2, 2, 2, 1),
+    "more_ids": [100, 101],
+    "values": of(100, 2, 3),
+  }
+
+
+@pytest.fixture
+def run(given, tmp_path, monkeypatch):
+  """page → its names after all of its Python blocks, run one after another in an empty folder."""
+  monkeypatch.chdir(tmp_path)
+
+  def names_of(page: str) -> dict:
+    text = "\n".join(re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL))
+    for old, new in FEWER.items():
+      text = text.replace(old, new)
+    names = dict(given)
+    exec(text, names)
+    return names
+
+  return names_of
+
+
+def test_processes_are_made_as_shown(run):
+  """v̂ made from ε̂ has the target v where ε̂ is ε, and weights [T] that make the losses equal."""
+  names = run("process.md")
+  x_t, t = names["images"], np.full(12, 500, np.int32)
+  noise, v = names["noise"], names["v"]
+  outputs = (model.apply_fn(model.params, x_t, t) for model in (noise, v))
+  first, second = (m.process.noise(x_t, t, y) for m, y in zip((noise, v), outputs, strict=True))
+  np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-5)
+  weight = noise.process.weights(t) * v.process.noise_error_scale(t)
+  np.testing.assert_allclose(v.process.weights(t), weight, rtol=1e-6)
+
+
+def test_a_curvature_is_read_as_it_was_written(run):
+  names = run("curvature.md")
+  assert names["curvature"].kind == jaxinf.KFAC()
+
+
+def test_gradients_are_spent_and_kept(run):
+  names = run("gradients.md")
+  assert names["scores"].values.shape == (3, 12)
+  assert names["best"].ids.shape == (3, 10)
+  assert len(names["store"]) == 13
+
+
+def test_methods_are_compared_by_retrained_models(run, capsys):
+  names = run("retraining.md")
+  assert set(names["ldses"]) == {"influence", "trak"}
+  assert "p against influence" in capsys.readouterr().out

@@ -82,7 +82,7 @@ def _retrain_cost(subject: Subject) -> tuple[StageCost, Reduced]:
 
 def _measure_draws(subject: Subject) -> Draws:
   config = subject.run.config.measure
-  return subject.run.draws(config.draws, config.draw_groups, config.design).split()
+  return subject.run.draws(config.draws, config.replicates, config.design).split()
 
 
 def _measure_cost(subject: Subject, retrained: Reduced) -> StageCost:
@@ -115,8 +115,8 @@ def _evaluate_cost(subject: Subject) -> StageCost:
   known = [row for row in rows if not _is_solved(subject, row)]
   curved = [row for row in known if row.kind.curved]
   others = [row for row in known if row not in curved]
-  draws = run.draws(config.draws, config.draw_groups, config.design)
-  asked = run.draws(config.query_draws, config.query_groups, config.design)
+  draws = run.draws(config.draws, config.replicates, config.design)
+  asked = run.draws(config.query_draws, config.query_replicates, config.design)
   num_train, num_queries = len(run.dataset), run.config.sample.num_samples
   passes = min(config.passes, num_queries)
   at_once = math.ceil(num_queries / passes)

@@ -209,12 +209,12 @@ class Scores:
     )
 
 
-def _errors(groups: np.ndarray, query_groups: np.ndarray | None) -> np.ndarray:
+def _errors(groups: np.ndarray, query_replicates: np.ndarray | None) -> np.ndarray:
   """Standard errors of numbers [G, …] and [A, …] over groups; see `Scores.std_errors`."""
   _, errors = mean_and_error(groups, axis=0)
-  if query_groups is None or len(query_groups) < 2:
+  if query_replicates is None or len(query_replicates) < 2:
     return errors
-  return np.hypot(errors, mean_and_error(query_groups, axis=0)[1])
+  return np.hypot(errors, mean_and_error(query_replicates, axis=0)[1])
 
 
 def _sums(values: np.ndarray, members: np.ndarray, num_groups: int) -> np.ndarray:

@@ -97,7 +97,7 @@ class Problem:
     """[G, Q, N] scores of independent groups of draws."""
     scores = influence(
       self._task, self._curvature, self._samples, self._images, damping=_DAMPING.value,
-      draws=draws, draw_groups=groups, query_draws=_QUERY_DRAWS.value, query_groups=1, seed=1,
+      draws=draws, replicates=groups, query_draws=_QUERY_DRAWS.value, query_replicates=1, seed=1,
       train_ids=self._ids, design=design, query_design=UNIFORM, compression=None,
       batch_size=_BATCH.value,
     )  # fmt: skip

@@ -49,7 +49,7 @@ def main(_) -> None:
   curvature = runs.load_curvature(run, task)
   images = run.dataset.sample(min(_EXAMPLES.value, len(run.dataset)), seed=0)
   samples = artifacts.read(run.folder("sample")).arrays["images"][: _QUERIES.value]
-  settings = dict(draws=_DRAWS.value, draw_groups=2, seed=0, batch_size=_BATCH.value)
+  settings = dict(draws=_DRAWS.value, replicates=2, seed=0, batch_size=_BATCH.value)
   anew = influence(
     task, curvature, samples, images.images, damping=_DAMPINGS.value, train_ids=images.ids,
     compression=None, **settings,

@@ -199,7 +199,7 @@ def test_random_parameters_keep_the_size_of_signals():
     (dict(device=10**7), "curvature", {"sums": 10**8}, ("raise curvature.partitions",)),
     (dict(device=10**7), "sample", {"workspace": 10**8}, ("lower sample.batch_size",)),
     (dict(host=10**6), None, {}, ("of the host",)),
-    (dict(disk=10**5), None, {}, ("run takes", "index.compression='int4' or index.draw_groups=1")),
+    (dict(disk=10**5), None, {}, ("run takes", "index.compression='int4' or index.replicates=1")),
   ],
 )
 def test_what_does_not_fit_is_said_with_the_field_to_change(plan, limits, stage, larger, fields):

@@ -15,7 +15,7 @@ from tests.tiny import run_of
 CHANGES = {
   "curvature.draws": 100,
   "curvature.batch_size": 4,
-  "curvature.method": "ekfac",
+  "curvature.kind": "ekfac",
   "curvature.checkpoint_every": 1,
 }
 

@@ -37,8 +37,8 @@ DAMPINGS = [1e-8, 1e-3, 1e-1]
 LABELS = np.arange(NUM_TRAIN) % 3
 QUERY_LABELS = np.array([2, 0, 1])
 # Pairs at a time: two rows of two draws, an example.
-MADE = dict(draws=DRAWS, seed=5, draw_groups=GROUPS, batch_size=4, reserve_bytes=0)
-ASKED = dict(draws=DRAWS, seed=5, query_groups=2, batch_size=4)
+MADE = dict(draws=DRAWS, seed=5, replicates=GROUPS, batch_size=4, reserve_bytes=0)
+ASKED = dict(draws=DRAWS, seed=5, query_replicates=2, batch_size=4)
 # Of the largest score. Gradients turn into the eigenbasis and back in float32.
 ROUNDING = 2e-6
 
@@ -126,7 +126,7 @@ def build(problem: Problem, folder, **changes) -> Store:
 def scores_of(problem: Problem, **changes):
   """What `influence` says, for all DAMPINGS unless told otherwise."""
   made = {name: value for name, value in MADE.items() if name != "reserve_bytes"}
-  settings = made | dict(damping=DAMPINGS, query_groups=2, compression=None)
+  settings = made | dict(damping=DAMPINGS, query_replicates=2, compression=None)
   given = problem.of_queries | problem.of_train
   task, curvature, queries, train = problem[:4]
   return jaxinf.influence(task, curvature, queries, train, **settings | given | changes)
@@ -205,9 +205,9 @@ def test_they_do_so_for_independent_draws_and_other_ids_and_draws_of_queries(pro
 
 
 def test_without_groups_there_are_no_standard_errors(problem, tmp_path):
-  store = build(problem, tmp_path, draw_groups=1)
-  found = store.query(problem.queries, damping=1e-3, **ASKED | {"query_groups": 1})
-  wanted = scores_of(problem, damping=1e-3, draw_groups=1, query_groups=1)
+  store = build(problem, tmp_path, replicates=1)
+  found = store.query(problem.queries, damping=1e-3, **ASKED | {"query_replicates": 1})
+  wanted = scores_of(problem, damping=1e-3, replicates=1, query_replicates=1)
   assert found.query_group_values is None and np.isnan(found.std_errors).all()
   atol = ROUNDING * np.abs(wanted.values).max()
   np.testing.assert_allclose(found.group_values, wanted.group_values, rtol=0, atol=atol)
@@ -532,7 +532,7 @@ def test_a_store_of_something_else_is_refused_with_the_difference(problem, built
   for change, line in (
     ({"seed": 6}, "settings.seed: 5 → 6"),
     ({"draws": 8}, "settings.draws: 4 → 8"),
-    ({"draw_groups": 1}, "settings.draw_groups: 2 → 1"),
+    ({"replicates": 1}, "settings.replicates: 2 → 1"),
     ({"compression": "int8"}, "settings.compression: .*Uncompressed.* → .*Quantisation.*8"),
     ({"design": DrawDesign(shared=False)}, "settings.design.shared: True → False"),
   ):
@@ -623,8 +623,8 @@ def test_scores_that_overflow_are_an_error_that_names_the_image(problem, copy):
 
 def test_a_store_says_how_it_was_made(built):
   assert built.settings["compression"] == ["Uncompressed", {}]
-  assert {name: built.settings[name] for name in ("draws", "draw_groups", "seed")} == {
-    "draws": DRAWS, "draw_groups": GROUPS, "seed": 5,
+  assert {name: built.settings[name] for name in ("draws", "replicates", "seed")} == {
+    "draws": DRAWS, "replicates": GROUPS, "seed": 5,
   }  # fmt: skip
   chunks = (built.rows.folder / "arrays").glob("leaf_*/c/*/*")
   assert built.num_bytes == sum(path.stat().st_size for path in chunks)

@@ -6,6 +6,7 @@ every residual block on the way up takes the latest skip off the stack, beside i
 See `modules.py` for the layers and `diffusers.py` for reading and writing diffusers' files.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 

@@ -88,9 +88,14 @@ class Search:
     for first, products in self._products(begin, end):
       there = np.flatnonzero(kept[first : first + len(products)])
       some = Scores(
-        np.transpose(products[there].mean(axis=3), (1, 2, 0)), np.arange(num_queries), there, {},
-        np.transpose(products[there].mean(axis=1), (2, 1, 0)) if self.query_replicates > 1 else None,
-      )  # fmt: skip
+        np.transpose(products[there].mean(axis=3), (1, 2, 0)),
+        np.arange(num_queries),
+        there,
+        {},
+        np.transpose(products[there].mean(axis=1), (2, 1, 0))
+        if self.query_replicates > 1
+        else None,
+      )
       found = found.merged(
         Best(some.values, some.std_errors, np.tile(first + there, (num_queries, 1))), k
       )

@@ -16,7 +16,7 @@ from jaxinf.core.random import example_numbers
 from jaxinf.core.types import ApplyFn, Eigenbasis, Params, PyTree
 from jaxinf.curvature.decompose import decomposed
 from jaxinf.curvature.fit import SKIP_NORMALISATION
-from jaxinf.curvature.samples import curvature_pairs, monte_carlo
+from jaxinf.curvature.targets import curvature_pairs, monte_carlo
 from jaxinf.diffusion.measurements import LOSS
 from jaxinf.diffusion.objective import predict
 from jaxinf.engine import Reduction

@@ -46,7 +46,7 @@ from jaxinf.benchmark.measuring import retrained
 from jaxinf.core import random as keys_of
 from jaxinf.core.draws import TIMESTEPS
 from jaxinf.core.types import Batch
-from jaxinf.curvature.samples import FISHERS, curvature_pairs
+from jaxinf.curvature.targets import FISHERS, curvature_pairs
 from jaxinf.diffusion import noise, sampler
 from jaxinf.engine.artifacts import holds, read
 from jaxinf.networks.training import Batches

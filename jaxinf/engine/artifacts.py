@@ -255,7 +255,8 @@ class Checkpoints:
 
   def restore(self, step: int, like: PyTree) -> PyTree:
     """The state of a step, with the structure, shapes and types of `like`."""
-    abstract = jax.tree.map(np.asarray, like)  # no devices: each process's own are elsewhere
+    # NumPy's arrays, because JAX's name devices, and every process has others.
+    abstract = jax.tree.map(np.asarray, like)
     return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
 
   def close(self) -> None:

@@ -167,8 +167,8 @@ def two_way_error(per_query: np.ndarray, resampled: np.ndarray, query_counts: np
 
   and at least the larger of the two. Let s, q and p be the variances of the parts of a correlation
   that belong to subsets, to queries and to their pairs. The true variance is s + q + p. The
-  bootstrap gives V_subsets = s + p, V_queries = q + p and V_both = s + q + 3 p, so that V_both alone
-  is up to three times too large. NaN of one query.
+  bootstrap gives V_subsets = s + p, V_queries = q + p and V_both = s + q + 3 p, so that V_both is
+  up to three times too large by itself. NaN of one query.
 
   Args:
     per_query: [Q] the estimate.

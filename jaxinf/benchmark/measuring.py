@@ -27,7 +27,13 @@ from jaxinf.engine.resources import measured
 from jaxinf.evaluation.lds import Retrained
 from jaxinf.evaluation.measuring import Measured
 from jaxinf.evaluation.measuring import measure as take_measurements
-from jaxinf.runs.run import Run, content_of_stage, load_model, own_settings
+from jaxinf.runs.run import (
+  Run,
+  check_measurable,
+  content_of_stage,
+  load_model,
+  own_settings,
+)
 from jaxinf.runs.sampling import load_samples
 
 _LOG = logging.getLogger("jaxinf")
@@ -62,9 +68,10 @@ def measure_models(
 
 
 def check_measurements(run: Run, names: Sequence[str]) -> None:
-  """Raises ValueError unless the samples have what these measurements are of."""
+  """Raises ValueError unless the process, and the samples, have what these measurements are of."""
   if not names:
     raise ValueError("There are no measurements: name some in measure.measurements.")
+  check_measurable(run, names)
   kinds = {measurement_named(name).of for name in names}
   if kinds - {"images", "trajectories"}:
     raise ValueError("Predicted images are no samples: journey_loss is for journey-trak alone.")

@@ -58,18 +58,8 @@ class Row:
     return method_named(self.method)
 
   def scores(self, run: Run, sums: pathlib.Path) -> Sweep:
-    """The scores, at every damping; `sums` is where unfinished work is kept.
-
-    A method that takes a curvature answers the samples in score.passes parts, each with a pass of
-    its own over the training examples.
-    """
-    given, parts = ingredients(run, self), 1
-    if self.kind.curved:
-      parts = min(
-        checked_count(run.config.score.passes, "score.passes"), len(samples_of(run, self))
-      )
-    method = self.kind.make(given)
-    return answered(run, self, method, sums, parts)
+    """The scores, at every damping; `sums` is where unfinished work is kept."""
+    return answered(run, self, self.kind.make(ingredients(run, self)), sums)
 
 
 def rows_of(run: Run) -> list[Row]:
@@ -185,19 +175,25 @@ def samples_of(run: Run, row: Row) -> Examples:
   return Examples(samples[row.of], samples["ids"])
 
 
-def answered(run: Run, row: Row, method: Attribution, sums: pathlib.Path, parts: int = 1) -> Sweep:
-  """A method's scores of the samples, asked in so many parts."""
+def answered(run: Run, row: Row, method: Attribution, sums: pathlib.Path) -> Sweep:
+  """A method's scores of the samples.
+
+  A method that takes a curvature answers the samples in score.passes parts, each with a pass of its
+  own over the training examples.
+  """
   config, queries = run.config.score, samples_of(run, row)
   draws = run.draws(config.draws, config.draw_groups, config.design)
   compute = run.compute(config.batch_size, checkpoint=Checkpointing(sums))
+  passes = checked_count(config.passes, "score.passes") if row.kind.curved else 1
+  parts = np.array_split(np.arange(len(queries)), min(passes, len(queries)))
   found = [
     method.scores(
-      queries=queries.take(rows) if parts > 1 else queries,
+      queries=queries.take(rows) if len(parts) > 1 else queries,
       train=run.dataset.examples,
       draws=draws,
-      compute=compute.within(f"part-{number:03d}") if parts > 1 else compute,
+      compute=compute.within(f"part-{number:03d}") if len(parts) > 1 else compute,
     )
-    for number, rows in enumerate(np.array_split(np.arange(len(queries)), parts))
+    for number, rows in enumerate(parts)
   ]
   return Sweep.of_parts(found)
 

@@ -1,1 +1,1 @@
-"""Curvature: K-FAC blocks for kfac-jax, the coverage contract, factors, and their eigenbasis."""
+"""The curvature of a model's loss: its kinds, their fits and eigenbases, and the exact GGN."""

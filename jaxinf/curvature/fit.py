@@ -52,6 +52,9 @@ def fit_curvature(
 ) -> Curvature:
   """Fits the curvature of a model's loss over training examples.
 
+  Warns where the model's mean training loss is above that of predicting zero, as of a model with
+  another process, other data or untrained parameters.
+
   Args:
     model: the model.
     train: the training examples, with random_flip where training mirrored images: augmentation is
@@ -69,7 +72,8 @@ def fit_curvature(
     compute: how; with a checkpoint, a killed fit goes on where it was.
 
   Raises:
-    ValueError: a parameter is neither covered nor skipped, a factor is not finite, or the
+    ValueError: a parameter is neither covered nor skipped, an expression finds none, the network's
+      output for an example depends on the others of its batch, a factor is not finite, or the
       arguments don't fit together.
   """
   named(DECOMPOSERS, decompose, "decompose")

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -53,6 +54,7 @@ class ProductKernel:
       return predicted.astype(dtype)
 
     part = [leaves[i] for i in self.covered]
+    chex.assert_trees_all_equal_shapes_and_dtypes(part, vector)
     # TF32 or bfloat16, the default on accelerators, would be an approximation itself.
     with jax.default_matmul_precision("highest"):
       predicted, tangents = jax.jvp(outputs, (part,), (vector,))

@@ -117,10 +117,16 @@ def rehearsing(
 
 @dataclasses.dataclass
 class Use:
-  """What a pass has of one kernel: operations of all calls, and bytes of workspace on a device."""
+  """Operations of calls, None where not known, and bytes of workspace on a device."""
 
   operations: float | None = 0.0
   workspace: int = 0
+
+  def add(self, call: "Use") -> None:
+    """Adds those of a call."""
+    both = self.operations, call.operations
+    self.operations = None if both[0] is None or both[1] is None else both[0] + both[1]
+    self.workspace = max(self.workspace, call.workspace)
 
 
 class Rehearsal:
@@ -222,31 +228,29 @@ class Rehearsal:
     leaves, structure = jax.tree.flatten(arguments)
     key = mapped, structure, tuple((np.shape(x), np.dtype(x.dtype).name) for x in leaves)
     if key not in self._programs:
-      with self.paused():
-        began = self._clock()
-        lowered = mapped.lower(*arguments)
-        compiled = lowered.compile()
-        self.compiling += self._clock() - began
-        analysis = compiled.memory_analysis()
-        workspace = int(analysis.temp_size_in_bytes) if analysis else 0
-        counted = self.active is not None  # operations are only needed of batches
-        self._programs[key] = (
-          compiled, workspace, num_operations(function, arguments) if counted else 0.0
-        )  # fmt: skip
-    compiled, workspace, operations = self._programs[key]
-    if self.active is not None and self.active.in_second:
-      use = self.active.uses[1]
-      use.workspace = max(use.workspace, workspace)
-    else:
-      use = Use() if self.active is None else self.active.uses[0]
-      self.workspace = max(self.workspace, workspace)
-    use.operations = None if None in (use.operations, operations) else use.operations + operations
-    needed = workspace + sum(x.nbytes // np.shape(x)[0] for x in leaves)
+      self._programs[key] = self._compiled(mapped, function, arguments)
+    compiled, used = self._programs[key]
+    own = Use() if self.active is None else self.active.uses[self.active.in_second]
+    own.add(used)
+    if self.active is None or not self.active.in_second:
+      self.workspace = max(self.workspace, used.workspace)
+    needed = used.workspace + sum(x.nbytes // len(x) for x in leaves)
     if self._most_bytes is not None and needed > self._most_bytes:
       self.too_large = True
       shapes = jax.eval_shape(mapped, *arguments)
       return jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), shapes)
     return compiled(*arguments)
+
+  def _compiled(self, mapped: Any, function: Callable, arguments: tuple) -> tuple[Any, "Use"]:
+    """The compiled program, and what a call uses."""
+    with self.paused():
+      began = self._clock()
+      compiled = mapped.lower(*arguments).compile()
+      self.compiling += self._clock() - began
+      analysis = compiled.memory_analysis()
+      # What is no part of a batch need not be counted, which takes as long as tracing.
+      operations = 0.0 if self.active is None else num_operations(function, arguments)
+    return compiled, Use(operations, int(analysis.temp_size_in_bytes) if analysis else 0)
 
 
 @dataclasses.dataclass(eq=False)

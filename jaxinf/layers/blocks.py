@@ -26,8 +26,11 @@ from jaxinf.layers.elements import ElementBlock
 from jaxinf.layers.factors import Tap
 
 _LETTERS = "abcdefgh"
-_MOST_UNROLLED = 8  # rows whose gradients are computed one after another in one program,
-_LEAST_PAIRS = 4  # if of as many pairs each: each takes its time to compile
+# A convolution's own derivative is the fastest way to a gradient summed over pairs, but a program
+# holds it once for each row of the result, and every one adds to the time that compiling takes. So
+# it is taken for at most so many rows, each of which sums at least so many pairs.
+_MOST_UNROLLED = 8
+_LEAST_PAIRS = 4
 
 
 class KroneckerBlock(kfac_jax.KroneckerFactored):
@@ -46,7 +49,7 @@ class KroneckerBlock(kfac_jax.KroneckerFactored):
 
   @property
   def form(self) -> Any:
-    """Where inputs, outputs and matrix lie (see tagging.py)."""
+    """Where inputs, outputs and matrix lie (see forms.py)."""
     return self.layer_tag_extra_params["form"]
 
   @property
@@ -177,7 +180,7 @@ class ConvBlock(KroneckerBlock):
     return flat if self.groups == 1 else flat.reshape(*flat.shape[:2], self.groups, -1)
 
   def matrices(self, arrays: Arrays, rows: int) -> jax.Array:
-    """Of a few rows by the convolution's own derivative: faster than patches, more to compile."""
+    """As of any block; a few rows by the convolution's own derivative, see _MOST_UNROLLED."""
     few = rows <= _MOST_UNROLLED and len(arrays[1]) >= rows * _LEAST_PAIRS
     if not few or self._single_position(arrays):
       return super().matrices(arrays, rows)

@@ -1,7 +1,8 @@
-"""A batch's pairs a few at a time, where that is faster: on CPUs.
+"""A batch's pairs a few at a time on CPUs, because that is faster there.
 
-Patches of all pairs and gradients of each go through main memory; those of a few pairs stay in the
-cache. Other devices take the whole batch, which has more to do at once.
+The patches and the gradient matrices of all pairs of a batch go through main memory. Those of a few
+pairs stay in the processor's cache. Other devices take the whole batch, so that more is done at
+once.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 
 from jaxinf.core.types import PyTree
 
+# Measured on a 3 × 3 convolution of 64 channels and 16 × 16 positions: 1 to 16 pairs at a time take
+# equally long within 20 %, 32 and more take twice as long. Larger layers want fewer.
 _PAIRS = 8
 
 
@@ -36,7 +39,10 @@ def stacked(kernel: Callable[[PyTree], jax.Array], arrays: PyTree, *, each: int)
 
 
 def _chunks(arrays: PyTree, multiple: int) -> PyTree:
-  """[B, …] → [B / size, size, …]: a multiple, and if it is not larger, of at most _PAIRS pairs."""
+  """[B, …] → [B / size, size, …], size the largest divisor of B that suits.
+
+  It is a multiple of `multiple` and at most _PAIRS, or `multiple` itself where that is larger.
+  """
   num = len(jax.tree.leaves(arrays)[0])
   sizes = range(multiple, max(_PAIRS, multiple) + 1, multiple)
   size = max(size for size in sizes if num % size == 0)

@@ -17,7 +17,8 @@ from jaxinf.layers.specs import Layer, leaf_names
 
 ADVICE = (
   "A parameter that enters nn.scan or nn.vmap, is used more than once, or is reshaped before its "
-  "product is in no layer; kfac_jax.register_dense(y, x, w, b) in the network declares one by hand."
+  "product is in no layer. Outside of loops, kfac_jax.register_dense(y, x, w, b) in the network "
+  "declares a layer by hand."
 )
 
 

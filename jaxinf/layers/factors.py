@@ -19,6 +19,7 @@ Grouped layers have a group axis before d_in and d_out everywhere: one block a g
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -49,6 +50,8 @@ def input_sum(inputs: jax.Array, weights: jax.Array, *, has_bias: bool, sharing:
     has_bias: whether a 1 is appended to the inputs.
     sharing: "expand" or "reduce".
   """
+  chex.assert_rank(inputs, {3, 4})
+  chex.assert_shape(weights, inputs.shape[:1])
   if sharing == "reduce":
     inputs = jnp.mean(inputs, axis=1, keepdims=True)
   weighted = inputs * (_along(weights, inputs) / inputs.shape[1])
@@ -82,6 +85,8 @@ def gradient_sum(gradients: jax.Array, weights: jax.Array, *, sharing: str) -> j
     weights: w [B].
     sharing: "expand" or "reduce".
   """
+  chex.assert_rank(gradients, {3, 4})
+  chex.assert_shape(weights, gradients.shape[:1])
   if sharing == "reduce":
     gradients = jnp.sum(gradients, axis=1, keepdims=True)
   return _gram(gradients * _along(weights, gradients), gradients)
@@ -98,6 +103,8 @@ def gradient_matrices(tap: Tap, *, rows: int, has_bias: bool) -> jax.Array:
   Returns:
     [M, (groups,) d_out, d_in], the bias in the last column.
   """
+  chex.assert_equal_shape_prefix(tap, 2)
+  chex.assert_is_divisible(len(tap.inputs), rows)
   inputs, gradients = (_runs(x, rows) for x in tap)
   groups = "g" if inputs.ndim == 4 else ""
   matrices = jnp.einsum(
@@ -120,6 +127,8 @@ def eigenvalue_sum(tap: Tap, basis: Eigenbasis, weights: jax.Array, *, has_bias:
     weights: w [B].
     has_bias: whether a 1 is appended to the inputs.
   """
+  chex.assert_equal_shape_prefix(tap, 2)
+  chex.assert_shape(weights, tap.inputs.shape[:1])
   inputs, gradients = tap
   positions, d_in, d_out = inputs.shape[1], inputs.shape[-1] + has_bias, gradients.shape[-1]
   first = positions * (d_in**2 + d_out**2) < d_in * d_out * (d_in + d_out)

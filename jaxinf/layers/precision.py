@@ -1,11 +1,10 @@
 """A network computed in another precision than it was written in.
 
 "bfloat16" rounds the operands and results of matrix products and convolutions, forward and
-backward, to bfloat16, in whatever framework the network is written; the rest stays as it is. Loops,
-branches and functions with derivatives of their own are not gone into.
-"float32" and
-"tensorfloat32" are JAX's settings of that name for products of float32 numbers, which matter on
-devices with faster and less precise ones (GPUs, TPUs) and not on CPUs.
+backward, to bfloat16, in whatever framework the network is written; the rest stays as it is.
+Products inside loops, branches and functions with derivatives of their own are not rounded.
+"float32" and "tensorfloat32" are JAX's settings of that name for products of float32 numbers. They
+matter on GPUs and TPUs, which have faster and less precise products, and not on CPUs.
 """
 
 import functools
@@ -86,7 +85,7 @@ def _evaluated(jaxpr: Any, consts: Sequence, args: Sequence) -> list:
 
 def bind(eqn: Any, values: list) -> list:
   """The outputs of one step of a trace for the values of its inputs."""
-  if eqn.primitive.name == "layer_tag":  # declared by hand; tagging.py puts its own in its place
+  if eqn.primitive.name == "layer_tag":  # declared by hand; find.py puts its own in its place
     return values[:1]
   found = eqn.primitive.get_bind_params(eqn.params)
   subfuns, params = found if isinstance(found, tuple) else ((), found)  # jax < 0.9.2, and later

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import kfac_jax
@@ -102,6 +103,7 @@ class Registration:
       return cotangents(out)
 
     arrays = self._layer_arrays(params, pairs, watched)
+    chex.assert_equal_shape([seen[0], pairs.target])
     both = losses(seen[0], pairs), losses(jnp.zeros_like(seen[0]), pairs)
     sums: dict[str, PyTree] = {
       LOSSES: jnp.stack([jnp.sum(weights), *(jnp.sum(weights * loss) for loss in both)])
@@ -285,7 +287,9 @@ def _registration(
     losses, vjp = layer_vjp((params, *_as_inputs(pairs)))
     (out,) = losses[0].parameter_dependants
     data = jax.vmap(lambda cotangent: vjp(((cotangent,),)), out_axes=0)
-    taps = _split(data, vjp, cotangents(out))
+    targets = cotangents(out)
+    chex.assert_shape(targets, (None, *out.shape))
+    taps = _split(data, vjp, targets)
     return {layer.name: taps[places[layer.kernel]] for layer in layers}
 
   kfac_blocks = estimator.blocks or ()

@@ -1,4 +1,4 @@
-"""Denoisers by name. A model is a flax module called as model(x_t [B, H, W, C], t [B]) → ε."""
+"""Networks by name: flax modules called as model(x_t [B, …], t [B]) → what the process predicts."""
 
 import dataclasses
 import math

@@ -4,13 +4,13 @@ import math
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Float, Num, UInt
 
 from jaxinf.networks import modules
 
 
 class MLP(nn.Module):
-  """Predicts the noise ε of x_t from the pixels of x_t and sinusoidal features of t.
+  """Maps all numbers of x_t and sinusoidal features of t to as many outputs.
 
   Raises ValueError where a width is not positive.
   """
@@ -28,12 +28,18 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(
     self,
-    x_t: Float[Array, "B H W C"],
-    t: Int[Array, " B"],
+    x_t: Float[Array, "B ..."],
+    t: Num[Array, " B"],
     *,
     dropout_ids: UInt[Array, " B"] | None = None,
-  ) -> Float[Array, "B H W C"]:
-    """Returns ε_θ(x_t, t); there is no dropout, so `dropout_ids` changes nothing."""
+  ) -> Float[Array, "B ..."]:
+    """Returns what the process says is predicted, in the shape of x_t; `dropout_ids` does nothing.
+
+    Args:
+      x_t: noised examples of any shape.
+      t: timesteps from 0, or times of a continuous process in thousandths.
+      dropout_ids: there is no dropout.
+    """
     del dropout_ids
     time = modules.timestep_embedding(t, self.time_features, sin_first=True, freq_shift=0.0)
     h = jnp.concatenate([x_t.reshape(x_t.shape[0], -1), time], axis=-1)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Float, Num, UInt
 
 KERNEL_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -27,12 +27,12 @@ def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def timestep_embedding(
-  t: Int[Array, " B"], size: int, *, sin_first: bool, freq_shift: float
+  t: Num[Array, " B"], size: int, *, sin_first: bool, freq_shift: float
 ) -> Float[Array, "B size"]:
   """Returns [sin(t·f_i), cos(t·f_i)] with f_i = 10000^(−i / (h − freq_shift)), i < h = size // 2.
 
   Args:
-    t: 0-based timesteps.
+    t: timesteps from 0, or times of a continuous process in thousandths.
     size: width of the result; an odd width ends in a zero.
     sin_first: the sines come before the cosines; False puts the cosines first.
     freq_shift: 1 makes the last frequency exactly 1/10000, 0 stops short of it.

@@ -10,7 +10,7 @@ for another device. Examples stay on the devices; a step is sent their numbers.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinf import engine
+from jaxinf.data.dataset import Dataset
 from jaxinf.diffusion.process import Process
 from jaxinf.engine import rehearsal
 from jaxinf.engine.progress import Progress
@@ -31,9 +32,6 @@ from jaxinf.networks.training import (
   init_state,
   train_step,
 )
-
-if TYPE_CHECKING:
-  from jaxinf.data.dataset import Dataset
 
 # Axes of a state of several models: the step is one for all of them, and so are its random keys,
 # so that the noise of a step is drawn once, however many models it trains.
@@ -71,7 +69,7 @@ class Retraining:
     self,
     network: nn.Module,
     process: Process,
-    dataset: "Dataset",
+    dataset: Dataset,
     config: TrainConfig,
     devices: Sequence[jax.Device] | None = None,
   ):

@@ -7,7 +7,7 @@ the model.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -20,15 +20,12 @@ from jaxinf import engine
 from jaxinf.core.examples import as_float
 from jaxinf.core.random import fold_in_each, stream
 from jaxinf.core.types import Array, Params
+from jaxinf.data.dataset import Dataset
 from jaxinf.diffusion.noise import flipped, losses, noised, predict
 from jaxinf.diffusion.process import Process
 from jaxinf.engine import processes, rehearsal
 from jaxinf.engine.progress import Progress
 from jaxinf.networks import apply_fn_of
-
-if TYPE_CHECKING:
-  from jaxinf.data.dataset import Dataset
-
 
 # Steps that the host may be ahead of the devices. More gain nothing, and with hundreds of them CPU
 # devices that wait for each other's sums have been seen to run out of threads.
@@ -201,7 +198,7 @@ class Hooks:
 def fit(
   network: nn.Module,
   process: Process,
-  dataset: "Dataset",
+  dataset: Dataset,
   config: TrainConfig,
   *,
   seed: int,
@@ -295,7 +292,7 @@ class Batches:
       examples[here] = self._order(int(epoch))[offsets[here]]
     return examples
 
-  def rows(self, dataset: "Dataset", step: int, num_devices: int = 1) -> TrainRows:
+  def rows(self, dataset: Dataset, step: int, num_devices: int = 1) -> TrainRows:
     """The rows of a step, padded to as many for each of the devices."""
     places = np.arange(-(-self.batch_size // num_devices) * num_devices)
     return TrainRows(

@@ -11,13 +11,13 @@ from functools import partial
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Float, Num, UInt
 
 from jaxinf.networks import modules
 
 
 class UNet(nn.Module):
-  """Predicts the noise ε of x_t: [B, H, W, C] float32 in, [B, H, W, out_channels] out.
+  """Predicts from noised images: [B, H, W, C] float32 in, [B, H, W, out_channels] out.
 
   H and W must be multiples of 2^(levels − 1). Raises ValueError where the fields do not fit. The
   defaults are the network of 38.3 M parameters that the paper trains on CIFAR-10.
@@ -46,37 +46,20 @@ class UNet(nn.Module):
   def __call__(
     self,
     x_t: Float[Array, "B H W C"],
-    t: Int[Array, " B"],
+    t: Num[Array, " B"],
     *,
     dropout_ids: UInt[Array, " B"] | None = None,
   ) -> Float[Array, "B H W out_channels"]:
-    """Returns ε_θ(x_t, t).
+    """Returns what the process says is predicted, such as ε.
 
     Args:
       x_t: noised images.
-      t: 0-based timesteps.
+      t: timesteps from 0, or times of a continuous process in thousandths.
       dropout_ids: None turns dropout off. Otherwise dropout is on, and the masks of an example
         follow from the "dropout" key and its id alone, wherever it stands in the batch.
     """
     _check_inputs(self, x_t, t)
-    resnet = partial(
-      modules.ResnetBlock,
-      norm_groups=self.norm_groups,
-      norm_eps=self.norm_eps,
-      scale_shift=self.scale_shift,
-      dropout=self.dropout,
-    )
-    attention = partial(modules.Attention, head_dim=self.head_dim, norm_eps=self.norm_eps)
-    level_attention = [
-      partial(attention, norm_groups=self.norm_groups) if used else None
-      for used in self.attention_levels
-    ]
-    # diffusers leaves out the GroupNorm of the middle attention under scale_shift.
-    mid_attention = (
-      partial(attention, norm_groups=None if self.scale_shift else self.norm_groups)
-      if self.mid_attention
-      else None
-    )
+    resnet, level_attention, mid_attention = _inner_blocks(self)
     last = len(self.channels) - 1
 
     # 1. Time.
@@ -116,6 +99,23 @@ class UNet(nn.Module):
     # 5. Out.
     h = modules.silu(modules.group_norm(self.norm_groups, self.norm_eps, "conv_norm_out")(h))
     return modules.conv3x3(self.out_channels, "conv_out")(h)
+
+
+def _inner_blocks(model: UNet) -> tuple[Callable, list[Callable | None], Callable | None]:
+  """What makes a residual block, the attention of each level, and that of the middle block."""
+  resnet = partial(
+    modules.ResnetBlock,
+    norm_groups=model.norm_groups,
+    norm_eps=model.norm_eps,
+    scale_shift=model.scale_shift,
+    dropout=model.dropout,
+  )
+  attention = partial(modules.Attention, head_dim=model.head_dim, norm_eps=model.norm_eps)
+  normed = partial(attention, norm_groups=model.norm_groups)
+  # diffusers leaves out the GroupNorm of the middle attention under scale_shift.
+  middle = partial(attention, norm_groups=None) if model.scale_shift else normed
+  levels = [normed if used else None for used in model.attention_levels]
+  return resnet, levels, middle if model.mid_attention else None
 
 
 class DownBlock(nn.Module):

@@ -50,7 +50,7 @@ _REMEDIES = {
   ("device", "workspace"): "lower {section}.batch_size",
   ("device", "images"): "lower {section}.batch_size",
   ("device", "gradients"): "lower {section}.batch_size or raise {section}.draw_groups",
-  ("device", "rows of queries"): "raise attribute.query_blocks",
+  ("device", "rows of queries"): "lower attribute.query_chunk",
   ("device", "sums"): "raise curvature.partitions",
   ("device", "rotations"): "raise curvature.partitions, or skip large layers by curvature.skip",
   ("host", "images"): "lower data.num_examples or sample.num_samples",

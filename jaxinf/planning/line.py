@@ -40,8 +40,8 @@ def train_cost(subject: Subject) -> StageCost:
   return cost_of(
     subject, "train", config.steps, "steps", found,
     written=saves * state + written,
-    device={"state": state, "gradients": written},
-    host={"images": subject.images_bytes, "state": state},
+    device={"state": state - written, "gradients": written},  # parameters are part of the state
+    host={"state": state},
     disk={"checkpoints": min(2, saves) * state, "parameters": written},
   )  # fmt: skip
 
@@ -59,7 +59,7 @@ def sample_cost(subject: Subject) -> StageCost:
   cost = cost_of(
     subject, "sample", config.num_samples, "samples", found,
     written=written,
-    device={"parameters": subject.params_bytes, "images": size * each},
+    device={"images": size * each},
     host={"images": subject.images_bytes + written},
     disk={"images": written},
   )  # fmt: skip
@@ -114,12 +114,8 @@ def curvature_cost(subject: Subject) -> tuple[StageCost, Reduced]:
   return cost_of(
     subject, "curvature", num, "pairs", found,
     written=bases + saves * kept,
-    device={
-      "parameters": subject.params_bytes,
-      "sums": most("sums"),
-      "rotations": most("rotations"),
-    },
-    host={"images": subject.images_bytes, "sums": kept, "eigenbases": bases},
+    device={"sums": most("sums"), "rotations": most("rotations")},
+    host={"sums": kept, "eigenbases": bases},
     disk={"eigenbases": bases, "partial sums": kept},
     notes=exact if isinstance(kind, ExactGGN) and not kind.passes else (),
   ), run  # fmt: skip
@@ -163,13 +159,12 @@ def attribute_cost(subject: Subject, curved: Reduced) -> StageCost:
     growth=num_queries / few,
     written=scores + products,
     device={
-      "parameters": subject.params_bytes,
       "rows of queries": math.ceil(rows / blocks) * row,
       "eigenvalues": subject.gradient_bytes,
       "gradients": blocks * size * subject.gradient_bytes,
     },
     host={
-      "images": subject.images_bytes, "eigenbases": eigenbases_bytes(subject),
+      "eigenbases": eigenbases_bytes(subject),
       "rows of queries": rows * row, "scores": products + scores,
     },
     disk={"scores": scores, "partial scores": products},
@@ -216,11 +211,11 @@ def index_cost(subject: Subject, curved: Reduced) -> StageCost:
     subject, "index", num_train * config.draws, "pairs", found,
     written=rows // processes.count(),
     device={
-      "parameters": subject.params_bytes, "rotations": bases // 2,
+      "rotations": bases // 2,
       "gradients": each * (subject.gradient_bytes + packing.row_bytes),
     },
     host={
-      "images": subject.images_bytes, "eigenbases": bases, "rotations": bases // 2,
+      "eigenbases": bases, "rotations": bases // 2,
       "rows": 2 * chunk,  # those that wait, and those being written
     },
     disk={"rows": rows},
@@ -257,8 +252,11 @@ def cost_of(
       "besides": found.besides + found.decomposing,
       "disk": written / subject.disk_rate,
     },
-    device={**device, "workspace": found.workspace_in_full(growth)},
-    host=host,
+    device={
+      "parameters": subject.params_bytes, **device,
+      "workspace": found.workspace_in_full(growth),
+    },
+    host={"images": subject.images_bytes, **host},
     disk=disk,
     notes=notes,
   )  # fmt: skip
@@ -272,7 +270,8 @@ def query_row_bytes(subject: Subject, compression: str | None, size: float | Non
 
 def store_bytes(subject: Subject, packing: Packing, groups: int) -> tuple[int, int]:
   """Bytes of a store of all training examples, and of one chunk of it."""
-  place, num = subject.folder / "empty", len(subject.run.dataset)  # an empty store knows its chunks
+  num = len(subject.run.dataset)
+  place = subject.folder / f"empty{processes.suffix()}"  # an empty store knows its chunks
   store = RowStore.create(place, {}, packing.widths, packing.dtypes, groups)
   names = np.array([f"{n}" for n in range(num)])
   full = dataclasses.replace(store, ledger=store.ledger.extended(names, names))

@@ -40,6 +40,7 @@ def _retrain_cost(subject: Subject) -> tuple[StageCost, Reduced]:
   kind = lambda group: (group[0].steps, math.ceil(len(group) / num))
   groups = Counter(map(kind, groups_of(specs, at_once)))
   most = max(len(group) for group in groups_of(specs, at_once))
+  each = math.ceil(most / num)  # models of a device
 
   draws = _measure_draws(subject)
   rows = subject.run.compute(config.measure.batch_size).rows(draws)
@@ -53,32 +54,27 @@ def _retrain_cost(subject: Subject) -> tuple[StageCost, Reduced]:
     train_models(run, few)
   tried = dict(zip(map(kind, groups_of(few, at_once)), found.passes, strict=True))
 
-  def like(steps, each):  # what was tried, and how much larger a group of this kind is
-    near = min(tried, key=lambda k: (k[0] != steps, abs(k[1] - each)))
-    return tried[near], each / near[1]
-
-  seconds, operations = 0.0, []
-  for (steps, each), count in groups.items():
-    one, larger = like(steps, each)
-    seconds += count * steps * one.seconds * larger
-    operations.append(None if (ops := one.operations(0)) is None else count * steps * ops * larger)
+  seconds, operations = 0.0, 0.0
+  for (steps, models), count in groups.items():
+    near = min(tried, key=lambda k: (k[0] != steps, abs(k[1] - models)))
+    times = count * steps * models / near[1]
+    seconds += times * tried[near].seconds
+    operations += times * (tried[near].operations(0) or math.nan)
   state, params = subject.state_bytes, subject.params_bytes
   cost = cost_of(
     subject, "retrain", len(specs), "models", found,
     written=len(specs) * params,
     device={
-      "state": state * math.ceil(most / num), "gradients": params * math.ceil(most / num),
-      "images": subject.images_bytes,
+      "state": state * each, "gradients": params * each, "images": subject.images_bytes,
     },
-    host={"images": subject.images_bytes, "state": state * most},
+    host={"state": state * most},
     disk={"parameters": len(specs) * params},
   )  # fmt: skip
-  total = added(operations)
-  compiling = cost.seconds["compiling"] * len(groups) / len(tried)
+  compiling = found.compiling * len(groups) / len(tried)
   spent = {"compiling": compiling, "batches": None if found.too_large else seconds}
   cost = dataclasses.replace(
     cost,
-    operations=None if total is None else total * num,
+    operations=None if math.isnan(operations) else operations * num,
     seconds={**cost.seconds, **spent},
   )
   return cost, run
@@ -101,7 +97,7 @@ def _measure_cost(subject: Subject, retrained: Reduced) -> StageCost:
   cost = cost_of(
     subject, "measure", len(specs), "models", found,
     device={"parameters": at_once * subject.params_bytes},
-    host={"images": subject.images_bytes, "parameters": at_once * subject.params_bytes},
+    host={"parameters": at_once * subject.params_bytes},
     disk={"measurements": kept},
   )  # fmt: skip
   more = {
@@ -152,12 +148,11 @@ def _evaluate_cost(subject: Subject) -> StageCost:
     subject, "evaluate", len(rows), "methods", found,
     growth=growth,
     device={
-      "parameters": subject.params_bytes,
       "rows of queries": at_once * query_rows * row,
       "gradients": math.ceil(size / subject.num_devices) * subject.gradient_bytes,
     },
     host={
-      "images": subject.images_bytes, "eigenbases": eigenbases_bytes(subject) * bool(curved),
+      "eigenbases": eigenbases_bytes(subject) * bool(curved),
       "rows of queries": at_once * query_rows * row,
       "scores": score_bytes, "features": features * bool(projected),
     },

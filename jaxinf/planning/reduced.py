@@ -20,7 +20,7 @@ import numpy as np
 from jaxinf.core.types import PyTree
 from jaxinf.data.dataset import Dataset
 from jaxinf.diffusion.sampler import sampler_times
-from jaxinf.engine import artifacts
+from jaxinf.engine import artifacts, processes
 from jaxinf.engine.rehearsal import BATCHES, Rehearsal, rehearsing
 from jaxinf.layers.coverage import Selection
 from jaxinf.layers.register import Registration, layers_of
@@ -183,7 +183,10 @@ def keep(
   run: Run, stage: str, arrays: Mapping[str, Any], within: str = "", notes: Mapping = {}
 ) -> None:
   """Writes arrays as those of a stage."""
-  artifacts.write(run.folder(stage) / within, key_of(run, stage), arrays, notes=notes, cost={})
+  key = key_of(run, stage)
+  if processes.is_primary():
+    artifacts.write(run.folder(stage) / within, key, arrays, notes=notes, cost={})
+  processes.wait_for_all(f"{stage} {within} kept")
 
 
 def examples_of_batches(batch_size: int, rows_each: int, row_bytes: int = 0) -> int:

@@ -1,12 +1,15 @@
 """The plan of a run: every stage rehearsed."""
 
+import contextlib
 import logging
-import tempfile
+import secrets
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from jaxinf.core.registry import named
 from jaxinf.curvature.kinds import ExactGGN
@@ -48,22 +51,36 @@ def plan(
   if limits is None:
     limits = limits_here(run.workdir, devices, run.config.index.reserve_mib * 2**20)
   shared = None if limits.host is None else limits.host // len(devices)
-  above = run.workdir.absolute()
-  while not above.exists():
-    above = above.parent
-  with tempfile.TemporaryDirectory(prefix=".jaxinf-plan-", dir=above) as folder:
+  with _scratch(run.workdir.absolute()) as folder:
     most = shared if limits.device is None else limits.device
-    subject = Subject(run, Path(folder), clock, most)
+    subject = Subject(run, folder, clock, most)
+    _ = subject.sampling_steps, run.model  # what is impossible is refused before anything begins
     with measured() as process:  # of what has few arrays of its own
       found = [train_cost(subject)]
     for cost in costs(subject):
       _LOG.info("plan: rehearsed %s", cost.stage)
       found.append(cost)
-  finished, notes = _finished(run, [cost.stage for cost in found])
+  finished, notes = finished_stages(run, [cost.stage for cost in found])
   return Plan(
     tuple(found), len(devices), limits, process["peak_host_mib"] * 2**20, finished,
     time.perf_counter() - began, notes,
   )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _scratch(workdir: Path) -> Iterator[Path]:
+  """A folder on the disk of the workdir, shared by all processes and thrown away in the end."""
+  while not workdir.exists():
+    workdir = workdir.parent
+  (number,) = processes.of_primary(np.array([secrets.randbelow(2**31)]))
+  folder = workdir / f".jaxinf-plan-{number}"
+  try:
+    folder.mkdir(exist_ok=True)
+    yield folder
+    processes.wait_for_all("planned")
+  finally:
+    if processes.is_primary():
+      shutil.rmtree(folder, ignore_errors=True)
 
 
 def _main_line(subject: Subject) -> Iterator[StageCost]:
@@ -88,7 +105,7 @@ def show(run: Run, line: str = "all") -> Plan:
   return found
 
 
-def _finished(run: Run, names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def finished_stages(run: Run, names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
   """Those stages whose results are in the workdir, and sentences on those of other settings."""
   found: list[str] = []
   notes: dict[str, None] = {}  # in order, once: what depends on a stale stage says the same

@@ -1,10 +1,11 @@
 """Performing a stage of a run by its name: one life cycle for all that are kept."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from jaxinf.core.registry import named
 from jaxinf.engine import artifacts, processes
-from jaxinf.runs.run import Run, key_of
+from jaxinf.runs.run import Run, check_measurable, key_of
 from jaxinf.runs.stage import STAGES, hint
 
 
@@ -21,6 +22,7 @@ def perform(run: Run, name: str, *words: str) -> Any:
       result of other settings or inputs.
   """
   stage = named(STAGES, name, "stage")
+  check_measurable(run, _measurements(run, (name, *stage.steps)))
   if not stage.does:
     return [perform(run, step) for step in stage.steps][-1]
   if not stage.kept:
@@ -37,3 +39,9 @@ def perform(run: Run, name: str, *words: str) -> Any:
     alone=stage.alone,
     then=hint(name).format(folder=folder.absolute()),
   )
+
+
+def _measurements(run: Run, names: Sequence[str]) -> list[str]:
+  """What the sections of these stages say is to be measured, those with one measurement."""
+  sections = [getattr(run.config, section) for name in names if (section := STAGES[name].section)]
+  return [section.measurement for section in sections if hasattr(section, "measurement")]

@@ -21,6 +21,7 @@ from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.kinds import Kind, kind_of
 from jaxinf.curvature.saving import curvature_from
 from jaxinf.data.dataset import Dataset
+from jaxinf.diffusion.measurements import measurement_named
 from jaxinf.diffusion.model import DiffusionModel
 from jaxinf.diffusion.process import Process
 from jaxinf.engine import artifacts
@@ -95,6 +96,16 @@ class Run:
   def draws(self, num: int, replicates: int | None, design: DrawConfig) -> Draws:
     """Draws from the run's seed."""
     return Draws(num, replicates, seed=self.config.seed, **dataclasses.asdict(design))
+
+
+def check_measurable(run: Run, names: Sequence[str]) -> None:
+  """Raises ValueError where the run's process has no measurement of one of these names."""
+  for name in names:
+    measurement = measurement_named(name)
+    try:
+      measurement.check(run.process)
+    except ValueError as error:
+      raise ValueError(f"{name} cannot be measured here: {error}") from error
 
 
 def key_of(run: Run, name: str) -> dict[str, Any]:

@@ -73,8 +73,10 @@ class Stage:
 _OPEN = "open {folder}/index.html"
 
 STAGES: dict[str, Stage] = {stage.name: stage for stage in (
-  Stage("plan", "tell what each of them will take here in time, memory and disk (not part of all)",
-        does="jaxinf.planning:show"),
+  Stage("plan",
+        "tell what each of them will take here in time, memory and disk; plan benchmark: each of "
+        "the proof's (not part of all)",
+        does="jaxinf.planning:show", takes="[LINE]"),
   Stage("train", "train the model; checkpoints, metrics.jsonl and TensorBoard events on the way",
         does="jaxinf.runs.stages:train", kept=True,
         section="train", pace=("log_every", "checkpoint_every"), reads=("model", "diffusion")),

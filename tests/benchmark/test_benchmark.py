@@ -13,29 +13,20 @@ from jaxinf.benchmark import counterfactuals as removal
 from jaxinf.benchmark import measuring as measures
 from jaxinf.benchmark import retraining as models
 from jaxinf.benchmark import scoring
+from jaxinf.core.draws import Draws
 from jaxinf.core.random import example_numbers, fold_in_each, stream
 from jaxinf.diffusion.measurements import MEASUREMENTS
-from jaxinf.diffusion.noise import DrawDesign
 from jaxinf.engine import artifacts
 from jaxinf.layers.per_example import group_keys
 from jaxinf.networks import training
-from jaxinf.runs import run as runs
-from jaxinf.runs.config import typed
-from tests import tiny
+from jaxinf.runs.run import load_model
+from tests.tiny import run_of
 
 
-def run_of(workdir, **changes) -> runs.Run:
-  config = tiny.get_config()
-  for path, value in changes.items():
-    section, field = path.split("__")
-    config[section][field] = value
-  return runs.Run(typed(config), workdir, devices=jax.devices()[:1])
-
-
-def copied(run, tmp_path, **changes):
+def copied(run, tmp_path, changes):
   """The same workdir again, under other settings."""
   shutil.copytree(run.workdir, tmp_path / "work")
-  return run_of(tmp_path / "work", **changes)
+  return run_of(tmp_path / "work", changes)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +52,7 @@ def test_a_subset_model_is_what_training_on_the_subset_gives(finished):
   subsets = models.subsets_of(finished)
   config = dataclasses.replace(finished.config.train, steps=10, warmup_steps=1)
   state = training.fit(
-    finished.model, finished.schedule, finished.dataset.take(subsets.positions(2)), config,
+    finished.model, finished.process, finished.dataset.take(subsets.positions(2)), config,
     seed=finished.config.seed + 1 + 1, devices=finished.devices,
   )  # fmt: skip
   params = models.load_params(finished, "subset-0002-seed-1")
@@ -73,16 +64,16 @@ def test_a_subset_model_is_what_training_on_the_subset_gives(finished):
 def test_measurements_are_those_of_the_models(finished):
   """Against `evaluate` of one model and sample at a time, on the same draws."""
   samples = artifacts.read(finished.folder("sample")).arrays
-  task, params = runs.load_task(finished), models.load_params(finished, "subset-0001-seed-0")
-  design = DrawDesign()
+  model, params = load_model(finished), models.load_params(finished, "subset-0001-seed-0")
+  draws = Draws(8, 2)
   numbers = example_numbers(samples["ids"])
-  keys = fold_in_each(stream(finished.config.seed, "measure"), design.numbers(numbers))
+  keys = fold_in_each(stream(finished.config.seed, "measure"), draws.numbers(numbers))
   for name in ("loss", "elbo"):
     expected = np.mean(
       [
         MEASUREMENTS[name].evaluate(
-          task.apply_fn, params, task.schedule, samples["images"],
-          group_keys(keys, np.full(len(keys), group), 4), design=design,
+          model.apply_fn, params, model.process, samples["images"],
+          group_keys(keys, np.full(len(keys), group), 4), draws=draws,
         )
         for group in (0, 1)
       ],
@@ -94,7 +85,7 @@ def test_measurements_are_those_of_the_models(finished):
 
 
 def test_more_subsets_extend_what_is_there(finished, tmp_path):
-  run = copied(finished, tmp_path, retrain__num_subsets=5)
+  run = copied(finished, tmp_path, {"retrain.num_subsets": 5})
   before = {name: (run.folder("retrain") / name).stat().st_mtime for name in model_folders(run)}
   shutil.rmtree(run.folder("retrain") / "subset-0000-seed-0")  # measured: needed no more
   benchmark.retrain(run)
@@ -126,7 +117,7 @@ def test_shards_share_the_models_between_them(finished, tmp_path):
 
 def test_a_group_that_dies_while_it_is_saved_loses_nothing(finished, tmp_path, monkeypatch, caplog):
   """The second of its models cannot be written; the next start goes on from the checkpoint."""
-  run = run_of(tmp_path / "work", train__checkpoint_every=4, retrain__num_seeds=1)
+  run = run_of(tmp_path / "work", {"train.checkpoint_every": 4, "retrain.num_seeds": 1})
   for stage in ("train", "sample"):
     shutil.copytree(finished.folder(stage), run.folder(stage))
   write, written = artifacts.write, []
@@ -153,7 +144,7 @@ def test_a_group_that_dies_while_it_is_saved_loses_nothing(finished, tmp_path, m
 
 
 def test_other_settings_are_refused_with_the_difference(finished, tmp_path):
-  run = copied(finished, tmp_path, retrain__steps=12)
+  run = copied(finished, tmp_path, {"retrain.steps": 12})
   with pytest.raises(artifacts.StaleArtifact, match=r"steps"):
     benchmark.retrain(run)
 
@@ -199,7 +190,7 @@ def test_counterfactual_models_lack_the_top_images(finished):
 
 
 def test_passes_over_parts_of_the_samples_change_nothing(finished, tmp_path):
-  run = copied(finished, tmp_path, score__passes=2)
+  run = copied(finished, tmp_path, {"score.passes": 2})
   shutil.rmtree(run.folder("score"))
   row = scoring.Row("influence", "loss")
   for ours, theirs in zip(scoring.scored(run, row), scoring.scored(finished, row), strict=True):
@@ -220,9 +211,9 @@ def test_bad_settings_are_refused(finished, tmp_path):
   with pytest.raises(ValueError, match="Shards need the scores first"):
     benchmark.counterfactual(dataclasses.replace(run, shard=(0, 2)))
   with pytest.raises(ValueError, match="Unknown method 'shapley'"):
-    benchmark.evaluate(copied(finished, tmp_path / "a", score__methods=("shapley",)))
+    benchmark.evaluate(copied(finished, tmp_path / "a", {"score.methods": ("shapley",)}))
   with pytest.raises(ValueError, match="outside_weight"):
-    benchmark.retrain(copied(finished, tmp_path / "b", retrain__outside_weight=1.0))
+    benchmark.retrain(copied(finished, tmp_path / "b", {"retrain.outside_weight": 1.0}))
   with pytest.raises(ValueError, match=r"set sample\.keep_trajectory=True"):
-    changes = dict(measure__measurements=("trajectory",), sample__keep_trajectory=False)
-    benchmark.retrain(run_of(tmp_path / "c", **changes))
+    changes = {"measure.measurements": ("trajectory",), "sample.keep_trajectory": False}
+    benchmark.retrain(run_of(tmp_path / "c", changes))

@@ -3,7 +3,6 @@
 import dataclasses
 import io
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,11 +17,9 @@ from jaxinf.benchmark.figures import EVERY, STUDIES, observations, rounded, stud
 from jaxinf.benchmark.figures.common import plain_name, truth_of
 from jaxinf.engine import artifacts
 from jaxinf.report.method_figures import GROUPS
-from jaxinf.runs import run as runs
-from jaxinf.runs.config import typed
 from jaxinf.runs.perform import perform
 from jaxinf.runs.stage import STAGES
-from tests import tiny
+from tests.tiny import run_of
 
 HALF = [name for name in STUDIES if name.endswith("-half")]
 
@@ -30,16 +27,17 @@ HALF = [name for name in STUDIES if name.endswith("-half")]
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
   """A run with every study drawn, the down-weighted models' measurements being made up."""
-  config = tiny.get_config()
-  config.measure.measurements = ("loss", "elbo", "trajectory")
-  config.score.methods = ("influence", "dtrak", "pixel")
-  config.score.measurements = ("loss",)
-  config.study.approximations = ("influence", "identity")
-  config.study.draws = (2,)
-  config.study.methods = ("dtrak",)
-  config.study.timesteps = (19,)
-  config.study.change_timesteps = (19,)
-  run = runs.Run(typed(config), tmp_path_factory.mktemp("studies"), devices=jax.devices()[:1])
+  changes = {
+    "measure.measurements": ("loss", "elbo", "trajectory"),
+    "score.methods": ("influence", "dtrak", "pixel"),
+    "score.measurements": ("loss",),
+    "study.approximations": ("influence", "identity"),
+    "study.draws": (2,),
+    "study.methods": ("dtrak",),
+    "study.timesteps": (19,),
+    "study.change_timesteps": (19,),
+  }
+  run = run_of(tmp_path_factory.mktemp("studies"), changes)
   for stage in STAGES["benchmark"].steps:
     perform(run, stage)
   rng = np.random.default_rng(0)
@@ -313,6 +311,6 @@ def test_a_precision_that_a_method_lacks_is_refused():
   row = rounded.RoundedRow("influence", "loss", "float16")
   assert row.name == "influence, loss in float16"
   with pytest.raises(ValueError, match="no influence in float16"):
-    row.kind.scores(None)
+    row.scores(None, None)
   kind = rounded.RoundedRow("trak", "loss", "float16").kind
   assert kind.default_damping == method_named("trak").default_damping

@@ -19,7 +19,6 @@ from jaxinf import networks
 from jaxinf.attribution.methods import method_named
 from jaxinf.diffusion.measurements import measurement_named
 from jaxinf.engine import artifacts
-from jaxinf.layers.per_example import checked_draws
 from jaxinf.runs.config import as_dict, refusal, settings, typed
 from jaxinf.runs.run import Run, key_of
 from jaxinf.runs.sections import Config, ModelConfig
@@ -82,13 +81,17 @@ def test_what_a_config_names_exists_and_finds_what_it_needs(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_draws_split_into_groups(name):
-  config = load(name)
+def test_draws_split_into_replicates(name, tmp_path):
+  run = Run(load(name), tmp_path)
+  config, designs = run.config, []
   for section in (config.attribute, config.index, config.measure, config.score):
-    checked_draws(section.draws, section.draw_groups)
+    designs.append((section.draws, section.draw_groups, section.design))
   for section in (config.attribute, config.score):
-    checked_draws(section.query_draws or section.draws, section.query_groups)
-  checked_draws(config.query.draws, config.query.query_groups)
+    designs.append((section.query_draws or section.draws, section.query_groups, section.design))
+  designs.append((config.query.draws, config.query.query_groups, config.index.design))
+  for num, replicates, design in designs:
+    draws = run.draws(num, replicates, design)
+    assert draws.size * replicates == num
 
 
 @pytest.mark.parametrize("name", DERIVED)

@@ -1,43 +1,25 @@
 """The stages on the store of a tiny run: they say what the library says, reuse, refuse, survive."""
 
 import dataclasses
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from jaxinf.attribution.influence import influence
-from jaxinf.diffusion.noise import DrawDesign
+from jaxinf.core.examples import Examples
 from jaxinf.engine import artifacts
-from jaxinf.runs import run as runs
 from jaxinf.runs import serving
-from jaxinf.runs.config import typed
 from jaxinf.runs.perform import perform
+from jaxinf.runs.run import Run, load_curvature, load_model
 from jaxinf.store.rows import RowStore
-from tests import tiny
+from tests.killing import kill_once, needs_kill, start
+from tests.tiny import run_of
 
-ROOT = Path(__file__).parents[2]
-NUM_TRAIN, TOP_K = 24, 3
-
-
-def run_of(workdir, config=None, **given) -> runs.Run:
-  config = tiny.get_config() if config is None else config
-  return runs.Run(typed(config), workdir, jax.devices()[:1], **given)
-
-
-def changed(**fields):
-  """The config with some fields of `index` changed."""
-  config = tiny.get_config()
-  config.index.update(fields)
-  return config
+NUM_TRAIN = 24
+EXACT_ROWS = {"index.compression": None}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +47,7 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="module")
 def indexed(fitted):
   """The run with a store of float32 rows."""
-  run = run_of(fitted.workdir, changed(compression=None))
+  run = run_of(fitted.workdir, EXACT_ROWS)
   perform(run, "index")
   return run
 
@@ -77,19 +59,22 @@ def copy(indexed, tmp_path):
   return dataclasses.replace(indexed, workdir=tmp_path / "work")
 
 
-def given(run: runs.Run, path: Path) -> runs.Run:
+def given(run: Run, path: Path) -> Run:
   return dataclasses.replace(run, images=path)
 
 
-def best_of_influence(run: runs.Run, queries: np.ndarray, ids: np.ndarray):
-  config, task = run.config, runs.load_task(run)
+def best_of_influence(run: Run, queries: np.ndarray, ids: np.ndarray):
+  query, index = run.config.query, run.config.index
   return influence(
-    task, runs.load_curvature(run, task), queries, run.dataset.images, compression=None,
-    damping=config.query.damping, draws=config.index.draws, seed=config.seed,
-    draw_groups=config.index.draw_groups, query_ids=ids, train_ids=run.dataset.ids,
-    query_draws=config.query.draws, query_groups=config.query.query_groups,
-    design=DrawDesign(**dataclasses.asdict(config.index.design)), devices=run.devices,
-  ).top(config.query.top_k)  # fmt: skip
+    load_curvature(run, load_model(run)),
+    queries=Examples(queries, ids),
+    train=run.dataset.examples,
+    damping=query.damping,
+    draws=run.draws(index.draws, index.draw_groups, index.design),
+    query_draws=run.draws(query.draws, query.query_groups, index.design),
+    compression=None,
+    compute=run.compute(query.batch_size),
+  ).top(query.top_k)
 
 
 def assert_best(arrays, expected) -> None:
@@ -154,11 +139,12 @@ def test_images_are_appended_and_deleted(copy, images):
 
 def test_a_finished_store_is_reused_and_a_missing_one_is_made_again(copy, monkeypatch):
   made = []
-  original = serving.build_index
+  original = serving.build_store
   monkeypatch.setattr(
-    serving, "build_index", lambda *a, **k: (made.append(1), original(*a, **k))[1]
+    serving, "build_store", lambda *a, **k: (made.append(1), original(*a, **k))[1]
   )
-  slower = run_of(copy.workdir, changed(compression=None, batch_size=7, reserve_mib=1))
+  pace = {"index.batch_size": 7, "index.reserve_mib": 1}
+  slower = run_of(copy.workdir, {**EXACT_ROWS, **pace})
   perform(slower, "index")
   assert not made
   before = RowStore.open(serving.store_folder(copy)).read(0, NUM_TRAIN)
@@ -174,16 +160,14 @@ def test_a_finished_store_is_reused_and_a_missing_one_is_made_again(copy, monkey
 
 @pytest.mark.parametrize(("field", "value"), [("draws", 6), ("compression", "int8")])
 def test_other_settings_refuse_the_store_with_the_difference(indexed, field, value):
-  config = changed(**{"compression": None, field: value})
+  run = run_of(indexed.workdir, {**EXACT_ROWS, f"index.{field}": value})
   with pytest.raises(artifacts.StaleArtifact, match=rf"index\.{field}: .* → "):
-    perform(run_of(indexed.workdir, config), "index")
+    perform(run, "index")
 
 
 def test_a_store_of_another_model_answers_nothing(copy, images):
-  config = changed(compression=None)
-  config.curvature.draws = 4
   shutil.rmtree(copy.folder("curvature"))
-  run = run_of(copy.workdir, config, images=images)
+  run = run_of(copy.workdir, {**EXACT_ROWS, "curvature.draws": 4}, images=images)
   perform(run, "curvature")
   with pytest.raises(artifacts.StaleArtifact, match="curvature: "):
     serving.query(run)
@@ -220,39 +204,30 @@ def test_questions_without_sense_say_what_to_do(indexed, stage, what, message):
 
 # A stage with chunks of one image, so that a process can be killed between two of them.
 SMALL_CHUNKS = (
-  "import jaxinf.store.rows as s; s._CHUNK_EXAMPLES = 1; from jaxinf.__main__ import run; run()"
+  "-c",
+  "import jaxinf.store.rows as s; s._CHUNK_EXAMPLES = 1; from jaxinf.__main__ import run; run()",
 )
-SLOW = {"draws": 2000, "batch_size": 1, "compression": "bfloat16"}
+SLOW = {"index.draws": 2000, "index.batch_size": 1, "index.compression": "bfloat16"}
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+@needs_kill
 def test_a_killed_index_goes_on_to_the_same_scores(fitted, images, tmp_path):
   workdir = tmp_path / "work"
   for stage in ("train", "curvature"):
     shutil.copytree(fitted.folder(stage), workdir / stage)
-  fields = [f"--config.index.{name}={value}" for name, value in SLOW.items()]
-  command = [sys.executable, "-c", SMALL_CHUNKS, "index", "--config=tests/tiny.py"]
-  process = subprocess.Popen(
-    [*command, f"--workdir={workdir}", *fields], cwd=ROOT, stderr=subprocess.PIPE, text=True
-  )
   folder = workdir / "index" / "store"
-  while not (folder / "progress.json").exists():
-    assert process.poll() is None, f"it ended before it could be killed: {process.communicate()}"
-    time.sleep(0.001)
-  os.kill(process.pid, signal.SIGKILL)
-  process.communicate()
+  kill_once(start("index", workdir, SLOW, SMALL_CHUNKS), (folder / "progress.json").exists)
   store = RowStore.open(folder)
   done = store.progress("")
   assert 0 < done < 2 * NUM_TRAIN and store.ledger.num_written == 0
   assert not (workdir / "index" / "manifest.json").exists()
   written = {p: p.stat().st_mtime_ns for p in folder.glob("arrays/*/c/*/*")}
   # Here one device too, and as many rows at a time.
-  config = changed(**SLOW)
-  run = run_of(workdir, config, images=images)
+  run = run_of(workdir, SLOW, images=images)
   perform(run, "index")
   kept = [p for p, time_ns in written.items() if p.stat().st_mtime_ns == time_ns]
   assert len(kept) >= done // 2  # they are not written again
-  whole = run_of(tmp_path / "whole", config, images=images)
+  whole = run_of(tmp_path / "whole", SLOW, images=images)
   for stage in ("train", "curvature"):
     shutil.copytree(fitted.folder(stage), whole.folder(stage))
   perform(whole, "index")

@@ -10,35 +10,33 @@ import jax
 import numpy as np
 import pytest
 
+from jaxinf.core.draws import Draws
+from jaxinf.core.examples import Examples
 from jaxinf.engine import artifacts
 from jaxinf.engine.checkpoints import PartialOutputs
-from jaxinf.runs import run as runs
 from jaxinf.runs import serving, studies
-from jaxinf.runs.config import typed
 from jaxinf.runs.perform import perform
+from jaxinf.runs.run import load_curvature, load_model, load_scores
 from jaxinf.runs.sampling import load_samples
 from jaxinf.runs.stage import MAIN_LINE
-from tests import tiny
+from tests.killing import Killed
+from tests.tiny import run_of
 
 # Of the largest number: training and sampling amplify float32 rounding, and where that moves a
 # number across the middle between two int8 steps, it moves by 1/127 of its block (of a half-query).
 TOLERANCE = {"train": 1e-3, "sample": 1e-3, "curvature": 1e-3, "attribute": 2e-2}
 
 
-def run_of(workdir, config=None, devices=None) -> runs.Run:
-  return runs.Run(typed(tiny.get_config() if config is None else config), workdir, devices)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
   """A finished run on one device."""
-  run = run_of(tmp_path_factory.mktemp("run") / "work", devices=jax.devices()[:1])
+  run = run_of(tmp_path_factory.mktemp("run") / "work")
   perform(run, "all")
   return run
 
 
 def test_two_devices_give_the_same_results_in_every_stage(finished, tmp_path):
-  both = run_of(tmp_path, devices=jax.devices()[:2])
+  both = run_of(tmp_path, num_devices=2)
   perform(both, "all")
   for stage in ("train", "sample", "attribute"):
     ours, theirs = (artifacts.read(run.folder(stage)).arrays for run in (finished, both))
@@ -50,11 +48,10 @@ def test_two_devices_give_the_same_results_in_every_stage(finished, tmp_path):
       else:
         np.testing.assert_array_equal(theirs[name], expected)
   # Eigenvectors have free signs: compare what the curvature does to a vector.
-  task = runs.load_task(finished)
-  vector = jax.tree.map(np.ones_like, task.params)
+  model = load_model(finished)
+  vector = jax.tree.map(np.ones_like, model.params)
   results = [
-    jax.tree.leaves(runs.load_curvature(run, task).multiply(vector, 1e-4))
-    for run in (finished, both)
+    jax.tree.leaves(load_curvature(run, model).multiply(vector, 1e-4)) for run in (finished, both)
   ]
   for expected, actual in zip(*results, strict=True):
     atol = TOLERANCE["curvature"] * np.abs(expected).max()
@@ -66,24 +63,21 @@ def test_eight_devices_give_the_same_scores_and_the_same_store(finished, tmp_pat
   for stage in ("train", "sample", "curvature"):
     shutil.copytree(finished.folder(stage), tmp_path / stage)
   program = (
-    "import pathlib, sys, jax; from jaxinf.runs import run as runs; "
-    "from jaxinf.runs.config import typed; from jaxinf.runs.perform import perform; "
-    "from tests import tiny; assert jax.local_device_count() == 8; "
-    "run = runs.Run(typed(tiny.get_config()), pathlib.Path(sys.argv[1])); "
+    "import pathlib, sys; from jaxinf.runs.perform import perform; from tests.tiny import run_of; "
+    "run = run_of(pathlib.Path(sys.argv[1]), num_devices=8); assert len(run.devices) == 8; "
     "perform(run, 'attribute'); perform(run, 'index')"
   )
   environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
   subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment, check=True)
-  ours = runs.load_scores(run_of(tmp_path))
-  theirs = runs.load_scores(finished)
+  ours = load_scores(run_of(tmp_path))
+  theirs = load_scores(finished)
   # The model is the same here: rounding may move a number by one int8 step.
   atol = 5e-3 * np.abs(theirs.group_values).max()
   np.testing.assert_allclose(ours.group_values, theirs.group_values, rtol=0, atol=atol)
-  run = run_of(tmp_path, devices=jax.devices()[:1])
-  answer = serving.load_store(run).query(
-    artifacts.read(finished.folder("sample")).arrays["images"], damping=1e-4, draws=4, seed=0,
-    query_ids=theirs.query_ids,
-  )  # fmt: skip
+  samples = artifacts.read(finished.folder("sample")).arrays["images"]
+  answer = serving.load_store(run_of(tmp_path)).query(
+    Examples(samples, theirs.query_ids), damping=1e-4, draws=Draws(4)
+  )
   atol = 2e-2 * np.abs(theirs.values).max()  # int8 rows there, int8 queries here
   np.testing.assert_allclose(answer.values, theirs.values, rtol=0, atol=atol)
 
@@ -94,7 +88,7 @@ def test_the_artefacts_hold_what_they_say(finished):
   trajectories = load_samples(finished, trajectories=True)["trajectories"]
   assert trajectories.shape == (3, 21, 8, 8, 1)
   np.testing.assert_array_equal(trajectories[:, -1], sample.arrays["images"])
-  scores = runs.load_scores(finished)
+  scores = load_scores(finished)
   assert scores.values.shape == scores.std_errors.shape == (3, 24)
   assert np.isfinite(scores.group_values).all() and scores.group_values.shape[0] == 2
   np.testing.assert_array_equal(scores.train_ids, finished.dataset.ids)
@@ -111,7 +105,7 @@ def test_trajectories_that_a_copy_left_out_are_generated_again(finished, tmp_pat
     shutil.copytree(
       finished.folder(stage), tmp_path / stage, ignore=shutil.ignore_patterns("trajectories")
     )
-  run = run_of(tmp_path, devices=jax.devices()[:1])
+  run = run_of(tmp_path)
   assert "trajectories" not in load_samples(run)
   for samples in (load_samples(run, trajectories=True), load_samples(run, trajectories=True)):
     expected = load_samples(finished, trajectories=True)["trajectories"]
@@ -133,10 +127,8 @@ def test_finished_stages_are_reused(finished):
 
 
 def test_the_pace_of_a_stage_may_change(finished):
-  config = tiny.get_config()
-  config.curvature.batch_size = 7
-  config.attribute.batch_size = 7
-  perform(run_of(finished.workdir, config), "attribute")
+  pace = {"curvature.batch_size": 7, "attribute.batch_size": 7}
+  perform(run_of(finished.workdir, pace), "attribute")
 
 
 @pytest.mark.parametrize(
@@ -151,11 +143,9 @@ def test_the_pace_of_a_stage_may_change(finished):
 def test_a_changed_config_refuses_the_stale_artefact_with_the_difference(
   finished, section, field, value, stage
 ):
-  config = tiny.get_config()
-  old = config[section][field]
-  config[section][field] = value
+  old = getattr(getattr(finished.config, section), field)
   with pytest.raises(artifacts.StaleArtifact) as caught:
-    perform(run_of(finished.workdir, config), "all")
+    perform(run_of(finished.workdir, {f"{section}.{field}": value}), "all")
   assert str(finished.folder(stage)) in str(caught.value)
   expected = "data.content" if section == "data" else f"{section}.{field}: {old} → {value}"
   assert expected in str(caught.value)
@@ -166,24 +156,19 @@ def test_a_stage_whose_inputs_are_missing_names_the_stage_to_run(tmp_path):
     perform(run_of(tmp_path), "sample")
 
 
-def test_an_unfinished_training_resumes_from_its_checkpoint(finished, tmp_path):
+def test_an_unfinished_training_resumes_from_its_checkpoint(finished, tmp_path, monkeypatch):
   """A run killed after its first checkpoint ends with the same parameters, bit for bit."""
-  run = run_of(tmp_path, devices=jax.devices()[:1])
+  run = run_of(tmp_path)
   original = artifacts.Checkpoints.save
-
-  class Killed(BaseException):
-    pass
 
   def save_then_die(self, step, state):
     original(self, step, state)
     raise Killed
 
-  artifacts.Checkpoints.save = save_then_die
-  try:
+  with monkeypatch.context() as patch:
+    patch.setattr(artifacts.Checkpoints, "save", save_then_die)
     with pytest.raises(Killed):
       perform(run, "train")
-  finally:
-    artifacts.Checkpoints.save = original
   assert not (run.folder("train") / "manifest.json").exists()
   resumed = perform(run, "train")
   for name, expected in artifacts.read(finished.folder("train")).arrays.items():
@@ -191,34 +176,30 @@ def test_an_unfinished_training_resumes_from_its_checkpoint(finished, tmp_path):
 
 
 def test_a_sweep_recommends_a_damping_and_the_report_says_so(finished, tmp_path):
-  config = tiny.get_config()
-  config.attribute.sweep = (1e-2, 1.0)
   for stage in ("train", "sample", "curvature"):
     shutil.copytree(finished.folder(stage), tmp_path / stage)
-  run = run_of(tmp_path, config, devices=jax.devices()[:1])
+  many = {"attribute.draws": 40, "attribute.draw_groups": 5}  # enough to tell signal from noise
+  run = run_of(tmp_path, {**many, "attribute.sweep": (1e-2, 1.0)})
+  alone = run_of(tmp_path, many, folders={"attribute": tmp_path / "alone"})
   attributed = perform(run, "attribute")
   assert attributed.notes["recommended_damping"] in (1e-4, 1e-2, 1.0)
   assert "fidelity" in attributed.notes["sweep"]
-  scores = runs.load_scores(run)
+  scores = load_scores(run)
   assert scores.settings["damping"] == 1e-4
-  alone = runs.load_scores(finished)
+  perform(alone, "attribute")
+  expected = load_scores(alone).group_values
   # The same products with more rows, which may sum in another order.
-  atol = 1e-5 * np.abs(alone.group_values).max()
-  np.testing.assert_allclose(scores.group_values, alone.group_values, rtol=0, atol=atol)
+  atol = 1e-5 * np.abs(expected).max()
+  np.testing.assert_allclose(scores.group_values, expected, rtol=0, atol=atol)
   perform(run, "report")
   page = (run.folder("report") / "index.html").read_text()
   assert "is recommended" in page and "How far down the order" in page
 
 
 def test_sampling_that_was_stopped_goes_on_after_its_last_batch(finished, tmp_path, monkeypatch):
-  config = tiny.get_config()
-  config.sample.batch_size = 1
   shutil.copytree(finished.folder("train"), tmp_path / "train")
-  run = run_of(tmp_path, config, devices=jax.devices()[:1])
+  run = run_of(tmp_path, {"sample.batch_size": 1})
   save, saved = PartialOutputs.save, []
-
-  class Killed(BaseException):
-    pass
 
   def save_then_die(self, outputs):
     save(self, outputs)
@@ -238,23 +219,25 @@ def test_sampling_that_was_stopped_goes_on_after_its_last_batch(finished, tmp_pa
 
 
 @pytest.mark.parametrize(
-  ("section", "value", "message"),
+  ("field", "value", "message"),
   [
-    ("diffusion", {"schedule": "quadratic"}, "there are: linear, scaled_linear"),
-    ("sample", {"sampler": "heun"}, "there are: ddpm, ddim"),
-    ("model", {"name": "resnet"}, "the models are mlp, unet"),
-    ("data", {"name": "imagenet"}, "digits"),
+    ("diffusion.schedule", "quadratic", "there are: linear, scaled_linear"),
+    ("diffusion.prediction", "noise", "there are: epsilon, sample, v, flow, edm"),
+    ("diffusion.weight", "snr", "there are: "),
+    ("sample.sampler", "heun", "there are: ddpm, ddim"),
+    ("model.name", "resnet", "the models are mlp, unet"),
+    ("data.name", "imagenet", "digits"),
   ],
 )
-def test_unknown_names_list_the_valid_ones(finished, tmp_path, section, value, message):
-  config = tiny.get_config()
-  config[section].update(value)
-  workdir = tmp_path if section != "sample" else finished.workdir.parent / "sampler"
-  if section == "sample":
-    (workdir).mkdir()
-    (workdir / "train").symlink_to(finished.folder("train"))
+def test_unknown_names_list_the_valid_ones(finished, tmp_path, field, value, message):
+  stage = "sample" if field.startswith("sample") else "train"
+  run = run_of(
+    tmp_path,
+    {field: value},
+    folders={"train": finished.folder("train")} if stage == "sample" else {},
+  )
   with pytest.raises(ValueError, match=message):
-    perform(run_of(workdir, config), "sample" if section == "sample" else "train")
+    perform(run, stage)
 
 
 def test_a_curvature_study_leaves_its_numbers_a_page_and_a_figure(finished, capsys):
@@ -285,18 +268,14 @@ def test_a_compress_study_leaves_its_numbers_a_page_and_a_figure(finished, capsy
 
 @pytest.mark.parametrize("study", ["curvature-study", "compress-study"])
 def test_more_queries_than_samples_are_refused_by_a_study(finished, tmp_path, study):
-  config = tiny.get_config()
-  config[study.replace("-", "_")].num_queries = 4
   for stage in ("train", "sample", "curvature"):
     shutil.copytree(finished.folder(stage), tmp_path / stage)
-  run = run_of(tmp_path, config, devices=jax.devices()[:1])
+  run = run_of(tmp_path, {f"{study.replace('-', '_')}.num_queries": 4})
   with pytest.raises(ValueError, match=r"num_queries must lie in 1…3"):
     perform(run, study)
 
 
 def test_the_memory_of_a_curvature_is_told_without_a_model(tmp_path):
-  config = tiny.get_config()
-  config.curvature.partitions = 2
-  table = studies.curvature_memory(run_of(tmp_path, config))
+  table = studies.curvature_memory(run_of(tmp_path, {"curvature.partitions": 2}))
   assert "most of 2 partitions" in table
   assert not list(tmp_path.iterdir())

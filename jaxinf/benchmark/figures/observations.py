@@ -143,20 +143,28 @@ def correlation(run: Run) -> Numbers:
 
 
 def weights(run: Run) -> Numbers:
-  """Weights of the timesteps' losses in the ELBO and in the training loss."""
-  schedule = run.process.schedule
-  if schedule is None:
-    raise ValueError(f"{run.process} is continuous: it has no timesteps to weigh.")
-  names = {"training loss": "uniform", "ELBO": "elbo", "ELBO of the larger variances": "elbo_large"}
-  found = {label: np.asarray(WEIGHTINGS[name](schedule), float) for label, name in names.items()}
+  """Weights of the timesteps' errors of ε in the ELBO and in the training loss."""
+  process = run.process
+  if process.schedule is None:
+    raise ValueError(f"{process} is continuous: it has no timesteps to weigh.")
+  of_noise = process.exact_noise_error_scales  # 0 where nothing is left of the data
+  if not of_noise.all():
+    raise ValueError(
+      f"{process} has a timestep of noise alone, where the error of ε has no weight."
+    )
+  names = {"ELBO": "elbo", "ELBO of the larger variances": "elbo_large"}
+  found = {"training loss": process.exact_weights / of_noise} | {
+    label: np.asarray(WEIGHTINGS[name](process.schedule), float) for label, name in names.items()
+  }
   elbo, num = found["ELBO"], len(found["ELBO"])
-  equal = int(np.argmax(elbo < 1)) + 1 if (elbo < 1).any() else None
+  less = elbo < found["training loss"]
+  equal = int(np.argmax(less)) + 1 if less.any() else None
   half = int(np.searchsorted(np.cumsum(elbo), elbo.sum() / 2)) + 1
   caption = (
     f"Losses are means over the {num:,} timesteps t of weight · ℓ_t, with ℓ_t the mean squared "
     f"error of the noise at t, from 1. The ELBO weighs ℓ_1 by {elbo[0]:.3g} and ℓ_{num} by "
     f"{elbo[-1]:.3g}"
-    + ("" if equal is None else f", and less than the training loss's 1 first at t = {equal}")
+    + ("" if equal is None else f", and less than the training loss first at t = {equal}")
     + f"; the first {half} timestep{'s' * (half > 1)} hold half of its weight."
   )
   rows = [

@@ -33,7 +33,7 @@ from jaxinf.engine import processes
 from jaxinf.engine.progress import clock
 from jaxinf.engine.resources import measured
 
-# What a stage computes: the arrays and notes of its artefact, and a word on them for the user.
+# What a stage computes: the arrays and notes of its artefact, and what they are in a few words.
 Outcome = tuple[Mapping[str, np.ndarray], Mapping[str, Any], str]
 
 _LOG = logging.getLogger("jaxinf")

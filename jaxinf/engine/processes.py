@@ -2,7 +2,7 @@
 
 Every process runs the same program on the same inputs. It goes through its own share of the rows,
 a contiguous range, and what they found is gathered in all of them; the primary writes files. With
-one process nothing here does anything.
+one process these functions give back what they are given.
 """
 
 import contextlib

@@ -125,7 +125,7 @@ def weigh_dampings(
   training draws and without each group of query draws, and both variances add. Queries share the
   draws of training examples, and often their own, so that their spread says little: scores that are
   noise alone agree by chance in all queries alike. The jackknife takes only groups as independent.
-  In simulations of noise alone it says 1.3 to 2.5 times the true error, on the safe side. Where
+  In simulations of noise alone it says 1.3 to 2.5 times the true error. Where
   two groups of query draws carry most of the noise beside a signal, it may say half of it, because
   two groups tell little of their own spread: take more groups of query draws.
 

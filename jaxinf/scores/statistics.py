@@ -96,8 +96,9 @@ def spearman(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
 def spearman_matrix(x: np.ndarray, y: np.ndarray) -> np.ndarray:
   """Rank correlations [R, C, Q] over subsets of every x [R, M, Q] with every y [C, M, Q].
 
-  Such as of R measurements whose gradients predict with C true ones, or of C with themselves; the
-  mean over queries is what a heatmap shows. Ties and constants as in `spearman`.
+  x are for example predictions from the gradients of R measurements, and y are C true measurements;
+  or both are the same C. A heatmap shows the mean over queries. Ties and constants count as in
+  `spearman`.
   """
   x, y = (centred(stats.rankdata(values, axis=1), 1) for values in (x, y))
   products = np.einsum("rmq,cmq->rcq", x, y, optimize=True)

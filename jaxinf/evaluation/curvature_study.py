@@ -9,7 +9,6 @@ an approximation Ĥ gives x̂ = (Ĥ + λI)⁻¹ v. Two numbers a query follow: t
 import dataclasses
 import functools
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -139,7 +138,7 @@ def curvature_study(
   stacked = {name: np.stack([solutions[name] for solutions in rows]) for name in grads}
   errors = np.stack([_relative_errors(solutions, exact) for solutions in rows[1:]])
   del rows
-  matrices = {name: x.reshape(math.prod(x.shape[:3]), -1) for name, x in stacked.items()}
+  matrices = {name: x.reshape(-1, *x.shape[3:]) for name, x in stacked.items()}
   scores = gradients.of(train, TRAIN, "training gradients", Blocks(PlainProducts(), [matrices]))
   shape = (len(kinds) + 1, len(dampings), len(queries), len(train))
   reference_scores, *others = scores.T.reshape(shape)

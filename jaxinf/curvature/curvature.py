@@ -16,6 +16,7 @@ from jaxinf.curvature.eigenbasis import multiply, precondition
 from jaxinf.curvature.ggn import GGN
 from jaxinf.curvature.kinds import Kind
 from jaxinf.diffusion.model import DiffusionModel
+from jaxinf.engine.kernels import numerics
 from jaxinf.layers.coverage import Coverage, Selection
 from jaxinf.layers.specs import Layer, from_matrices, to_matrices
 
@@ -140,6 +141,7 @@ class ExactCurvature(Curvature):
     return super()._arrays() | self.ggn.content
 
 
+@numerics()
 @jax.jit
 def _precondition(grads: Array, basis: Eigenbasis, damping: float) -> Array:
   with jax.default_matmul_precision("highest"):

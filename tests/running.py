@@ -4,16 +4,15 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
-from ml_collections import ConfigDict
 
-from jaxinf.runs import run as runs
 from jaxinf.runs.config import typed
+from jaxinf.runs.run import Run
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -21,22 +20,20 @@ DEADLINE = 300  # seconds for a process that takes ten
 
 
 def run_of(
-  workdir: Path,
-  config: ConfigDict | None = None,
-  fields: Mapping[str, Any] | None = None,
-  **given: Any,
-) -> runs.Run:
-  """A run on one device.
+  workdir: Path, fields: Mapping[str, Any] | None = None, num_devices: int = 1, **given: Any
+) -> Run:
+  """The run of tests/tiny.py in a folder.
 
   Args:
-    workdir: of the run.
-    config: that of tests/tiny.py where None.
-    fields: of the config, by path, such as "train.steps".
+    workdir: of its artefacts.
+    fields: of the config that differ, by path, such as "train.steps".
+    num_devices: it computes on the first of them.
     given: further fields of Run.
   """
-  config = tiny.get_config() if config is None else config
+  config = tiny.get_config()
   config.update_from_flattened_dict(dict(fields or {}))
-  return runs.Run(typed(config), workdir, **{"devices": jax.devices()[:1], **given})
+  devices = jax.local_devices()[:num_devices]
+  return Run(typed(config), workdir, **{"devices": devices, **given})
 
 
 def start(
@@ -45,6 +42,7 @@ def start(
   *arguments: str,
   fields: Mapping[str, Any] | None = None,
   variables: Mapping[str, str] | None = None,
+  program: Sequence[str] = ("-m", "jaxinf"),
 ) -> subprocess.Popen:
   """The command of a stage, of the config in tests/tiny.py, in a process of its own.
 
@@ -53,8 +51,9 @@ def start(
     arguments: further ones.
     fields: of the config, by path.
     variables: of its environment, beside ours.
+    program: what Python runs.
   """
-  command = [sys.executable, "-m", "jaxinf", stage, "--config=tests/tiny.py"]
+  command = [sys.executable, *program, stage, "--config=tests/tiny.py"]
   command += [f"--workdir={workdir}", *arguments]
   command += [f"--config.{path}={value}" for path, value in (fields or {}).items()]
   environment = os.environ | dict(variables or {})

@@ -1,15 +1,8 @@
 """A run in seconds: a multilayer perceptron on 24 digits, with a schedule of 20 timesteps."""
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
-import jax
 from ml_collections import ConfigDict
 
 from configs import digits
-from jaxinf.runs.config import typed
-from jaxinf.runs.run import Run
 
 
 def get_config() -> ConfigDict:
@@ -70,19 +63,3 @@ def get_config() -> ConfigDict:
   config.report.num_queries = 2
   config.report.top_k = 3
   return config
-
-
-def run_of(
-  workdir: Path, changes: Mapping[str, Any] | None = None, num_devices: int = 1, **given: Any
-) -> Run:
-  """The tiny run in a folder.
-
-  Args:
-    workdir: of its artefacts.
-    changes: of the config, such as {"train.steps": 10}.
-    num_devices: it computes on the first of them.
-    given: further fields of the run.
-  """
-  config = get_config()
-  config.update_from_flattened_dict(changes or {})
-  return Run(typed(config), workdir, devices=jax.local_devices()[:num_devices], **given)

@@ -20,7 +20,7 @@ from jaxinf.engine import artifacts
 from jaxinf.layers.per_example import group_keys
 from jaxinf.networks import training
 from jaxinf.runs.run import load_model
-from tests.tiny import run_of
+from tests.running import run_of
 
 
 def copied(run, tmp_path, changes):

@@ -19,7 +19,7 @@ from jaxinf.engine import artifacts
 from jaxinf.report.method_figures import GROUPS
 from jaxinf.runs.perform import perform
 from jaxinf.runs.stage import STAGES
-from tests.tiny import run_of
+from tests.running import run_of
 
 HALF = [name for name in STUDIES if name.endswith("-half")]
 

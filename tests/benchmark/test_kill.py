@@ -11,13 +11,12 @@ import numpy as np
 from jaxinf import benchmark
 from jaxinf.engine import artifacts
 from jaxinf.runs.perform import perform
-from tests.killing import finished, kill_once, needs_kill, start
-from tests.tiny import run_of
+from tests.running import kill_when, run_of, start, succeed
 
 STEPS = 100  # of all models, so that those of one seed train at once: first seed 0, then seed 1
 EVERY = 10  # steps between checkpoints: 9 of them, each some 40 ms, are time enough to kill
 GROUPS = [[f"{of}-seed-{k}" for of in ("full", "subset-0000", "subset-0001")] for k in (0, 1)]
-CHANGES = {"train.steps": STEPS, "retrain.steps": STEPS, "retrain.num_subsets": 2}
+FIELDS = {"train.steps": STEPS, "retrain.steps": STEPS, "retrain.num_subsets": 2}
 
 
 def second_group_is_saved(unfinished: Path, last_of_first: Path) -> Callable[[], bool]:
@@ -35,22 +34,21 @@ def second_group_is_saved(unfinished: Path, last_of_first: Path) -> Callable[[],
   return happened
 
 
-@needs_kill
 def test_a_killed_group_goes_on_and_gives_the_same_models(tmp_path):
   """Bitwise those of a run that was never killed, nor saved a checkpoint."""
   killed, whole = tmp_path / "killed", tmp_path / "whole"
   # One device, as in the processes.
-  run = run_of(whole, {**CHANGES, "train.checkpoint_every": 2 * STEPS})
+  run = run_of(whole, {**FIELDS, "train.checkpoint_every": 2 * STEPS})
   perform(run, "train")
   perform(run, "sample")
   shutil.copytree(whole, killed)
-  models, saving = killed / "retrain", {**CHANGES, "train.checkpoint_every": EVERY}
+  models, saving = killed / "retrain", {**FIELDS, "train.checkpoint_every": EVERY}
   manifests = [[models / name / "manifest.json" for name in group] for group in GROUPS]
   happened = second_group_is_saved(models / "unfinished", manifests[0][-1])
-  kill_once(start("retrain", killed, saving), happened)
+  kill_when(happened, start("retrain", killed, fields=saving))
   assert not any(path.exists() for path in manifests[1])
   before = [path.stat().st_mtime_ns for path in manifests[0]]
-  log = finished(start("retrain", killed, saving))
+  (log,) = succeed(start("retrain", killed, fields=saving))
   resumed = re.search(r"^retrain: resuming a group of 3 models at step (\d+)$", log, re.M)
   assert resumed and EVERY <= int(resumed[1]) < STEPS, log
   assert [path.stat().st_mtime_ns for path in manifests[0]] == before, "they are not redone"

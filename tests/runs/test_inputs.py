@@ -7,7 +7,7 @@ from jaxinf.engine import artifacts
 from jaxinf.runs.perform import perform
 from jaxinf.runs.run import load_scores
 from tests.report.parsed import Page
-from tests.tiny import run_of
+from tests.running import run_of
 
 NUM = 12
 

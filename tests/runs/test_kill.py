@@ -9,10 +9,9 @@ import numpy as np
 
 from jaxinf.engine import artifacts
 from jaxinf.runs.perform import perform
-from tests.killing import finished, kill_once, needs_kill, start
-from tests.tiny import run_of
+from tests.running import kill_when, run_of, start, succeed
 
-CHANGES = {
+FIELDS = {
   "curvature.draws": 100,
   "curvature.batch_size": 4,
   "curvature.kind": "ekfac",
@@ -31,18 +30,17 @@ def written_twice(file: Path) -> Callable[[], bool]:
   return happened
 
 
-@needs_kill
 def test_a_killed_fit_goes_on_and_gives_the_same_curvature(tmp_path):
   """Killed in the first pass, and again in the second: bitwise the same eigenbases."""
   killed, whole = tmp_path / "killed", tmp_path / "whole"
-  run = run_of(whole, CHANGES)  # one device, as in the processes
+  run = run_of(whole, FIELDS)  # one device, as in the processes
   perform(run, "train")
   shutil.copytree(whole, killed)
   sums = killed / "curvature" / "sums"
   for name in ("curvature.npz", "eigenvalues.npz"):
-    kill_once(start("curvature", killed, CHANGES), written_twice(sums / name))
+    kill_when(written_twice(sums / name), start("curvature", killed, fields=FIELDS))
   assert not (killed / "curvature" / "manifest.json").exists()
-  log = finished(start("curvature", killed, CHANGES))
+  (log,) = succeed(start("curvature", killed, fields=FIELDS))
   again = re.search(r"^curvature: \d+ of 2,?400 pairs", log, re.M)
   assert not again, "the first pass is not redone"
   assert not sums.exists()

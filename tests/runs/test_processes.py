@@ -21,7 +21,7 @@ from jaxinf.runs.process import process_of
 from jaxinf.runs.run import load_model, load_scores
 from jaxinf.runs.sections import DiffusionConfig
 from tests.report.parsed import Page
-from tests.tiny import run_of
+from tests.running import run_of
 
 SCHEDULE = Schedule.linear(20, 1e-4, 0.02)
 # What the section `diffusion` says besides its defaults, and the process that is meant.

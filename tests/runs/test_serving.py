@@ -15,8 +15,7 @@ from jaxinf.runs import serving
 from jaxinf.runs.perform import perform
 from jaxinf.runs.run import Run, load_curvature, load_model
 from jaxinf.store.rows import RowStore
-from tests.killing import kill_once, needs_kill, start
-from tests.tiny import run_of
+from tests.running import kill_when, run_of, start
 
 NUM_TRAIN = 24
 EXACT_ROWS = {"index.compression": None}
@@ -103,10 +102,8 @@ def test_a_query_finds_what_influence_finds_in_files_and_folders(indexed, images
 
 def test_an_answer_is_reused_until_the_store_or_the_question_changes(copy, images, monkeypatch):
   asked = []
-  original = serving.Store.query
-  monkeypatch.setattr(
-    serving.Store, "query", lambda *a, **k: (asked.append(1), original(*a, **k))[1]
-  )
+  original = serving.Store.top
+  monkeypatch.setattr(serving.Store, "top", lambda *a, **k: (asked.append(1), original(*a, **k))[1])
   run = given(copy, images)
   first = serving.query(run)
   again = serving.query(run)
@@ -210,13 +207,13 @@ SMALL_CHUNKS = (
 SLOW = {"index.draws": 2000, "index.batch_size": 1, "index.compression": "bfloat16"}
 
 
-@needs_kill
 def test_a_killed_index_goes_on_to_the_same_scores(fitted, images, tmp_path):
   workdir = tmp_path / "work"
   for stage in ("train", "curvature"):
     shutil.copytree(fitted.folder(stage), workdir / stage)
   folder = workdir / "index" / "store"
-  kill_once(start("index", workdir, SLOW, SMALL_CHUNKS), (folder / "progress.json").exists)
+  process = start("index", workdir, fields=SLOW, program=SMALL_CHUNKS)
+  kill_when((folder / "progress.json").exists, process)
   store = RowStore.open(folder)
   done = store.progress("")
   assert 0 < done < 2 * NUM_TRAIN and store.ledger.num_written == 0

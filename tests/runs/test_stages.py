@@ -19,8 +19,8 @@ from jaxinf.runs.perform import perform
 from jaxinf.runs.run import load_curvature, load_model, load_scores
 from jaxinf.runs.sampling import load_samples
 from jaxinf.runs.stage import MAIN_LINE
-from tests.killing import Killed
-from tests.tiny import run_of
+from tests.running import run_of
+from tests.twins import Killed
 
 # Of the largest number: training and sampling amplify float32 rounding, and where that moves a
 # number across the middle between two int8 steps, it moves by 1/127 of its block (of a half-query).
@@ -63,7 +63,7 @@ def test_eight_devices_give_the_same_scores_and_the_same_store(finished, tmp_pat
   for stage in ("train", "sample", "curvature"):
     shutil.copytree(finished.folder(stage), tmp_path / stage)
   program = (
-    "import pathlib, sys; from jaxinf.runs.perform import perform; from tests.tiny import run_of; "
+    "import pathlib, sys; from jaxinf.runs.perform import perform; from tests.running import run_of; "
     "run = run_of(pathlib.Path(sys.argv[1]), num_devices=8); assert len(run.devices) == 8; "
     "perform(run, 'attribute'); perform(run, 'index')"
   )

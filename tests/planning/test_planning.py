@@ -132,7 +132,7 @@ def test_seconds_and_operations_grow_in_proportion_to_draws_and_examples(tmp_pat
   """With full batches throughout, so that nothing is padded; operations by XLA's own count."""
   batches = dict(curvature__batch_size=3, attribute__batch_size=4, index__batch_size=4)
   draws = dict(curvature__draws=6, attribute__draws=8, index__draws=8)
-  more = draws | dict(attribute__draw_groups=4, index__draw_groups=4)
+  more = draws | dict(attribute__replicates=4, index__replicates=4)
 
   def costs(name, **changes):
     subject = subject_of(tmp_path / name, **batches, **changes)
@@ -238,7 +238,7 @@ def test_finished_stages_are_named_and_stale_ones_too(finished, plan):
 @pytest.mark.parametrize(("method", "passes"), [("ekfac", 2), ("identity", 0), ("exact", 0)])
 def test_every_kind_of_curvature_has_its_passes(tmp_path, method, passes):
   """Two for EK-FAC; none where nothing is summed. Solves take an unknown time."""
-  subject = subject_of(tmp_path, curvature__method=method, curvature__batch_size=6)
+  subject = subject_of(tmp_path, curvature__kind=method, curvature__batch_size=6)
   cost, curved = curvature_cost(subject)
   assert cost.seconds["batches"] == passes * 72 / 6
   if method == "exact":

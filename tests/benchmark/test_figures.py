@@ -1,7 +1,9 @@
 """Studies of a tiny proof: their numbers are those of naive twins on what its stages left."""
 
 import dataclasses
+import importlib
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,10 +19,13 @@ from jaxinf.benchmark.figures import EVERY, STUDIES, observations, rounded, stud
 from jaxinf.benchmark.figures.common import plain_name, truth_of
 from jaxinf.engine import artifacts
 from jaxinf.report.method_figures import GROUPS
+from jaxinf.runs.config import typed
 from jaxinf.runs.perform import perform
+from jaxinf.runs.run import Run
 from jaxinf.runs.stage import STAGES
 from tests.running import run_of
 
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 HALF = [name for name in STUDIES if name.endswith("-half")]
 
 
@@ -111,6 +116,21 @@ def test_bars_are_the_table_of_evaluate_with_stand_ins_apart(finished):
   assert all(name.startswith("trajectory/") for name in arrays_of(finished, "trajectory"))
 
 
+@pytest.mark.parametrize("name", ["digits_mlp", "digits_unet"])
+def test_bars_of_the_committed_results_are_their_tables(name, tmp_path):
+  """What was kept of a proof that took hours is read by today's code, and nothing is made anew."""
+  config = typed(importlib.import_module(f"configs.{name}").get_config())
+  kept = {path.name: path for path in (RESULTS / name).iterdir()}
+  study(Run(config, tmp_path, folders=kept), "lds")
+  found = artifacts.read(tmp_path / "study" / "lds").arrays
+  for target, table in artifacts.read(kept["evaluate"]).notes["tables"].items():
+    for entry in table["entries"]:
+      if target != "trajectory":
+        default, best = found[f"{target}/{entry['name']}"]
+        assert default[0] == entry["default"]["mean"]
+        assert best[0] == entry.get("best", entry["default"])["mean"]
+
+
 def test_counterfactual_means_are_over_seeds_then_samples(finished):
   change = artifacts.read(finished.folder("counterfactual")).arrays["change"]
   arrays = arrays_of(finished, "counterfactual")
@@ -157,6 +177,26 @@ def test_actual_changes_are_from_the_models_of_all_images_with_the_same_seeds(fi
   np.testing.assert_allclose(arrays[f"{target}/actual"], expected, atol=1e-6)
   x = predicted(finished, scoring.Row("influence", target), 1e-8)
   np.testing.assert_allclose(arrays[f"{target}/predicted"], x, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v"])
+def test_weights_are_those_of_the_error_of_the_noise(prediction, tmp_path):
+  """√ᾱ x_0 = x_t − √(1 − ᾱ) ε: an error e of ε is one of √((1 − ᾱ) / ᾱ) e of x_0."""
+  run = run_of(tmp_path, {"diffusion.prediction": prediction})
+  ratios = 1 / run.process.schedule.exact_alpha_bars
+  expected = {"epsilon": 1 + 0 * ratios, "sample": ratios - 1, "v": ratios}[prediction]
+  found = observations.weights(run)
+  np.testing.assert_allclose(found.arrays["training loss"], expected, rtol=1e-9)
+
+
+def test_weights_need_errors_of_the_noise_at_every_timestep(tmp_path):
+  ending = {"diffusion.prediction": "v", "diffusion.zero_terminal_snr": True}
+  for fields, message in (
+    (ending, "noise alone"),
+    ({"diffusion.prediction": "flow"}, "continuous"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      observations.weights(run_of(tmp_path, fields))
 
 
 def test_slopes_are_within_samples():

@@ -12,7 +12,7 @@ from jaxinf.core.random import fold_in_each, stream
 from jaxinf.data import Dataset
 from jaxinf.diffusion.noise import flipped, noised
 from jaxinf.engine.artifacts import Checkpoints
-from jaxinf.networks import training
+from jaxinf.networks import modules, training
 from jaxinf.networks.training import TrainConfig
 from tests.processes import PROCESSES
 
@@ -46,31 +46,33 @@ class Saved:
     self.hooks = training.Hooks(save=self.states.__setitem__, log=self.metrics.__setitem__)
 
 
-@pytest.fixture(scope="module")
-def unet():
-  """A U-Net with dropout, one level and no attention."""
-  fields = dict(
-    channels=(8,), blocks_per_level=1, attention_levels=(False,), mid_attention=False,
-    norm_groups=2, norm_eps=1e-6, scale_shift=True, sin_first=True, freq_shift=1.0, dropout=0.5,
-    downsample_padding=0,
-  )  # fmt: skip
-  return networks.build("unet", fields, out_channels=1)
+class Dropping(nn.Module):
+  """A convolution and a residual block of the U-Net, with its dropout."""
+
+  @nn.compact
+  def __call__(self, x_t, t, *, dropout_ids=None):
+    time = modules.timestep_embedding(t, 4, sin_first=True, freq_shift=1.0)
+    block = modules.ResnetBlock(
+      4, norm_groups=2, norm_eps=1e-6, scale_shift=True, dropout=0.5, name="block"
+    )
+    h = block(modules.conv3x3(4, "in")(x_t), time, dropout_ids)
+    return modules.conv3x3(x_t.shape[-1], "out")(h)
 
 
 @pytest.fixture(scope="module")
-def start(unet):
-  return training.init_state(unet, SHAPE, settings(), seed=3)
+def start():
+  return training.init_state(Dropping(), SHAPE, settings(), seed=3)
 
 
 @pytest.fixture(scope="module")
-def run(unet, dataset, start):
-  """Trains the U-Net with dropout and flips on the first so many devices."""
+def run(dataset, start):
+  """Trains the network with dropout and flips on the first so many devices."""
   assert dataset.random_flip
 
   def fit(num_devices, state=start, **options):
     devices = jax.local_devices()[:num_devices]
     return training.fit(
-      unet, PROCESS, dataset, settings(), seed=3, state=state, devices=devices, **options
+      Dropping(), PROCESS, dataset, settings(), seed=3, state=state, devices=devices, **options
     )
 
   return fit
@@ -341,10 +343,11 @@ class Affine(nn.Module):
     return slope * inputs + self.param("offset", nn.initializers.zeros, ())
 
 
-def best_affine(process, mean, variance):
-  """(slope, offset) of least E[w_t (slope · u + offset − y)²], by the normal equations in float64.
+def normal_equations(process, mean, square):
+  """(M, r) of the loss E[w_t (slope · u + offset − y)²] = θᵀ M θ − 2 θᵀ r + …, in float64.
 
-  u is the network's input and y its target; given t both are affine in x_0 and ε.
+  u is the network's input and y its target; given t both are affine in x_0 and ε. The data have
+  this mean and mean square.
   """
   num = 20_000
   t = process.times((jnp.arange(num, dtype=jnp.float32) + 0.5) / num)
@@ -353,34 +356,36 @@ def best_affine(process, mean, variance):
   one, zero = jnp.ones((num, 1)), jnp.zeros((num, 1))
   scale, w = column(process.inputs(one, t)[0]), np.float64(process.weights(t))
   c, d = column(process.target(zero, one, t)), column(process.target(one, zero, t))
-  square = np.mean(w * scale**2 * (a**2 * (variance + mean**2) + b**2))
   first = np.mean(w * scale * a * mean)
-  product = np.mean(w * scale * (a * d * (variance + mean**2) + b * c))
-  matrix = [[square, first], [first, np.mean(w)]]
-  return np.linalg.solve(matrix, [product, np.mean(w * d * mean)])
+  matrix = [[np.mean(w * scale**2 * (a**2 * square + b**2)), first], [first, np.mean(w)]]
+  product = np.mean(w * scale * (a * d * square + b * c))
+  return np.array(matrix), np.array([product, np.mean(w * d * mean)])
 
 
 @pytest.mark.parametrize("name", ["v", "sample_table", "flow", "flow_logit_normal", "edm"])
-def test_training_finds_the_best_affine_network_of_each_process(name):
-  rng = np.random.default_rng(0)
-  images = np.clip(rng.normal(0.3, 0.3, (500, *SHAPE)), -1, 1).astype(np.float32)
-  dataset = Dataset("gaussian", images, np.arange(500).astype(str))
-  config = TrainConfig(
-    steps=400,
-    batch_size=256,
-    learning_rate=0.05,
-    warmup_steps=10,
-    decay="cosine",
-    weight_decay=0.0,
-    clip_norm=1e9,
-    checkpoint_every=400,
-  )
-  process = PROCESSES[name]
-  state = training.fit(Affine(), process, dataset, config, seed=0)
-  expected = best_affine(process, np.mean(images, dtype=np.float64), np.var(images))
-  found = [state.params[leaf] for leaf in ("slope", "offset")]
-  # The last hundreds of steps average some 10⁶ squared errors of size 1, at small rates.
-  np.testing.assert_allclose(found, expected, rtol=0, atol=0.02)
+def test_the_gradient_of_a_step_is_that_of_the_loss_of_each_process(name):
+  """The mean over many steps' draws, at two places, against the normal equations."""
+  process, num = PROCESSES[name], 1000
+  images = np.random.default_rng(0).normal(0.3, 0.3, (num, *SHAPE)).astype(np.float32)
+  matrix, right = normal_equations(process, images.mean(), np.mean(np.float64(images) ** 2))
+  state = training.init_state(Affine(), SHAPE, settings(), seed=0)
+  sums, _ = training.train_step(Affine(), process, settings(), random_flip=False, seed=0)
+  places = np.arange(num, dtype=np.uint32)
+  rows = training.TrainRows(images, places, np.ones(num, np.float32))
+
+  @jax.jit
+  def gradient(theta, step):
+    params = {"slope": theta[0], "offset": theta[1]}
+    grads, _, count = sums(state.replace(params=params, step=step), rows)
+    return jnp.stack([grads["slope"], grads["offset"]]) / count
+
+  for theta in (np.linalg.solve(matrix, right), np.array([0.7, -0.4])):
+    found = np.array([gradient(jnp.asarray(theta, jnp.float32), step) for step in range(50)])
+    errors = found.std(axis=0, ddof=1) / np.sqrt(len(found))
+    expected = 2 * (matrix @ theta - right)
+    # Four standard errors of 50 steps, which are small beside what a wrong weight would change.
+    np.testing.assert_array_less(np.abs(found.mean(axis=0) - expected), 4 * errors)
+    assert (errors < 0.02 * np.diag(matrix)).all()
 
 
 def test_defaults_are_those_of_the_configs():

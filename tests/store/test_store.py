@@ -28,6 +28,8 @@ from tests.compilations import counted_compilations
 from tests.processes import PROCESSES
 from tests.stored import Stored
 
+pytestmark = pytest.mark.filterwarnings("ignore:mean training loss")  # parameters are random
+
 NUM_TRAIN, NUM_QUERIES = 11, 3
 DAMPINGS = (1e-8, 1e-3, 1e-1)
 LABELS = np.arange(NUM_TRAIN) % 3
@@ -82,8 +84,7 @@ def vector_net(params, x_t, t):
 
 
 def fitted(model: DiffusionModel, train: Examples, kind: jaxinf.KFAC) -> jaxinf.Curvature:
-  with pytest.warns(UserWarning, match="worse than predicting zero"):  # parameters are random
-    return jaxinf.fit_curvature(model, train, kind, draws=Draws(10))
+  return jaxinf.fit_curvature(model, train, kind, draws=Draws(10))
 
 
 def problem_of(name: str) -> Problem:

@@ -141,8 +141,9 @@ class ExactCurvature(Curvature):
     return super()._arrays() | self.ggn.content
 
 
-@numerics()
-@jax.jit
-def _precondition(grads: Array, basis: Eigenbasis, damping: float) -> Array:
-  with jax.default_matmul_precision("highest"):
-    return precondition(grads, basis, damping)
+def _precondition(grads: Array, basis: Eigenbasis, damping: float) -> jax.Array:
+  with numerics(), jax.default_matmul_precision("highest"):
+    return _precondition_on_device(grads, basis, damping)
+
+
+_precondition_on_device = jax.jit(precondition)

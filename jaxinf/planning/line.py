@@ -142,7 +142,7 @@ def attribute_cost(subject: Subject, curved: Reduced) -> StageCost:
   )
   if exact:  # whose solves take as long as they take
     reduced = _with_identity(subject, reduced)
-  with subject.rehearsal(reduced, num_train=num_train * rounds) as found:
+  with subject.rehearsal(reduced, num_train=num_train * rounds, scores=True) as found:
     STAGES["attribute"].function(reduced)
 
   groups, query_replicates = draws.replicates or 1, asked.replicates or 1
@@ -156,7 +156,6 @@ def attribute_cost(subject: Subject, curved: Reduced) -> StageCost:
   size = min(math.ceil(compute.rows(draws) / subject.num_devices), num_rows)
   cost = cost_of(
     subject, "attribute", num_rows * draws.size * rounds + num_queries * asked.num, "pairs", found,
-    growth=num_queries / few,
     written=scores + products,
     device={
       "rows of queries": math.ceil(rows / blocks) * row,
@@ -233,28 +232,26 @@ def cost_of(
   host: Mapping[str, int],
   disk: Mapping[str, int],
   written: int = 0,
-  growth: float = 1.0,
   notes: tuple[str, ...] = (),
 ) -> StageCost:
   """The cost of a stage that was rehearsed; the rest as for `StageCost`.
 
   Args:
     written: bytes that go to the disk, over and over perhaps.
-    growth: of the query rows that training gradients meet.
   """
-  operations = found.operations(growth)
+  operations = found.operations
   return StageCost(
     stage, amount, unit,
     operations=None if operations is None else operations * subject.num_devices,
     seconds={
       "compiling": found.compiling,
-      "batches": found.seconds(growth),
+      "batches": found.seconds,
       "besides": found.besides + found.decomposing,
       "disk": written / subject.disk_rate,
     },
     device={
       "parameters": subject.params_bytes, **device,
-      "workspace": found.workspace_in_full(growth),
+      "workspace": found.workspace_in_full,
     },
     host={"images": subject.images_bytes, **host},
     disk=disk,

@@ -1,8 +1,8 @@
 """Rehearsals: the drivers go through a few batches of each pass, and say what one takes.
 
-In `with rehearsing(…)` a driver stops after a few batches. For the rows that are left it gives the
-last outputs again: its caller goes on as usual, with numbers that mean nothing. Afterwards the
-`Rehearsal` knows what every pass will take. Outside of `rehearsing` drivers do all of their work.
+In `with rehearsing(…)` a driver stops after a few batches and gives the last outputs again for the
+rows that are left, so that whatever calls it goes on as ever, with numbers that mean nothing. The
+`Rehearsal` knows then what every pass will take. Elsewhere nothing of this happens.
 """
 
 import contextlib
@@ -22,14 +22,9 @@ from jaxinf.engine import processes
 AXIS = "devices"  # of mapped programs
 
 BATCHES = 12  # of a pass, at most: their mean is then good to some percent beside other processes
-# A pass whose batches take longer than this together ends earlier. With several processes it does
-# not, because they must all go through as many batches.
-_SECONDS = 10.0
+_SECONDS = 10.0  # after which fewer do; processes stop together, and have all of them
 _WARM = 2  # batches that are in flight when the first ends, and may have been done meanwhile
-
-# Rows of matrices that are decomposed. Larger ones would make a rehearsal long. Their time follows,
-# because it grows as d³.
-_ROWS = 640
+_ROWS = 640  # of matrices that are decomposed; the time of larger ones follows by d³
 
 _CURRENT: contextvars.ContextVar["Rehearsal | None"] = contextvars.ContextVar(
   "rehearsal", default=None
@@ -37,7 +32,7 @@ _CURRENT: contextvars.ContextVar["Rehearsal | None"] = contextvars.ContextVar(
 
 
 class Trial:
-  """A pass of a driver outside of rehearsals: nothing is measured. In one it is a `Pass`."""
+  """A pass of a driver, which nobody watches: a `Pass` where there is a rehearsal."""
 
   def few(self, batches: Iterable) -> Iterable:
     """The batches to go through: all of them."""
@@ -65,14 +60,14 @@ def trial(label: str | None, examples: int | None, rows: int) -> Trial:
 
 
 def in_full(examples: int, rows: int) -> int:
-  """Rows of the full run that `rows` of a rehearsal, over so many examples, stand for."""
+  """Rows that the run in full has in the place of these, which are of so many examples."""
   found = _CURRENT.get()
   return rows if found is None else found.in_full(examples, rows)
 
 
 @contextlib.contextmanager
 def part(times: float) -> Iterator[None]:
-  """Work of a pass besides its batches, which the full run does so many times."""
+  """A part of a pass, besides its batches, that the run in full does so many times."""
   found = _CURRENT.get()
   with contextlib.nullcontext() if found is None else found.part(times):
     yield
@@ -99,11 +94,10 @@ def rehearsing(
   most_bytes: int | None = None,
   growth: float = 1.0,
 ) -> Iterator["Rehearsal"]:
-  """Drivers that are called in here rehearse.
+  """What is called in here is a rehearsal.
 
   Args:
-    sizes: number of examples in the rehearsal → in the full run. A pass over another number of
-      examples has as many in both.
+    sizes: number of examples here → in the run in full; passes over other numbers are as they are.
     clock: seconds.
     most_bytes: of each device: a program that needs more is compiled and not run. None: any.
     growth: of the operands of second kernels, in passes over examples that grow in number.

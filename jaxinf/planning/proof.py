@@ -115,24 +115,14 @@ def _evaluate_cost(subject: Subject) -> StageCost:
   rows = rows_of(run)
   known = [row for row in rows if not _is_solved(subject, row)]
   curved = [row for row in known if row.kind.curved]
-<<<<<<< HEAD
-  others = [row for row in known if row not in curved]
   draws = run.draws(config.draws, config.replicates, config.design)
   asked = run.draws(config.query_draws, config.query_replicates, config.design)
-  num_train, num_queries = len(run.dataset), run.config.sample.num_samples
-  passes = min(config.passes, num_queries)
-  at_once = math.ceil(num_queries / passes)
-  dampings = max((len(row.kind.dampings(config.dampings)) for row in curved), default=1)
-=======
-  draws = run.draws(config.draws, config.draw_groups, config.design)
-  asked = run.draws(config.query_draws, config.query_groups, config.design)
   passes = min(config.passes, run.config.sample.num_samples)
   at_once = math.ceil(run.config.sample.num_samples / passes)
   dampings = max((len(row.kind.dampings(config.dampings)) for row in curved), default=0)
   query_bytes = (
     (asked.replicates or 1) * dampings * query_row_bytes(subject, config.compression, None)
   )
->>>>>>> t-planning
 
   # 1. Curvatures, once for each kind; then a pass over the training examples for each part.
   few = _few(subject, "scored", draws.split(), asked.split(), CHECKED, at_once, query_bytes)
@@ -173,7 +163,7 @@ def _of_scores(
 ) -> StageCost:
   """The cost of a part of evaluate, with the bytes of all."""
   run, config = subject.run, subject.run.config.score
-  draws = run.draws(config.draws, config.draw_groups, config.design)
+  draws = run.draws(config.draws, config.replicates, config.design)
   num, rows = len(run.dataset), rows_of(run)
   size = math.ceil(run.compute(config.batch_size).rows(draws.split()) / subject.num_devices)
   scores = 4 * run.config.sample.num_samples * num * (1 + len(config.dampings))

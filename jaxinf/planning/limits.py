@@ -56,7 +56,8 @@ _REMEDIES = {
   ("host", "images"): "lower data.num_examples or sample.num_samples",
   ("host", "rows of queries"): "lower attribute.query_replicates or sample.num_samples, or take "
   "attribute.compression='int4'",
-  ("host", "scores"): "lower attribute.replicates, attribute.query_replicates or sample.num_samples",
+  ("host", "scores"): "lower attribute.replicates, attribute.query_replicates or "
+  "sample.num_samples",
   ("host", "eigenbases"): "name large layers in curvature.diagonal or curvature.skip",
   ("disk", "rows"): "take index.compression='int4' or index.replicates=1",
   ("disk", "scores"): "lower attribute.replicates or sample.num_samples",

@@ -19,7 +19,7 @@ from jaxinf.attribution.similarity import (
   pixel_similarity,
   random_scores,
 )
-from jaxinf.attribution.trak import TRAK, d_trak, dtrak, trak
+from jaxinf.attribution.trak import DTRAK, TRAK, dtrak, trak
 from jaxinf.compression.projection import Projection
 from jaxinf.core.draws import Draws
 from jaxinf.core.examples import Examples
@@ -58,6 +58,7 @@ _root.handlers[:], _root.level = _before
 __version__ = "0.2.0"
 __all__ = [
   "DAS",
+  "DTRAK",
   "EKFAC",
   "KFAC",
   "METHODS",
@@ -90,7 +91,6 @@ __all__ = [
   "build_store",
   "clip_embeddings",
   "compare",
-  "d_trak",
   "damping_lds",
   "das",
   "dtrak",

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxinf.attribution.kernels import QUERY, TRAIN, GradientKernel, Replicate, row_operands
-from jaxinf.attribution.queries import QueryRows, gradient_batches, query_rows
+from jaxinf.attribution.kernels import QUERY, TRAIN, row_operands
+from jaxinf.attribution.queries import QueryRows, gradient_batches, gradient_kernel, query_rows
 from jaxinf.attribution.rounds import merged_rounds
 from jaxinf.attribution.scoring import ScorePass
 from jaxinf.compression.check import LostOrder, fallback_of, keeps_order, verdict
@@ -34,7 +34,6 @@ from jaxinf.diffusion.measurements import LOSS, Measurement, measurement_named
 from jaxinf.engine import processes
 from jaxinf.engine.checkpoints import PartialOutputs
 from jaxinf.engine.compute import Compute
-from jaxinf.layers.register import layers_of
 from jaxinf.scores.scores import Scores
 from jaxinf.scores.sweep import Sweep
 
@@ -157,10 +156,6 @@ class _Question:
     curvature, measured = method.curvature, measurement_named(method.measurement)
     measured.check(curvature.model.process)
     check_alike(queries, train, measured.axes)
-    if curvature.settings["conditional"] != (train.conditioning is not None):
-      raise ValueError(
-        "The curvature was fitted with conditioning, or the training examples have it: one of both."
-      )
     if compute.checkpoint is not None and measured.name is None:
       raise ValueError("With a checkpoint, give the Measurement a name that tells it from others.")
     compression, falls_back = method.compression, method.compression == AUTO
@@ -217,12 +212,7 @@ class _Question:
     return self.precision is None and processes.agreed(not all(map(keeps_order, known)))
 
   def _kernel(self, examples: Examples, measurement: Measurement, draws: Draws, **how: Any):
-    model = self.curvature.model
-    layers = layers_of(model, examples, self.curvature.selection, axes=measurement.axes, **how)
-    if layers.layers != self.curvature.layers:
-      raise ValueError("The curvature has other layers than the model: fit it for this model.")
-    replicate = Replicate.of(draws, examples.random_flip)
-    return GradientKernel(layers, measurement, model.process, replicate)
+    return gradient_kernel(self.curvature, examples, measurement, draws, **how)
 
   def _query_rows(self) -> QueryRows:
     """Every query's gradients, preconditioned for every damping, and compressed."""

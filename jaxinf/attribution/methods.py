@@ -16,7 +16,7 @@ from jaxinf.attribution.das import DAS
 from jaxinf.attribution.influence import Influence
 from jaxinf.attribution.journey import JourneyTRAK
 from jaxinf.attribution.similarity import EmbeddingSimilarity, PixelSimilarity, RandomScores
-from jaxinf.attribution.trak import TRAK, d_trak
+from jaxinf.attribution.trak import DTRAK, TRAK
 from jaxinf.compression.compression import Compression
 from jaxinf.compression.projection import Projection
 from jaxinf.core.draws import Draws
@@ -129,7 +129,7 @@ def _trak(given: Ingredients) -> TRAK:
 
 
 def _d_trak(given: Ingredients) -> TRAK:
-  return d_trak(given.model, given.projection, tuple(given.dampings), given.query_draws)
+  return DTRAK(given.model, given.projection, tuple(given.dampings), given.query_draws)
 
 
 def _journey_trak(given: Ingredients) -> JourneyTRAK:

@@ -14,16 +14,19 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
+from jaxinf.attribution.kernels import GradientKernel, Replicate
 from jaxinf.compression.compression import Compression
 from jaxinf.core.draws import Draws
 from jaxinf.core.examples import Examples
 from jaxinf.core.types import Array, Matrices, PyTree
 from jaxinf.curvature.curvature import Curvature
+from jaxinf.diffusion.measurements import Measurement
 from jaxinf.engine import processes
 from jaxinf.engine.compute import Compute
 from jaxinf.engine.kernels import Kernel, numerics
 from jaxinf.engine.maps import stream_batches
 from jaxinf.engine.worklist import Rows
+from jaxinf.layers.register import layers_of
 
 _CHECKED_QUERIES = 4  # kept uncompressed too, for each damping
 
@@ -97,6 +100,34 @@ def query_rows(
       if num_checked
     },
   )
+
+
+def gradient_kernel(
+  curvature: Curvature,
+  examples: Examples,
+  measurement: Measurement,
+  draws: Draws,
+  precision: str | None = None,
+) -> GradientKernel:
+  """The kernel of gradients in a curvature's layers, for rows of such examples.
+
+  Raises:
+    ValueError: the process has no such measurement, or the examples or the model's layers are not
+      those that the curvature was fitted for.
+  """
+  model = curvature.model
+  measurement.check(model.process)
+  if curvature.settings["conditional"] != (examples.conditioning is not None):
+    raise ValueError(
+      "The curvature was fitted with conditioning, or these examples have it: one of both."
+    )
+  layers = layers_of(
+    model, examples, curvature.selection, axes=measurement.axes, precision=precision
+  )
+  if layers.layers != curvature.layers:
+    raise ValueError("The curvature has other layers than the model: fit it for this model.")
+  replicate = Replicate.of(draws, examples.random_flip)
+  return GradientKernel(layers, measurement, model.process, replicate)
 
 
 def gradient_batches(

@@ -107,7 +107,7 @@ def dtrak(
 
   Reference: Zheng et al. 2024, "Intriguing properties of data attribution on diffusion models".
   """
-  method = d_trak(model, projection, (damping,), query_draws)
+  method = DTRAK(model, projection, (damping,), query_draws)
   return method.scores(queries=queries, train=train, draws=draws, compute=compute)[0]
 
 
@@ -197,7 +197,7 @@ class TRAK:
     )  # fmt: skip
 
 
-def d_trak(
+def DTRAK(
   model: Models,
   projection: Projection | int,
   dampings: tuple[float, ...] = (1e-9,),

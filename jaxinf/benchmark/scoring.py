@@ -231,10 +231,6 @@ def _curvature(run: Run, model: DiffusionModel, kind: Kind | None) -> Curvature:
       own, kind=kind.name, approx=kind.approx, fisher=kind.fisher, samples=kind.samples
     )
     name = "curvature-" + "-".join((section.kind, section.approx, section.fisher))
-    run = dataclasses.replace(
-      run,
-      config=dataclasses.replace(run.config, curvature=section),
-      folders={**run.folders, "curvature": run.workdir / "score" / name},
-    )
+    run = run.with_curvature(section, run.workdir / "score" / name)
   perform(run, "curvature")
   return load_curvature(run, model)

@@ -16,9 +16,13 @@ _BLOCK_BYTES = 2**24  # read at a time: far more than a disk's block, far less t
 
 def as_array(value: Any) -> Any:
   """The value itself where it is an array of any kind, and otherwise NumPy's array of it."""
-  if all(hasattr(value, name) for name in ("shape", "dtype", "__getitem__")):
-    return np.asarray(value) if hasattr(value, "addressable_shards") else value
-  return np.asarray(value)
+  if not all(hasattr(value, name) for name in ("shape", "dtype", "__getitem__")):
+    return np.asarray(value)
+  try:
+    np.dtype(value.dtype)
+  except TypeError:  # a tensor of another framework, on the host
+    return np.asarray(value)
+  return np.asarray(value) if hasattr(value, "addressable_shards") else value
 
 
 def read_rows(array: Any, rows: np.ndarray) -> np.ndarray:

@@ -4,8 +4,8 @@ import importlib
 
 import jax
 
-_OLDEST, _FIRST_FOR_MAIN = (0, 6, 2), (0, 9, 2)
-_PAIRS = "jaxinf works with jax 0.6.2 to 0.9.1 and kfac-jax 0.0.8, or newer jax and kfac-jax's main"
+_OLDEST, _FIRST_FOR_MAIN = (0, 8, 0), (0, 9, 2)
+_PAIRS = "jaxinf works with jax 0.8.0 to 0.9.1 and kfac-jax 0.0.8, or newer jax and kfac-jax's main"
 
 
 def check_versions(jax_version: tuple[int, ...] = jax.__version_info__) -> None:

@@ -8,8 +8,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
+from jaxinf.core.arrays import fingerprint
 from jaxinf.core.checks import checked_count
 from jaxinf.core.draws import Draws
 from jaxinf.core.examples import Examples
@@ -210,6 +212,9 @@ class Fit:
       name = f"{label} {part}".strip().replace(" ", "-")
       key = self.settings | {"pass": label, "part": part, "decompose": self.decompose}
       key |= content_of(self.model, train=self.train)
+      if operands:  # sums in other bases, though they differ by rounding alone, do not add up
+        leaves = enumerate(jax.tree.leaves(operands))
+        key["bases"] = fingerprint({str(i): leaf for i, leaf in leaves})
       partial = PartialSums(checkpoint.path(f"{name}.npz"), key, checkpoint.every)
     return reduce_batches(
       kernel,

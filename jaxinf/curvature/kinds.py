@@ -130,7 +130,7 @@ def settings_of(kind: Kind) -> dict[str, Any]:
 
 
 def kind_of(settings: Mapping[str, Any]) -> Kind:
-  """The kind with these settings; ValueError for unknown names."""
+  """The kind with these settings, of which it takes its own; ValueError for unknown names."""
   fields = dict(settings)
   cls = named(KINDS, fields.pop("name", None), "kind of curvature")
   if cls is ExactGGN:

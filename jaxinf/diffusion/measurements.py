@@ -148,6 +148,7 @@ def measurement_named(name: str | Measurement) -> Measurement:
   return name if isinstance(name, Measurement) else _named(name)
 
 
+@functools.lru_cache(maxsize=64)  # equal ones share a compiled kernel
 def loss_at_timestep(timestep: int) -> Measurement:
   """The training loss ℓ_t at one t in [0, T), 0-based: the paper's ℓ_{t+1}. Only ε is drawn."""
   name = f"loss_at_timestep({timestep})"
@@ -166,10 +167,11 @@ def loss_at_timestep(timestep: int) -> Measurement:
   return Measurement(draw, _losses, name=name, requires=requires)
 
 
+@functools.lru_cache(maxsize=64)
 def loss_at_time(time: float) -> Measurement:
   """The training loss of a continuous process at one t, or at one noise level σ of EDM."""
   time = float(time)
-  name = f"loss_at_time({time:g})"
+  name = f"loss_at_time({time!r})"
 
   def requires(process: Process) -> None:
     if process.is_discrete:

@@ -43,6 +43,13 @@ class DiffusionModel:
       raise ValueError(
         f"apply_fn must be a function (params, inputs, time) → output; got {self.apply_fn!r}."
       )
+    try:
+      hash(self.apply_fn)
+    except TypeError as error:
+      raise ValueError(
+        "apply_fn has no hash, by which compiled programs are found again: wrap it in a function, "
+        "as in lambda params, inputs, time: …"
+      ) from error
     if isinstance(self.process, Schedule):
       raise ValueError(
         "process must be a jaxinf.Process: Process.epsilon(schedule) for a network that predicts "

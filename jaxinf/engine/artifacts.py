@@ -333,7 +333,7 @@ def refuse_stale(place: Path, found: Any, key: Mapping[str, Any], what: str) -> 
     lines = "\n".join(f"  {line}" for line in different)
     raise StaleArtifact(
       f"{place} was made with other settings:\n{lines}\n"
-      f"Use another --workdir, undo the change, or delete that {what} to make it again."
+      f"Use another folder (--workdir), undo the change, or delete that {what} to make it again."
     )
 
 

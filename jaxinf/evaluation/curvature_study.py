@@ -87,7 +87,7 @@ class CurvatureStudy:
       lines.append(f"{name:32}" + "".join(f"{f'{e:.3g}, {c:.3f}':>18}" for e, c in cells))
     solved = zip(self.residuals.max(1), self.iterations.max(1), strict=True)
     lines.append(
-      f"{'cg: largest residual, iterations':32}"
+      f"{'exact: largest residual, iterations':32}"
       + "".join(f"{f'{r:.0e}, {i}':>18}" for r, i in solved)
     )
     return "\n".join(lines)

@@ -208,15 +208,24 @@ def layers_of(
   shape = tuple(examples.data.shape[1 + axes :])
   structs = examples.conditioning_structs
   leaves, structure = jax.tree.flatten(structs)
-  inputs = (shape, structure, *((leaf.shape, str(leaf.dtype)) for leaf in leaves))
+  # Another network, or parameters of other shapes, have layers of their own. What is kept holds on
+  # to the network, so that no other one can take its id.
+  network = id(model.apply_fn), model.process.is_discrete, *_form(model.params)
+  inputs = (network, shape, structure, *((leaf.shape, str(leaf.dtype)) for leaf in leaves))
   key = (inputs, selection, precision)
   if key not in model.cache:
     if inputs not in model.cache:
       model.check_inputs(shape, examples.conditioning)
       check_independent(model, shape, two_rows(examples.conditioning))
-      model.cache[inputs] = True
+      model.cache[inputs] = model.apply_fn
     model.cache[key] = register(model, shape, selection, structs, precision)
   return model.cache[key]
+
+
+def _form(params: Params) -> tuple:
+  """Structure, shapes and types of parameters."""
+  leaves, structure = jax.tree.flatten(params)
+  return structure, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
 
 
 def register(

@@ -38,7 +38,7 @@ def write_curvature_study(folder: Path, study: CurvatureStudy) -> list[Path]:
     for name, *pair in zip(study.names, errors, correlations, strict=True)
   ]
   solved = zip(study.residuals.max(axis=1), study.iterations.max(axis=1), strict=True)
-  rows.append(("cg: largest residual / iterations", *(f"{r:.0e} / {i:.0f}" for r, i in solved)))
+  rows.append(("exact: largest residual / iterations", *(f"{r:.0e} / {i:.0f}" for r, i in solved)))
   section = Section(
     title,
     text=[
@@ -58,7 +58,7 @@ def write_curvature_study(folder: Path, study: CurvatureStudy) -> list[Path]:
         f"{settings['num_images']} training examples; means over samples.",
       )
     ],
-    note="Where the residual of cg is not small, its solution is no reference at that damping.",
+    note="Where the residual of an exact solve is not small, it is no reference at that damping.",
   )
   return write_page(folder, title, [section], {"curvature-study.png": figure})
 

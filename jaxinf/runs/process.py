@@ -13,8 +13,9 @@ def process_of(section: DiffusionConfig) -> Process:
   """The process of the section `diffusion`.
 
   Raises:
-    ValueError: unknown names, a field is set that the prediction does not read, or fields that do
-      not fit together.
+    ValueError: unknown names, a field is set that is of other predictions, or fields that do not
+      fit together. The fields of the schedule are left alone where time is continuous, so that a
+      config can change its prediction and nothing else.
   """
   make = named(_PROCESSES, section.prediction, "diffusion.prediction")
   for field in dataclasses.fields(section):

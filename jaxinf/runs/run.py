@@ -84,6 +84,17 @@ class Run:
     """The network as a function of parameters."""
     return networks.apply_fn_of(self.model, self.process)
 
+  def with_curvature(self, section: CurvatureConfig, folder: Path) -> "Run":
+    """The same run with another curvature in a folder of its own; what was loaded is shared."""
+    other = dataclasses.replace(
+      self,
+      config=dataclasses.replace(self.config, curvature=section),
+      folders={**self.folders, "curvature": folder},
+    )
+    shared = ("dataset", "data_content", "model", "apply_fn", "found")
+    vars(other).update({name: getattr(self, name) for name in shared})
+    return other
+
   @functools.cached_property
   def found(self) -> dict[Any, Any]:
     """What is found once about the network, for all models of the run: see DiffusionModel.cache."""
@@ -154,7 +165,7 @@ def fresh_model(run: Run) -> DiffusionModel:
   inputs = jnp.zeros((1, *run.dataset.image_shape)), jnp.zeros(1, jnp.int32)
   shapes = jax.eval_shape(run.model.init, jax.random.key(0), *inputs)["params"]
   params = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
-  return DiffusionModel(run.apply_fn, params, run.process, run.found)
+  return DiffusionModel(run.apply_fn, params, run.process)  # zeros say nothing of the network
 
 
 def load_curvature(run: Run, model: DiffusionModel) -> Curvature:

@@ -117,7 +117,9 @@ def _found(run: Run, store: Store, images: Dataset) -> Ranking:
     Examples(images.images, images.ids),
     min(config.top_k, len(store)),
     damping=config.damping,
-    draws=run.draws(config.draws, config.query_replicates, run.config.index.design),
+    draws=dataclasses.replace(
+      store.draws, num=config.draws, replicates=config.query_replicates, seed=run.config.seed
+    ),
     measurement=config.measurement,
     layers=config.layers,
     compute=run.compute(config.batch_size),

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxinf.attribution.kernels import QUERY, TRAIN, GradientKernel, Replicate, row_operands
-from jaxinf.attribution.queries import gradient_batches
+from jaxinf.attribution.kernels import QUERY, TRAIN, GradientKernel, row_operands
+from jaxinf.attribution.queries import gradient_batches, gradient_kernel
 from jaxinf.core.arrays import blocks
 from jaxinf.core.checks import checked_damping
 from jaxinf.core.draws import Draws
@@ -25,7 +25,6 @@ from jaxinf.engine import processes
 from jaxinf.engine.compute import Compute
 from jaxinf.engine.maps import Blocks, stream_batches
 from jaxinf.engine.worklist import Rows
-from jaxinf.layers.register import layers_of
 from jaxinf.scores.scores import Ranking, Scores
 from jaxinf.store.eigenrows import PackKernel, query_vectors, rotations
 from jaxinf.store.packing import Packing
@@ -202,6 +201,8 @@ class Store:
   ) -> Search:
     """The query vectors, to be compared with the rows."""
     checked_damping(damping)
+    if queries.random_flip:
+      raise ValueError("A query is measured as it is: leave random_flip out of the queries.")
     self.rows.refresh()
     names = matching_layers(self.packing.shapes, layers)
     grads = gradient_batches(
@@ -225,14 +226,10 @@ class Store:
     self, examples: Examples, measurement: Measurement, draws: Draws
   ) -> GradientKernel:
     """The gradient kernel for such examples."""
-    model = self.curvature.model
-    measurement.check(model.process)
     shape, expected = examples.data.shape[1 + measurement.axes :], tuple(self.settings["shape"])
     if tuple(shape) != expected:
       raise ValueError(f"The store is of examples {expected}; got {tuple(shape)}. Resize them.")
-    layers = layers_of(model, examples, self.curvature.selection, axes=measurement.axes)
-    replicate = Replicate.of(draws, examples.random_flip)
-    return GradientKernel(layers, measurement, model.process, replicate)
+    return gradient_kernel(self.curvature, examples, measurement, draws)
 
   def _packed(
     self,

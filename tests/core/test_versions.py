@@ -5,14 +5,14 @@ import pytest
 from jaxinf.core.versions import check_versions
 
 
-@pytest.mark.parametrize("version", [(0, 6, 2), (0, 9, 1)])
+@pytest.mark.parametrize("version", [(0, 8, 0), (0, 9, 1)])
 def test_versions_that_work_pass(version):
   check_versions(version)
 
 
-@pytest.mark.parametrize("version", [(0, 4, 30), (0, 6, 1)])
+@pytest.mark.parametrize("version", [(0, 4, 30), (0, 7, 2)])
 def test_too_old_a_jax_is_refused_in_one_line(version):
-  with pytest.raises(ImportError, match=r"jax 0\.6\.2 to 0\.9\.1") as error:
+  with pytest.raises(ImportError, match=r"jax 0\.8\.0 to 0\.9\.1") as error:
     check_versions(version)
   assert "\n" not in str(error.value)
 

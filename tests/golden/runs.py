@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from configs import base, digits_mlp, digits_unet
 from jaxinf import (
   DAS,
+  DTRAK,
   EKFAC,
   KFAC,
   TRAK,
@@ -32,7 +33,6 @@ from jaxinf import (
   Projection,
   Schedule,
   Sweep,
-  d_trak,
   fit_curvature,
   influence_sweep,
   pixel_similarity,
@@ -389,7 +389,7 @@ def library(workdir: Path) -> Arrays:
   signs, normal = Projection(64, SEED), Projection(64, SEED, "normal")
   methods = {
     "trak": TRAK(model, signs, dampings),
-    "dtrak": d_trak(model, normal, dampings),
+    "dtrak": DTRAK(model, normal, dampings),
     "das": DAS(model, signs, dampings),
     "journey-trak": JourneyTRAK(model, signs, (4, 12), dampings),
   }

@@ -6,7 +6,7 @@ every residual block on the way up takes the latest skip off the stack, beside i
 See `modules.py` for the layers and `diffusers.py` for reading and writing diffusers' files.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax.numpy as jnp
@@ -101,7 +101,7 @@ class UNet(nn.Module):
     return modules.conv3x3(self.out_channels, "conv_out")(h)
 
 
-def _inner_blocks(model: UNet) -> tuple[Callable, list[Callable | None], Callable | None]:
+def _inner_blocks(model: UNet) -> tuple[Callable, Sequence[Callable | None], Callable | None]:
   """What makes a residual block, the attention of each level, and that of the middle block."""
   resnet = partial(
     modules.ResnetBlock,

@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
   config.sample.batch_size = 4
   config.curvature.draws = 12
   config.attribute.draws = 16
-  config.attribute.draw_groups = 4
+  config.attribute.replicates = 4
   config.attribute.query_draws = 96
   config.index.draws = 16
   config.query.draws = 96

@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
   config.sample.num_samples = 50
   config.sample.batch_size = 50
   config.measure.draws = 400
-  config.measure.draw_groups = 5
+  config.measure.replicates = 5
   config.measure.batch_size = 400
   config.score.methods = (
     "influence", "ekfac", "kfac-empirical", "kfac-reduce", "kfac-reduce-empirical", "identity",

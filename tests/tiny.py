@@ -32,8 +32,8 @@ def get_config() -> ConfigDict:
   config.compress_study.projection_shares = (0.5,)
   config.attribute.draws = 4
   config.attribute.query_draws = 4
-  config.attribute.draw_groups = 2
-  config.attribute.stop.group_size = 1
+  config.attribute.replicates = 2
+  config.attribute.stop.size = 1
   config.attribute.damping = 1e-4
   config.index.draws = 4
   config.query.draws = 4
@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
   config.retrain.steps = 10
   config.retrain.models_at_once = 4
   config.measure.draws = 8
-  config.measure.draw_groups = 2
+  config.measure.replicates = 2
   config.measure.batch_size = 16
   config.score.methods = ("influence", "pixel", "random")
   config.score.dampings = (1e-4, 1e-2)

@@ -257,9 +257,9 @@ def settings_of_projected(
   return {
     "process": model.process.settings,
     "draws": draws.num,
-    "draw_groups": draws.replicates,
+    "replicates": draws.replicates,
     "query_draws": asked.num,
-    "query_groups": asked.replicates,
+    "query_replicates": asked.replicates,
     "seed": draws.seed,
     "query_seed": asked.seed,
     "design": draws.design,

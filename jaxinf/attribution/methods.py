@@ -150,7 +150,7 @@ def _das(given: Ingredients) -> DAS:
   return DAS(given.model, given.projection, tuple(given.dampings), given.query_draws)
 
 
-_DRAWS = ("draws", "draw_groups", "query_draws", "query_groups", "design")
+_DRAWS = ("draws", "replicates", "query_draws", "query_replicates", "design")
 _PROJECTED = (*_DRAWS, "projection_dim", "projection")
 
 

@@ -21,7 +21,7 @@ from jaxinf.core.types import Array, Matrices, PyTree
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.engine import processes
 from jaxinf.engine.compute import Compute
-from jaxinf.engine.kernels import Kernel
+from jaxinf.engine.kernels import Kernel, numerics
 from jaxinf.engine.maps import stream_batches
 from jaxinf.engine.worklist import Rows
 
@@ -120,6 +120,7 @@ def _everyones_rows(batches: Iterator[Matrices], num_rows: int) -> Matrices:
   return jax.tree.map(lambda x: processes.gathered(x, num_rows), whole)
 
 
+@numerics()
 @functools.partial(jax.jit, static_argnums=0)
 def _compress(compression: Compression, rows: Array, eigenvalues: Array) -> PyTree:
   return compression.compress(rows, eigenvalues)

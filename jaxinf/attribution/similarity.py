@@ -20,6 +20,7 @@ from jaxinf.core.examples import Examples, check_alike, checked_data
 from jaxinf.core.random import fold_in_each, stream
 from jaxinf.core.registry import named
 from jaxinf.core.types import Array
+from jaxinf.engine.kernels import numerics
 from jaxinf.scores.scores import Scores
 from jaxinf.scores.sweep import Sweep
 
@@ -94,6 +95,7 @@ def clip_embeddings(images: Array, folder: str | Path, *, batch_size: int = 64) 
   return np.concatenate(parts)
 
 
+@numerics()
 def random_scores(*, queries: Examples, train: Examples, seed: int = 0) -> Scores:
   """Independent N(0, 1) scores: what no information is worth.
 

@@ -145,7 +145,7 @@ def _measure(
     load_model(run),
     run.config.measure,
   )
-  draws = run.draws(config.draws, config.draw_groups, config.design)
+  draws = run.draws(config.draws, config.replicates, config.design)
   compute = run.compute(config.batch_size)
   at_once = run.config.retrain.models_at_once
   with Progress("measure", len(models), "models") as progress:

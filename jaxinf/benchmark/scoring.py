@@ -146,8 +146,7 @@ def _folder(run: Run, row: Row) -> pathlib.Path:
 
 def score_key(run: Run, row: Row) -> dict[str, Any]:
   """What the scores of a row depend on."""
-  section = settings(run.config.score)
-  key = {name: value for name, value in section.items() if name in row.kind.reads} | {
+  key = settings(run.config.score, only=row.kind.reads) | {
     "seed": run.config.seed,
     "method": row.method,
     "measurement": row.measurement,
@@ -156,8 +155,8 @@ def score_key(run: Run, row: Row) -> dict[str, Any]:
     "train_content": content_of_stage(run, "train"),
     "sample_content": content_of_stage(run, "sample"),
   }
-  if "clip" in row.kind.reads and section["clip"] is not None:
-    path = pathlib.Path(section["clip"]).expanduser()
+  if "clip" in row.kind.reads and run.config.score.clip is not None:
+    path = pathlib.Path(run.config.score.clip).expanduser()
     key["clip_content"] = artifacts.fingerprint_of_files(path)
   if row.kind.curved:
     key["curvature"] = own_settings(run, "curvature")
@@ -182,7 +181,7 @@ def answered(run: Run, row: Row, method: Attribution, sums: pathlib.Path) -> Swe
   own over the training examples.
   """
   config, queries = run.config.score, samples_of(run, row)
-  draws = run.draws(config.draws, config.draw_groups, config.design)
+  draws = run.draws(config.draws, config.replicates, config.design)
   compute = run.compute(config.batch_size, checkpoint=Checkpointing(sums))
   passes = checked_count(config.passes, "score.passes") if row.kind.curved else 1
   parts = np.array_split(np.arange(len(queries)), min(passes, len(queries)))
@@ -206,7 +205,7 @@ def ingredients(run: Run, row: Row) -> Ingredients:
     curvature=lambda kind: _curvature(run, model, kind),
     dampings=row.kind.dampings(config.dampings),
     measurement=row.measurement or "loss",
-    query_draws=run.draws(config.query_draws, config.query_groups, config.design),
+    query_draws=run.draws(config.query_draws, config.query_replicates, config.design),
     compression=config.compression,
     projection=Projection(config.projection_dim, run.config.seed, config.projection),
     journey_steps=config.journey_steps,
@@ -229,9 +228,9 @@ def _curvature(run: Run, model: DiffusionModel, kind: Kind | None) -> Curvature:
   own = run.config.curvature
   if kind is not None and kind != kind_of_config(own):
     section = dataclasses.replace(
-      own, method=kind.name, sharing=kind.approx, estimator=kind.fisher, targets=kind.samples
+      own, kind=kind.name, approx=kind.approx, fisher=kind.fisher, samples=kind.samples
     )
-    name = "curvature-" + "-".join((section.method, section.sharing, section.estimator))
+    name = "curvature-" + "-".join((section.kind, section.approx, section.fisher))
     run = dataclasses.replace(
       run,
       config=dataclasses.replace(run.config, curvature=section),

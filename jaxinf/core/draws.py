@@ -19,7 +19,10 @@ TIMESTEPS = {
   "stratified": "draw s of S lies in the s-th of S equally probable parts of the times",
   "uniform": "each draw's time is independent (the paper)",
 }
-_TRAIN_REPLICATES, _QUERY_REPLICATES = 5, 2  # at most, where none are asked for
+
+# Replicates at most, where none are asked for. A standard error from n of them is itself right to
+# 1 / √(2 (n − 1)): a third, of 5. Replicates of queries have rows in memory, so that there are 2.
+_TRAIN_REPLICATES, _QUERY_REPLICATES = 5, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +117,9 @@ class Draws:
 
     Args:
       top_k, agreement, most: see `Stopping`.
-      replicates: in a round, at least 2: halves of them are compared.
-      size: draws in a replicate; few leave little to stratify.
+      replicates: in a round, at least 2, because halves of them are compared; 4 have three splits.
+      size: draws in a replicate. They are spread over as many parts of the times, and antithetic
+        pairs over half as many, so that fewer draws are less even.
       seed: of the draws.
     """
     checked_count(replicates, "replicates", 2)
@@ -140,8 +144,9 @@ class Draws:
   def of_queries(self, asked: "Draws | None") -> "Draws":
     """The draws of queries: those asked for, or as many by the same design, in one round.
 
-    A query is scored by all rounds of training draws, so that its own draws are taken once. Where
-    these draws go on until they are stable, a query has 256.
+    A query is scored by all rounds of training draws, so that its own draws are taken once, before
+    the number of rounds is known. Where these draws go on until they are stable, a query has 256:
+    as many as eight rounds of `until_stable` by default.
     """
     if asked is not None and asked.stop is not None:
       raise ValueError("Draws of queries are taken once: give query_draws a fixed number of draws.")

@@ -27,7 +27,8 @@ class Examples:
       its draws whatever else is beside it. 0 … N − 1 where None.
     conditioning: pytree of arrays [N, …], what the model is also given, such as labels [N] or text
       embeddings [N, L, E]; None where it takes nothing else.
-    groups: [N] whose each example is, such as an artist or a class. Scores can be summed over them.
+    groups: [N] what each example belongs to, such as an artist or a class; `Scores.by_group` sums
+      over them.
     random_flip: whether training mirrored images left to right at random. It belongs to training
       examples; queries are measured as they are.
 

@@ -16,6 +16,7 @@ from jaxinf.curvature.eigenbasis import multiply, precondition
 from jaxinf.curvature.ggn import GGN
 from jaxinf.curvature.kinds import Kind
 from jaxinf.diffusion.model import DiffusionModel
+from jaxinf.engine.kernels import numerics
 from jaxinf.layers.coverage import Coverage, Selection
 from jaxinf.layers.specs import Layer, from_matrices, to_matrices
 
@@ -140,7 +141,9 @@ class ExactCurvature(Curvature):
     return super()._arrays() | self.ggn.content
 
 
-@jax.jit
-def _precondition(grads: Array, basis: Eigenbasis, damping: float) -> Array:
-  with jax.default_matmul_precision("highest"):
-    return precondition(grads, basis, damping)
+def _precondition(grads: Array, basis: Eigenbasis, damping: float) -> jax.Array:
+  with numerics(), jax.default_matmul_precision("highest"):
+    return _precondition_on_device(grads, basis, damping)
+
+
+_precondition_on_device = jax.jit(precondition)

@@ -13,7 +13,7 @@ from jaxinf.core.registry import named
 from jaxinf.curvature.ggn import Solver
 from jaxinf.curvature.targets import FISHERS
 from jaxinf.layers.coverage import Selection
-from jaxinf.layers.factors import SHARINGS
+from jaxinf.layers.factors import APPROXIMATIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class KFAC:
   corrects: ClassVar[bool] = False  # eigenvalues, by a second pass
 
   def __post_init__(self):
-    named(dict.fromkeys(SHARINGS), self.approx, "approx")
+    named(dict.fromkeys(APPROXIMATIONS), self.approx, "approx")
     _check_fisher(self.fisher, self.samples)
 
   @property

@@ -82,7 +82,10 @@ class Dataset:
 
   @functools.cached_property
   def is_pixels(self) -> bool:
-    """Whether the data are pixels: uint8, or images [N, H, W, C] of numbers in [-1, 1]."""
+    """Whether the data are pixels: uint8, or images [N, H, W, C] of numbers in [-1, 1].
+
+    Up to 1.001, because that is the next float16 above 1.
+    """
     if self.images.dtype == np.uint8:
       return True
     return len(self.images.shape) == 4 and all(abs(x).max() <= 1.001 for x in blocks(self.images))

@@ -1,4 +1,4 @@
-"""What results come from, as a hash: results kept on disk are gone on with only under the same."""
+"""A hash of what results are computed from: work on disk is continued only where it is the same."""
 
 import jax
 import numpy as np

@@ -300,7 +300,9 @@ def _check_timesteps(name: str, process: Process, timesteps: Sequence[int]) -> N
     )
 
 
-@functools.lru_cache(maxsize=64)  # so that equal names share a compiled kernel
+# Cached, so that equal names are one measurement and share a compiled kernel. 64 are more than any
+# study measures.
+@functools.lru_cache(maxsize=64)
 def _named(name: str) -> Measurement:
   if name in MEASUREMENTS:
     return MEASUREMENTS[name]

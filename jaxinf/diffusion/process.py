@@ -152,6 +152,8 @@ class Process:
   ) -> "Process":
     """EDM: x_σ = x_0 + σ ε with ln σ ~ N(p_mean, p_std²); the loss of D(x_σ, σ) counts 1 / c_out².
 
+    The defaults are those of Karras et al. 2022, Table 1.
+
     Args:
       sigma_data: standard deviation of the data.
       p_mean, p_std: of ln σ in training.

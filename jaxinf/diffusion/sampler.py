@@ -29,7 +29,7 @@ from jaxinf.diffusion.noise import network_output
 from jaxinf.diffusion.process import Process
 
 CONTINUOUS_STEPS = 100  # where a continuous process is sampled without saying in how many steps
-_RHO = 7
+_RHO = 7  # Karras et al. 2022
 
 
 class Step(NamedTuple):

@@ -33,7 +33,7 @@ from jaxinf.engine import processes
 from jaxinf.engine.progress import clock
 from jaxinf.engine.resources import measured
 
-# What a stage computes: the arrays and notes of its artefact, and a word on them for the user.
+# What a stage computes: the arrays and notes of its artefact, and what they are in a few words.
 Outcome = tuple[Mapping[str, np.ndarray], Mapping[str, Any], str]
 
 _LOG = logging.getLogger("jaxinf")
@@ -255,7 +255,8 @@ class Checkpoints:
 
   def restore(self, step: int, like: PyTree) -> PyTree:
     """The state of a step, with the structure, shapes and types of `like`."""
-    abstract = jax.tree.map(np.asarray, like)  # no devices: each process's own are elsewhere
+    # NumPy's arrays, because JAX's name devices, and every process has others.
+    abstract = jax.tree.map(np.asarray, like)
     return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
 
   def close(self) -> None:

@@ -12,7 +12,9 @@ from jaxinf.core.types import PyTree
 from jaxinf.engine import processes
 from jaxinf.engine.kernels import AXIS, Program, copying
 
-IN_FLIGHT = 2  # results a device may be ahead of the host
+# Results a device may be ahead of the host, so that it has work while the host takes the last one.
+# Each more would be kept in the device's memory.
+IN_FLIGHT = 2
 
 
 def on_all(function: Callable, devices: Sequence[jax.Device], donate: bool = False) -> Program:

@@ -95,7 +95,7 @@ class Summing:
 
 
 def in_64_bits(kernel: Kernel) -> bool:
-  """What a kernel says of itself, which is no for one that says nothing."""
+  """Whether the kernel has a true attribute `x64`; most have none, and compute in 32 bits."""
   return bool(getattr(kernel, "x64", False))
 
 

@@ -1,8 +1,8 @@
-"""Several processes, each with devices of its own: which rows are whose, and how results meet.
+"""Several processes, each with devices of its own: who has which rows, and how results are joined.
 
 Every process runs the same program on the same inputs. It goes through its own share of the rows,
 a contiguous range, and what they found is gathered in all of them; the primary writes files. With
-one process nothing here does anything.
+one process these functions give back what they are given.
 """
 
 import contextlib
@@ -20,7 +20,9 @@ from jax.experimental import multihost_utils
 
 from jaxinf.core.types import PyTree
 
-_PIECE_BYTES = 2**26  # of one process, on the devices at a time while results meet
+# Bytes of each process that are exchanged at a time. They go through the devices' memory, once for
+# every process, and results may be larger than that.
+_PIECE_BYTES = 2**26
 
 
 def connect(

@@ -7,7 +7,7 @@ import time
 import tqdm
 
 _LOG = logging.getLogger("jaxinf")
-_QUIET_SECONDS = 20.0
+_QUIET_SECONDS = 20.0  # between two lines, so that the log of an hour has 180 of them at most
 
 
 class Progress:

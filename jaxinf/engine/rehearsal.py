@@ -92,6 +92,7 @@ def rehearsing(
   sizes: Mapping[int, int],
   clock: Callable[[], float] = time.perf_counter,
   most_bytes: int | None = None,
+  growth: float = 1.0,
 ) -> Iterator["Rehearsal"]:
   """What is called in here is a rehearsal.
 
@@ -99,8 +100,9 @@ def rehearsing(
     sizes: number of examples here → in the run in full; passes over other numbers are as they are.
     clock: seconds.
     most_bytes: of each device: a program that needs more is compiled and not run. None: any.
+    growth: of the operands of second kernels, in passes over examples that grow in number.
   """
-  found = Rehearsal(sizes, clock, most_bytes)
+  found = Rehearsal(sizes, clock, most_bytes, growth)
   token, began = _CURRENT.set(found), found.now()
   try:
     yield found
@@ -136,8 +138,14 @@ class Rehearsal:
     too_large: whether a program was not run, so that times mean nothing.
   """
 
-  def __init__(self, sizes: Mapping[int, int], clock: Callable[[], float], most_bytes: int | None):
-    self._sizes, self._clock, self._most_bytes = sizes, clock, most_bytes
+  def __init__(
+    self,
+    sizes: Mapping[int, int],
+    clock: Callable[[], float],
+    most_bytes: int | None,
+    growth: float,
+  ):
+    self._sizes, self._clock, self._most_bytes, self._growth = sizes, clock, most_bytes, growth
     self._paused, self._within, self._programs = 0.0, [], {}  # type: float, list[float], dict
     self.passes: list[Pass] = []
     self.active: Pass | None = None  # which programs are called for
@@ -169,39 +177,37 @@ class Rehearsal:
         self._paused += seconds
 
   def begun(self, label: str | None, examples: int | None, rows: int) -> "Pass":
-    is_scaled = examples is not None and examples in self._sizes
+    growth = self._growth if examples in self._sizes else 1.0
     in_full = rows if examples is None else self.in_full(examples, rows)
-    self.passes.append(Pass(self, label or "", rows, in_full, is_scaled))
+    self.passes.append(Pass(self, label or "", rows, in_full, growth))
     return self.passes[-1]
 
   def in_full(self, examples: int, rows: int) -> int:
     return math.ceil(rows * self._sizes.get(examples, examples) / examples)
 
-  def seconds(self, growth: float = 1.0) -> float | None:
-    """Of all batches and parts in the run in full; None where that is not known.
-
-    Args:
-      growth: of the operands of second kernels, in passes over examples that grow in number.
-    """
+  @property
+  def seconds(self) -> float | None:
+    """Of all batches and parts in the run in full; None where that is not known."""
     if self.too_large:
       return None
-    more = lambda p: (growth - 1) * p.second_seconds if p.is_scaled else 0.0
+    more = lambda p: (p.growth - 1) * p.second_seconds
     return self.parts + sum(p.batches * (p.seconds + more(p)) for p in self.passes)
 
-  def operations(self, growth: float = 1.0) -> float | None:
+  @property
+  def operations(self) -> float | None:
     """Of all batches, on one device; None where that is not known."""
     total = 0.0
     for one in self.passes:
       first, second = (one.operations(kernel) for kernel in (0, 1))
       if first is None or second is None:
         return None
-      total += one.batches * (first + second * (growth if one.is_scaled else 1.0))
+      total += one.batches * (first + second * one.growth)
     return total
 
-  def workspace_in_full(self, growth: float = 1.0) -> int:
+  @property
+  def workspace_in_full(self) -> int:
     """Bytes on each device, besides inputs and outputs."""
-    seconds = [p.uses[1].workspace * (growth if p.is_scaled else 1.0) for p in self.passes]
-    return max(self.workspace, *map(math.ceil, seconds), 0)
+    return max(self.workspace, *(math.ceil(p.uses[1].workspace * p.growth) for p in self.passes), 0)
 
   @contextlib.contextmanager
   def part(self, times: float) -> Iterator[None]:
@@ -256,7 +262,7 @@ class Pass(Trial):
     label: of the driver.
     rows: that it has here.
     rows_in_full: in the run in full.
-    is_scaled: whether it is over examples of which there are more in the run in full.
+    growth: of the operands of its second kernel.
     uses: what it has of the first kernel, and of the second.
     second_seconds: of the second kernel, for a batch.
   """
@@ -265,7 +271,7 @@ class Pass(Trial):
   label: str
   rows: int
   rows_in_full: int
-  is_scaled: bool
+  growth: float
   uses: tuple[Use, Use] = dataclasses.field(default_factory=lambda: (Use(), Use()))
   second_seconds: float = 0.0
   in_second: bool = False

@@ -105,8 +105,8 @@ def compare(ldses: Mapping[str, LDS], *, against: str | None = None) -> str:
   Args:
     ldses: LDS by name of the method, all of the same queries, subsets and resamples.
     against: one of the names; None: that of the highest LDS, which is then chosen by the same
-      numbers it is tested with, so that p-values are too small. None is corrected for the number
-      of rows.
+      numbers it is tested with, so that p-values are too small. No p-value is corrected for the
+      number of rows.
   """
   if not all(isinstance(found, LDS) for found in ldses.values()):
     raise ValueError("compare takes LDS by name: compare({name: jaxinf.lds(scores, …), …}).")

@@ -34,6 +34,7 @@ from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.eigenbasis import from_eigenbasis, to_eigenbasis
 from jaxinf.diffusion.measurements import LOSS
 from jaxinf.engine.compute import Compute
+from jaxinf.engine.kernels import numerics
 from jaxinf.engine.maps import Blocks, map_batches
 from jaxinf.engine.worklist import Rows
 from jaxinf.layers.register import layers_of
@@ -106,39 +107,12 @@ def compression_study(
   check_alike(queries, train)
   _check(curvature, train, variants)
   draws = dataclasses.replace(draws, replicates=1)
-  model = curvature.model
-  layers = layers_of(model, train, curvature.selection)
-  kernel = GradientKernel(layers, LOSS, model.process, Replicate.of(draws))
-
-  # 1. The rows of queries as they are, and as every variant gives them back.
-  operands = row_operands(model.params, draws, QUERY)
-  exact = query_rows(
-    curvature,
-    gradient_batches(kernel, operands, queries, draws, compute),
-    num_rows=len(queries),
-    dampings=[damping],
-    compression=Uncompressed(),
-  ).compressed
+  exact = _exact_rows(curvature, queries, damping, draws, compute)
   restored = []
   for name, compression in variants.items():
     _LOG.info("compression study: %s", name)
     restored.append(_round_trip(compression, exact, curvature))
-
-  # 2. Training gradients, past all of them.
-  products = map_batches(
-    GradientKernel(layers, LOSS, model.process, Replicate.of(draws, train.random_flip)),
-    row_operands(model.params, draws, TRAIN),
-    Rows.of(train, 1),
-    label="training gradients",
-    batch_size=compute.rows(draws),
-    devices=compute.devices,
-    then=Blocks(PlainProducts(), [exact, *restored]),
-  )
-  if not np.isfinite(products).all():
-    raise ValueError(
-      "Some scores are not finite: gradients overflow. Check that the model's outputs are finite "
-      "for these examples at every time, or raise the damping."
-    )
+  products = _products(curvature, train, [exact, *restored], draws, compute)
   reference, *others = products.T.astype(np.float64).reshape(-1, len(queries), len(train))
   shapes = [rows.shape[1:] for rows in exact.values()]
   num_bytes = lambda compression: sum(map(compression.num_bytes, shapes))
@@ -174,10 +148,59 @@ def _check(curvature: Curvature, train: Examples, variants: Mapping[str, Compres
     )
 
 
+def _exact_rows(
+  curvature: Curvature, queries: Examples, damping: float, draws: Draws, compute: Compute
+) -> Matrices:
+  """Layer name → v [Q, …, d_out, d_in]."""
+  return query_rows(
+    curvature,
+    gradient_batches(
+      _gradients(curvature, queries, draws),
+      row_operands(curvature.model.params, draws, QUERY),
+      queries,
+      draws,
+      compute,
+    ),
+    num_rows=len(queries),
+    dampings=[damping],
+    compression=Uncompressed(),
+  ).compressed
+
+
+def _products(
+  curvature: Curvature, train: Examples, blocks: list[Matrices], draws: Draws, compute: Compute
+) -> np.ndarray:
+  """[N, R] inner products of training gradients with the rows of all blocks."""
+  products = map_batches(
+    _gradients(curvature, train, draws),
+    row_operands(curvature.model.params, draws, TRAIN),
+    Rows.of(train, 1),
+    label="training gradients",
+    batch_size=compute.rows(draws),
+    devices=compute.devices,
+    then=Blocks(PlainProducts(), blocks),
+  )
+  if not np.isfinite(products).all():
+    raise ValueError(
+      "Some scores are not finite: gradients overflow. Check that the model's outputs are finite "
+      "for these examples at every time, or raise the damping."
+    )
+  return products
+
+
+def _gradients(curvature: Curvature, examples: Examples, draws: Draws) -> GradientKernel:
+  """The kernel of such examples' gradients."""
+  model = curvature.model
+  layers = layers_of(model, examples, curvature.selection)
+  return GradientKernel(layers, LOSS, model.process, Replicate.of(draws, examples.random_flip))
+
+
 def _round_trip(compression: Compression, rows: Matrices, curvature: Curvature) -> Matrices:
   """Layer name → rows [Q, …, d_out, d_in] compressed and restored, on the host."""
   # Two programs: in one, XLA may leave out what rounds, such as float32 → bfloat16 → float32.
-  compress, restore = jax.jit(compression.compress), jax.jit(compression.restore)
+  compress, restore = (
+    numerics()(jax.jit(function)) for function in (compression.compress, compression.restore)
+  )
   found = {}
   for name, matrices in rows.items():
     eigenvalues, basis = curvature.eigenvalues(name), curvature.bases[name]
@@ -190,12 +213,14 @@ def _round_trip(compression: Compression, rows: Matrices, curvature: Curvature) 
   return found
 
 
+@numerics()
 @jax.jit
 def _to_eigenbasis(rows: Array, basis: Eigenbasis) -> Array:
   with jax.default_matmul_precision("highest"):
     return to_eigenbasis(rows, basis)
 
 
+@numerics()
 @jax.jit
 def _from_eigenbasis(rows: Array, basis: Eigenbasis) -> Array:
   with jax.default_matmul_precision("highest"):

@@ -70,9 +70,9 @@ class Retrained:
   def means(self) -> np.ndarray:
     """[M, Q] means over seeds, NaN for subsets without a model.
 
-    Seeds share their initial weights and random stream between subsets, which moves all of a seed's
-    measurements alike. Where subsets have different seeds, value = subset + seed is fitted by least
-    squares and the subsets' part taken, so that a seed missing here and there orders nothing.
+    All models of a seed have the same initial weights and random stream, so that a seed moves all
+    its measurements alike. Where some subsets lack a seed, value = subset + seed is fitted by least
+    squares, and the means are the subsets' part: which seeds a subset has does not move it.
     """
     trained, values = self.trained.astype(float), self.values.astype(float)
     counts = trained.sum(axis=1, keepdims=True)

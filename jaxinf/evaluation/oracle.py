@@ -1,8 +1,8 @@
 """What the best predictor of retrained models could reach: their own seeds, predicting each other.
 
-Retraining is random: K seeds of one subset differ. One model more is the paper's oracle, "exact
-retraining"; and what the mean of infinitely many would reach, the ceiling, follows from how well
-single seeds agree.
+Retraining is random: the models of K seeds on one subset differ. One more model is the paper's
+oracle, "exact retraining". The mean of infinitely many models would predict best; its LDS, the
+ceiling, is estimated from how well single seeds agree.
 """
 
 import dataclasses
@@ -32,9 +32,9 @@ class NoiseCeiling:
 def retraining_lds(retrained: Retrained, *, seed: int = 0, num_resamples: int = 1000) -> LDS:
   """LDS of exact retraining: the model of one seed predicts the mean of the other seeds.
 
-  Everything is the mean over which seed is the one, but `predicted` and `measured`, which are those
-  of the first seed (NaN for subsets where it or all others lack). A seed counts with the subsets
-  that it and another are trained on.
+  Each seed in turn predicts, and all numbers are means over the seeds. Only `predicted` and
+  `measured` are those of the first one; they are NaN for subsets without a model of it, or of any
+  other seed. A seed counts with the subsets that it and another are trained on.
 
   Args:
     retrained: of K ≥ 2 seeds.
@@ -80,10 +80,11 @@ def noise_ceiling(
 
   With r the correlation of two single seeds over subsets, that of the mean of K seeds with as many
   fresh ones is R = K r / (1 + (K − 1) r) (Spearman and Brown), and its correlation with what it
-  estimates √R. r is the mean of rank correlations over pairs of seeds and queries. Two
-  approximations: the formulas are of products, not ranks (within 0.01 where measurements are
-  normal); and √R is concave in r, so that where queries differ much the ceiling is too high. Scores
-  that add up over examples reach less where effects of removal don't add up.
+  estimates √R. r is the mean of rank correlations over pairs of seeds and queries. There are two
+  approximations. The formulas are of Pearson's correlations, not of ranks (within 0.01 where
+  measurements are normal). And √R is concave in r, so that the ceiling is too high where queries
+  differ much. Scores are sums over examples: where the effects of removal do not add up, they
+  cannot reach the ceiling.
 
   Args:
     retrained: of K ≥ 2 seeds; K is the harmonic mean over subsets where some lack.

@@ -78,17 +78,17 @@ class KroneckerBlock(kfac_jax.KroneckerFactored):
     x, dy = arrays
     return Tap(inputs=self.inputs(x), gradients=self.output_gradients(_float32(dy)))
 
-  def input_sums(self, x: jax.Array, weights: jax.Array, sharing: str) -> PyTree:
+  def input_sums(self, x: jax.Array, weights: jax.Array, approx: str) -> PyTree:
     """Sums over pairs from which `input_factor` makes Σ_b w_b (1/R) Σ_r a_r a_rᵀ."""
-    return factors.input_sum(self.inputs(x), weights, has_bias=self.has_bias, sharing=sharing)
+    return factors.input_sum(self.inputs(x), weights, has_bias=self.has_bias, approx=approx)
 
   def input_factor(self, sums: PyTree) -> np.ndarray:
     """A [(groups,) d_in, d_in] on the host."""
     return np.asarray(sums)
 
-  def gradient_sums(self, dy: jax.Array, weights: jax.Array, sharing: str) -> jax.Array:
+  def gradient_sums(self, dy: jax.Array, weights: jax.Array, approx: str) -> jax.Array:
     """Σ_b w_b Σ_r g_r g_rᵀ [(groups,) d_out, d_out]."""
-    return factors.gradient_sum(self.output_gradients(_float32(dy)), weights, sharing=sharing)
+    return factors.gradient_sum(self.output_gradients(_float32(dy)), weights, approx=approx)
 
   def matrices(self, arrays: Arrays, rows: int) -> jax.Array:
     """Gradients [rows, (groups,) d_out, d_in], each summed over B / rows consecutive pairs."""
@@ -123,7 +123,7 @@ class KroneckerBlock(kfac_jax.KroneckerFactored):
       raise NotImplementedError("kfac-jax's own estimators hold one pair of factors a layer.")
     (x,), (dy,) = estimation_data.primals.inputs, estimation_data.tangents.outputs
     weights = jnp.full(len(dy), 1 / batch_size)
-    a = factors.input_sum(self.inputs(x), weights, has_bias=self.has_bias, sharing="expand")
+    a = factors.input_sum(self.inputs(x), weights, has_bias=self.has_bias, approx="expand")
     g = self.gradient_sums(dy, weights, "expand")
     state = state.copy()
     for average, value in zip(state.factors, (a, g), strict=True):
@@ -190,9 +190,9 @@ class ConvBlock(KroneckerBlock):
     )
     return jnp.stack([gradient(*pair) for pair in zip(x, dy, strict=True)])
 
-  def input_sums(self, x, weights, sharing):
-    if sharing != "expand" or not self._autocorrelates:
-      return super().input_sums(x, weights, sharing)
+  def input_sums(self, x, weights, approx):
+    if approx != "expand" or not self._autocorrelates:
+      return super().input_sums(x, weights, approx)
     images = self._images(x)
     scaled = weights / math.prod(images.shape[1:-1])
     sums: dict[str, Any] = {"moments": autocorrelation(images, scaled)}

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jaxinf.core.types import Eigenbasis
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-SHARINGS = ("expand", "reduce")
+APPROXIMATIONS = ("expand", "reduce")
 
 
 class Tap(NamedTuple):
@@ -41,18 +41,18 @@ class Tap(NamedTuple):
   gradients: jax.Array
 
 
-def input_sum(inputs: jax.Array, weights: jax.Array, *, has_bias: bool, sharing: str) -> jax.Array:
+def input_sum(inputs: jax.Array, weights: jax.Array, *, has_bias: bool, approx: str) -> jax.Array:
   """Σ_b w_b (1/R) Σ_r a_r a_rᵀ (expand) or Σ_b w_b ā āᵀ (reduce): [(groups,) d_in, d_in].
 
   Args:
     inputs: a [B, R, (groups,) d_in].
     weights: w [B].
     has_bias: whether a 1 is appended to the inputs.
-    sharing: "expand" or "reduce".
+    approx: "expand" or "reduce".
   """
   chex.assert_rank(inputs, {3, 4})
   chex.assert_shape(weights, inputs.shape[:1])
-  if sharing == "reduce":
+  if approx == "reduce":
     inputs = jnp.mean(inputs, axis=1, keepdims=True)
   weighted = inputs * (_along(weights, inputs) / inputs.shape[1])
   moments = _gram(weighted, inputs)
@@ -77,17 +77,17 @@ def with_ones(moments: jax.Array, sums: jax.Array, count: jax.Array) -> jax.Arra
   )
 
 
-def gradient_sum(gradients: jax.Array, weights: jax.Array, *, sharing: str) -> jax.Array:
+def gradient_sum(gradients: jax.Array, weights: jax.Array, *, approx: str) -> jax.Array:
   """Σ_b w_b Σ_r g_r g_rᵀ (expand) or Σ_b w_b ĝ ĝᵀ (reduce): [(groups,) d_out, d_out].
 
   Args:
     gradients: g [B, R, (groups,) d_out].
     weights: w [B].
-    sharing: "expand" or "reduce".
+    approx: "expand" or "reduce".
   """
   chex.assert_rank(gradients, {3, 4})
   chex.assert_shape(weights, gradients.shape[:1])
-  if sharing == "reduce":
+  if approx == "reduce":
     gradients = jnp.sum(gradients, axis=1, keepdims=True)
   return _gram(gradients * _along(weights, gradients), gradients)
 

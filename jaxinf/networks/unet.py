@@ -6,8 +6,9 @@ every residual block on the way up takes the latest skip off the stack, beside i
 See `modules.py` for the layers and `diffusers.py` for reading and writing diffusers' files.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -101,7 +102,7 @@ class UNet(nn.Module):
     return modules.conv3x3(self.out_channels, "conv_out")(h)
 
 
-def _inner_blocks(model: UNet) -> tuple[Callable, Sequence[Callable | None], Callable | None]:
+def _inner_blocks(model: UNet) -> tuple[Any, list[Any], Any]:
   """What makes a residual block, the attention of each level, and that of the middle block."""
   resnet = partial(
     modules.ResnetBlock,

@@ -49,17 +49,18 @@ class Costly(Protocol):
 _REMEDIES = {
   ("device", "workspace"): "lower {section}.batch_size",
   ("device", "images"): "lower {section}.batch_size",
-  ("device", "gradients"): "lower {section}.batch_size or raise {section}.draw_groups",
+  ("device", "gradients"): "lower {section}.batch_size or raise {section}.replicates",
   ("device", "rows of queries"): "lower attribute.query_chunk",
   ("device", "sums"): "raise curvature.partitions",
   ("device", "rotations"): "raise curvature.partitions, or skip large layers by curvature.skip",
   ("host", "images"): "lower data.num_examples or sample.num_samples",
-  ("host", "rows of queries"): "lower attribute.query_groups or sample.num_samples, or take "
+  ("host", "rows of queries"): "lower attribute.query_replicates or sample.num_samples, or take "
   "attribute.compression='int4'",
-  ("host", "scores"): "lower attribute.draw_groups, attribute.query_groups or sample.num_samples",
+  ("host", "scores"): "lower attribute.replicates, attribute.query_replicates or "
+  "sample.num_samples",
   ("host", "eigenbases"): "name large layers in curvature.diagonal or curvature.skip",
-  ("disk", "rows"): "take index.compression='int4' or index.draw_groups=1",
-  ("disk", "scores"): "lower attribute.draw_groups or sample.num_samples",
+  ("disk", "rows"): "take index.compression='int4' or index.replicates=1",
+  ("disk", "scores"): "lower attribute.replicates or sample.num_samples",
   ("disk", "eigenbases"): "name large layers in curvature.diagonal or curvature.skip",
   ("disk", "images"): "set sample.keep_trajectory=False or lower sample.num_samples",
 }  # fmt: skip

@@ -142,21 +142,20 @@ def attribute_cost(subject: Subject, curved: Reduced) -> StageCost:
   )
   if exact:  # whose solves take as long as they take
     reduced = _with_identity(subject, reduced)
-  with subject.rehearsal(reduced, num_train=num_train * rounds) as found:
+  with subject.rehearsal(reduced, num_train=num_train * rounds, scores=True) as found:
     STAGES["attribute"].function(reduced)
 
-  groups, query_groups = draws.replicates or 1, asked.replicates or 1
+  groups, query_replicates = draws.replicates or 1, asked.replicates or 1
   dampings, num_rows = 1 + len(config.sweep), num_train * groups
-  rows = num_queries * query_groups * dampings
+  rows = num_queries * query_replicates * dampings
   row = query_row_bytes(subject, config.compression, config.compression_size)
   blocks = min(compute.query_blocks(num_queries), rows)
   products = 4 * num_rows * rows
-  of_queries = query_groups if query_groups > 1 else 0
+  of_queries = query_replicates if query_replicates > 1 else 0
   scores = 4 * num_queries * num_train * dampings * (groups + of_queries)
   size = min(math.ceil(compute.rows(draws) / subject.num_devices), num_rows)
   cost = cost_of(
     subject, "attribute", num_rows * draws.size * rounds + num_queries * asked.num, "pairs", found,
-    growth=num_queries / few,
     written=scores + products,
     device={
       "rows of queries": math.ceil(rows / blocks) * row,
@@ -175,7 +174,7 @@ def attribute_cost(subject: Subject, curved: Reduced) -> StageCost:
 
 def _with_identity(subject: Subject, run: Reduced) -> Reduced:
   """The same with the identity for its curvature."""
-  identity = dataclasses.replace(run.config.curvature, method="identity")
+  identity = dataclasses.replace(run.config.curvature, kind="identity")
   run = dataclasses.replace(
     run,
     config=dataclasses.replace(run.config, curvature=identity),
@@ -195,7 +194,7 @@ def _attribute_notes(auto_draws: bool, exact: bool) -> tuple[str, ...]:
 def index_cost(subject: Subject, curved: Reduced) -> StageCost:
   """Gradients of training examples, in the eigenbasis, compressed and written."""
   config, num_train = subject.run.config.index, len(subject.run.dataset)
-  draws = subject.run.draws(config.draws, config.draw_groups, config.design).split()
+  draws = subject.run.draws(config.draws, config.replicates, config.design).split()
   groups, size = draws.replicates or 1, subject.run.compute(config.batch_size).rows(draws)
   run = subject.reduced("index", examples_of_batches(size, groups), index={"reserve_mib": 0})
   run = dataclasses.replace(run, folders={"curvature": curved.folder("curvature")})
@@ -233,28 +232,26 @@ def cost_of(
   host: Mapping[str, int],
   disk: Mapping[str, int],
   written: int = 0,
-  growth: float = 1.0,
   notes: tuple[str, ...] = (),
 ) -> StageCost:
   """The cost of a stage that was rehearsed; the rest as for `StageCost`.
 
   Args:
     written: bytes that go to the disk, over and over perhaps.
-    growth: of the query rows that training gradients meet.
   """
-  operations = found.operations(growth)
+  operations = found.operations
   return StageCost(
     stage, amount, unit,
     operations=None if operations is None else operations * subject.num_devices,
     seconds={
       "compiling": found.compiling,
-      "batches": found.seconds(growth),
+      "batches": found.seconds,
       "besides": found.besides + found.decomposing,
       "disk": written / subject.disk_rate,
     },
     device={
       "parameters": subject.params_bytes, **device,
-      "workspace": found.workspace_in_full(growth),
+      "workspace": found.workspace_in_full,
     },
     host={"images": subject.images_bytes, **host},
     disk=disk,

@@ -12,6 +12,7 @@ from jaxinf.benchmark.retraining import groups_of, subset_specs, train_models
 from jaxinf.benchmark.scoring import Row, answered, check_rows, ingredients, rows_of
 from jaxinf.core.draws import Draws
 from jaxinf.curvature.kinds import ExactGGN
+from jaxinf.engine.rehearsal import Rehearsal
 from jaxinf.planning.cost import StageCost, added
 from jaxinf.planning.line import CHECKED, OFTEN, cost_of, eigenbases_bytes, query_row_bytes
 from jaxinf.planning.reduced import Reduced, Subject, examples_of_batches
@@ -82,7 +83,7 @@ def _retrain_cost(subject: Subject) -> tuple[StageCost, Reduced]:
 
 def _measure_draws(subject: Subject) -> Draws:
   config = subject.run.config.measure
-  return subject.run.draws(config.draws, config.draw_groups, config.design).split()
+  return subject.run.draws(config.draws, config.replicates, config.design).split()
 
 
 def _measure_cost(subject: Subject, retrained: Reduced) -> StageCost:
@@ -114,63 +115,67 @@ def _evaluate_cost(subject: Subject) -> StageCost:
   rows = rows_of(run)
   known = [row for row in rows if not _is_solved(subject, row)]
   curved = [row for row in known if row.kind.curved]
-  others = [row for row in known if row not in curved]
-  draws = run.draws(config.draws, config.draw_groups, config.design)
-  asked = run.draws(config.query_draws, config.query_groups, config.design)
-  num_train, num_queries = len(run.dataset), run.config.sample.num_samples
-  passes = min(config.passes, num_queries)
-  at_once = math.ceil(num_queries / passes)
-  dampings = max((len(row.kind.dampings(config.dampings)) for row in curved), default=1)
+  draws = run.draws(config.draws, config.replicates, config.design)
+  asked = run.draws(config.query_draws, config.query_replicates, config.design)
+  passes = min(config.passes, run.config.sample.num_samples)
+  at_once = math.ceil(run.config.sample.num_samples / passes)
+  dampings = max((len(row.kind.dampings(config.dampings)) for row in curved), default=0)
+  query_bytes = (
+    (asked.replicates or 1) * dampings * query_row_bytes(subject, config.compression, None)
+  )
 
   # 1. Curvatures, once for each kind; then a pass over the training examples for each part.
-  query_rows = (asked.replicates or 1) * dampings * bool(curved)
-  row = query_row_bytes(subject, config.compression, None)
-  sizes = CHECKED, at_once, query_rows * row
-  reduced = _reduced(subject, "scored", draws.split(), asked.split(), *sizes)
-  with subject.rehearsal(reduced) as fits:
-    methods = {row: row.kind.make(ingredients(reduced, row)) for row in curved}
-  with subject.rehearsal(reduced, at_once) as scores:
-    for number, (row_of, method) in enumerate(methods.items()):
-      answered(reduced, row_of, method, subject.folder / f"sums-{number}")
-  growth = at_once / reduced.config.sample.num_samples
+  few = _few(subject, "scored", draws.split(), asked.split(), CHECKED, at_once, query_bytes)
+  with subject.rehearsal(few) as fits:
+    methods = {row: row.kind.make(ingredients(few, row)) for row in curved}
+  with subject.rehearsal(few, at_once, scores=True) as scores:
+    for number, (row, method) in enumerate(methods.items()):
+      answered(few, row, method, subject.folder / f"sums-{number}")
 
   # 2. The others, whose Fishers are as large as the full training set makes them.
-  reduced = _reduced(subject, "projected", draws.split(2), asked.split(2), 1, num_queries)
-  with subject.rehearsal(reduced) as plain:
-    for number, row_of in enumerate(others):
-      row_of.scores(reduced, subject.folder / f"features-{number}")
-  projected = sum("projection_dim" in row_of.kind.reads for row_of in others)
+  few = _few(subject, "projected", draws.split(2), asked.split(2), 1, run.config.sample.num_samples)
+  others = [row for row in known if not row.kind.curved]
+  with subject.rehearsal(few) as plain:
+    for number, row in enumerate(others):
+      row.scores(few, subject.folder / f"features-{number}")
+  projected = [row for row in others if "projection_dim" in row.kind.reads]
+  spent = len(projected) and len(projected) * _fisher_seconds(
+    subject, draws.split(2), asked.split(2)
+  )
 
-  size = subject.run.compute(config.batch_size).rows(draws.split())
-  score_bytes = 4 * num_queries * num_train * (1 + len(config.dampings))
-  features = 4 * num_train * (draws.split(2).replicates or 1) * config.projection_dim
-  cost = lambda found, growth=1.0: cost_of(
-    subject, "evaluate", len(rows), "methods", found,
-    growth=growth,
-    device={
-      "rows of queries": at_once * query_rows * row,
-      "gradients": math.ceil(size / subject.num_devices) * subject.gradient_bytes,
-    },
-    host={
-      "eigenbases": eigenbases_bytes(subject) * bool(curved),
-      "rows of queries": at_once * query_rows * row,
-      "scores": score_bytes, "features": features * bool(projected),
-    },
-    disk={"scores": score_bytes * len(rows)},
-    notes=_NOTES[: 1 + (known != rows)],
-  )  # fmt: skip
-  found = [cost(fits), cost(scores, growth), cost(plain)]
-  batches = [part.seconds["batches"] for part in found]
-  batches += [] if batches[1] is None else [(passes - 1) * batches[1]]
+  cost = lambda found: _of_scores(subject, found, at_once * query_bytes, bool(projected))
+  found = [cost(fits), cost(scores), cost(plain)]
+  repeated = [passes * x if x is not None else None for x in (scores.seconds, scores.operations)]
+  whole = added([fits.seconds, repeated[0], plain.seconds]) if known == rows else None
+  operations = added([fits.operations, repeated[1], plain.operations])
   seconds = {name: added(part.seconds[name] for part in found) for name in found[0].seconds}
-  fishers = projected and projected * _fisher_seconds(subject, draws.split(2), asked.split(2))
-  whole = added(batches) if known == rows else None
   return dataclasses.replace(
     found[0],
-    operations=added([found[0].operations, found[2].operations,
-                      None if (ops := found[1].operations) is None else passes * ops]),
-    seconds={**seconds, "batches": whole, "Fishers": fishers},
+    operations=None if operations is None else operations * subject.num_devices,
+    seconds={**seconds, "batches": whole, "Fishers": spent},
     device=max((part.device for part in found), key=lambda device: sum(device.values())),
+    notes=_NOTES[: 1 + (known != rows)],
+  )
+
+
+def _of_scores(
+  subject: Subject, found: Rehearsal, query_bytes: int, has_features: bool
+) -> StageCost:
+  """The cost of a part of evaluate, with the bytes of all."""
+  run, config = subject.run, subject.run.config.score
+  draws = run.draws(config.draws, config.replicates, config.design)
+  num, rows = len(run.dataset), rows_of(run)
+  size = math.ceil(run.compute(config.batch_size).rows(draws.split()) / subject.num_devices)
+  scores = 4 * run.config.sample.num_samples * num * (1 + len(config.dampings))
+  features = 4 * num * (draws.split(2).replicates or 1) * config.projection_dim
+  return cost_of(
+    subject, "evaluate", len(rows), "methods", found,
+    device={"rows of queries": query_bytes, "gradients": size * subject.gradient_bytes},
+    host={
+      "eigenbases": eigenbases_bytes(subject) * bool(query_bytes), "rows of queries": query_bytes,
+      "scores": scores, "features": features * has_features,
+    },
+    disk={"scores": scores * len(rows)},
   )  # fmt: skip
 
 
@@ -187,7 +192,7 @@ def _is_solved(subject: Subject, row: Row) -> bool:
   return isinstance(own if kind == "own" else kind, ExactGGN)
 
 
-def _reduced(
+def _few(
   subject: Subject, name: str, draws: Draws, asked: Draws, least: int, most: int, row_bytes: int = 0
 ) -> Reduced:
   """A run to score with, of `least` examples and `most` queries; `row_bytes` are of a query."""

@@ -155,25 +155,29 @@ class Subject:
 
   @contextlib.contextmanager
   def rehearsal(
-    self, run: Reduced, num_queries: int | None = None, num_train: int | None = None
+    self,
+    run: Reduced,
+    num_queries: int | None = None,
+    num_train: int | None = None,
+    scores: bool = False,
   ) -> Iterator[Rehearsal]:
     """Quietly rehearses what is done in here with a reduced run.
 
     Args:
       run: it.
       num_queries, num_train: that stand for its samples and training examples; None: the run's.
+      scores: whether training gradients meet rows of queries, which grow in number.
     """
-    log = logging.getLogger("jaxinf")
-    sizes = {
-      run.config.sample.num_samples: num_queries or self.run.config.sample.num_samples,
-      len(run.dataset): num_train or len(self.run.dataset),
-    }
+    log, few = logging.getLogger("jaxinf"), run.config.sample.num_samples
+    num_queries = num_queries or self.run.config.sample.num_samples
+    sizes = {few: num_queries, len(run.dataset): num_train or len(self.run.dataset)}
+    growth = num_queries / few if scores else 1.0
     level = log.level
     with warnings.catch_warnings():
       warnings.simplefilter("ignore")  # of numbers that mean nothing
       log.setLevel(logging.ERROR)
       try:
-        with rehearsing(sizes, self.clock, self.most_bytes) as found:
+        with rehearsing(sizes, self.clock, self.most_bytes, growth) as found:
           yield found
       finally:
         log.setLevel(level)

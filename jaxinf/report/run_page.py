@@ -128,7 +128,7 @@ def _introduction(answer: _Answer) -> list[str]:
   if np.isnan(scores.std_errors).all():
     errors = Markup(
       "The scores come without standard errors, which need at least two groups of draws "
-      "(attribute.draw_groups ≥ 2)."
+      "(attribute.replicates ≥ 2)."
     )
   units = f"Scores are in units of {power(unit.exponent)}. " if unit.exponent else ""
   return [
@@ -185,7 +185,7 @@ def _noise(answer: _Answer) -> list[str]:
     has = f"one training {noun}" if num_train < 2 else "one group of draws"
     return [
       f"This run cannot tell: it has {has} only. The check chooses {noun}s by one half of the "
-      "draws and looks at them with the other half, so it needs attribute.draw_groups ≥ 2 and at "
+      "draws and looks at them with the other half, so it needs attribute.replicates ≥ 2 and at "
       f"least two training {noun}s."
     ]
   few = f"({check.k} and not {_CHECKED}, as there are {num_train} training {noun}s.) "
@@ -204,7 +204,7 @@ def _noise(answer: _Answer) -> list[str]:
     "were the same in both halves.)"
     if check.repeats
     else "Taken together, the ranking does not clearly repeat under fresh draws: read the rows "
-    "below as noise, and use more draws (attribute.draws) in more groups (attribute.draw_groups)."
+    "below as noise, and use more draws (attribute.draws) in more groups (attribute.replicates)."
   )
   return [
     f"One half of the draws chose the {check.k} most supporting {noun}s of each sample; the other "

@@ -8,7 +8,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -47,13 +47,21 @@ def as_dict(section: Any) -> Any:
   return section
 
 
-def settings(section: Any) -> Any:
-  """`as_dict` for the key of a result: without fields that have the value from before they came."""
+def settings(section: Any, only: Collection[str] | None = None) -> Any:
+  """`as_dict` for the key of a result, of the fields `only` where given.
+
+  Fields that have the value from before they came are left out. Fields that were renamed have the
+  name from before.
+  """
   if not dataclasses.is_dataclass(section):
     return as_dict(section)
-  values = {field: getattr(section, field.name) for field in dataclasses.fields(section)}
-  came = lambda field, value: "before" not in field.metadata or value != field.metadata["before"]
-  return {field.name: settings(value) for field, value in values.items() if came(field, value)}
+  found = {}
+  for field in dataclasses.fields(section):
+    value = getattr(section, field.name)
+    came_later = "before" in field.metadata and value == field.metadata["before"]
+    if not came_later and (only is None or field.name in only):
+      found[field.metadata.get("key", field.name)] = settings(value)
+  return found
 
 
 def refusal(error: AttributeError | KeyError) -> str:

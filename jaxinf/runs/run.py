@@ -166,8 +166,8 @@ def load_curvature(run: Run, model: DiffusionModel) -> Curvature:
 
 def kind_of_config(config: CurvatureConfig) -> Kind:
   """The kind of curvature that a config asks for."""
-  fields = {"fisher": config.estimator, "samples": config.targets}
-  settings = {"name": config.method, "approx": config.sharing, "solver": vars(config.solver)}
+  fields = {"fisher": config.fisher, "samples": config.samples}
+  settings = {"name": config.kind, "approx": config.approx, "solver": vars(config.solver)}
   return kind_of(settings | fields)
 
 

@@ -27,6 +27,11 @@ def added(value: Any) -> Any:
   return dataclasses.field(default=value, metadata={"before": value})
 
 
+def renamed(before: str, value: Any) -> Any:
+  """A field that had another name when results were kept, by which their keys still know it."""
+  return dataclasses.field(default=value, metadata={"key": before})
+
+
 def _unet() -> dict[str, Any]:
   """The fields of the paper's U-Net, as its class has them."""
   fields = dataclasses.fields(UNet)
@@ -75,10 +80,10 @@ class DrawConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CurvatureConfig:
-  method: str = "kfac"  # kfac, ekfac, diagonal, identity or exact (for small sets)
-  sharing: str = "expand"  # expand or reduce, over positions
-  estimator: str = "mc"  # mc, empirical or exact
-  targets: int = 1  # model-sampled targets for each draw
+  kind: str = renamed("method", "kfac")  # kfac, ekfac, diagonal, identity or exact (small sets)
+  approx: str = renamed("sharing", "expand")  # expand or reduce, over positions
+  fisher: str = renamed("estimator", "mc")  # mc, empirical or exact
+  samples: int = renamed("targets", 1)  # model-sampled targets for each draw
   draws: int = 250  # of (t, ε) for each example
   batch_size: int = 128  # (example, draw) pairs at a time
   skip: tuple[str, ...] = SKIP_NORMALISATION  # regular expressions on parameter paths to leave out
@@ -118,7 +123,7 @@ class CompressStudyConfig:
 class StopConfig:
   top_k: int = 10  # examples of each query whose order is to be stable
   agreement: float = 0.8  # share of them that two halves of the draws have in common
-  group_size: int = 8  # draws of an example in a group; a round is draw_groups groups
+  size: int = renamed("group_size", 8)  # draws of an example in a replicate of a round
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,13 +132,13 @@ class AttributeConfig:
   damping: float = 1e-8  # λ
   sweep: tuple[float, ...] = ()  # further λ, scored in the same pass, of which one is recommended
   draws: int = 250  # of (t, ε) for each example; at most, where auto_draws
-  draw_groups: int = 5  # groups the draws are split into, for standard errors
+  replicates: int = renamed("draw_groups", 5)  # of the draws, for standard errors
   auto_draws: bool = False  # rounds of draws until the top of the order is stable
   stop: StopConfig = StopConfig()  # of auto_draws
   # For each query; None: as many as for an example, 256 for auto_draws. Queries are few, so that
   # their noise costs little to lower.
   query_draws: int | None = 1_000
-  query_groups: int = 2  # groups these are split into; each takes as much memory as one
+  query_replicates: int = renamed("query_groups", 2)  # each takes as much memory as one
   design: DrawConfig = DrawConfig()
   # Of the preconditioned query gradients: int16, int8, …, None for float32, or auto: int16, and
   # float32 where that would lose the order.
@@ -148,7 +153,8 @@ class AttributeConfig:
 @dataclasses.dataclass(frozen=True)
 class IndexConfig:
   draws: int = 250  # of (t, ε) for each example
-  draw_groups: int = 2  # rows kept for each example, for standard errors; 1 takes half of 2's disk
+  # Rows kept for each example, for standard errors; 1 takes half of the disk of 2.
+  replicates: int = renamed("draw_groups", 2)
   design: DrawConfig = DrawConfig()
   compression: str | None = (
     STORE_COMPRESSION  # of the rows: int8, int4, int16, bfloat16, truncation or None
@@ -163,7 +169,7 @@ class QueryConfig:
   measurement: str = "loss"  # one of jaxinf.diffusion.measurements.MEASUREMENTS
   damping: float = 1e-8  # λ
   draws: int = 1_000  # of (t, ε) for each query
-  query_groups: int = 2  # groups these are split into, for standard errors
+  query_replicates: int = renamed("query_groups", 2)  # of these, for standard errors
   layers: tuple[str, ...] | None = None  # regular expressions on layers: only those count
   top_k: int = 10  # examples shown for each query
   batch_size: int = 128  # (query, draw) pairs at a time
@@ -183,7 +189,7 @@ class RetrainConfig:
 class MeasureConfig:
   measurements: tuple[str, ...] = ("loss", "elbo")  # of the samples by each retrained model
   draws: int = 5_000  # of (t, ε) for each sample
-  draw_groups: int = 20  # groups these are split into, for standard errors
+  replicates: int = renamed("draw_groups", 20)  # of these, for standard errors
   design: DrawConfig = DrawConfig()
   batch_size: int = 500  # (sample, draw) pairs at a time
 
@@ -196,9 +202,10 @@ class ScoreConfig:
   # λ of every method, beside its default.
   dampings: tuple[float, ...] = tuple(10.0**power for power in range(-9, 2))
   draws: int = 250  # of (t, ε) for each image
-  draw_groups: int = 1  # no standard errors, which the LDS does not need: half the work
+  # No standard errors, which the LDS does not need: half the work.
+  replicates: int = renamed("draw_groups", 1)
   query_draws: int = 250
-  query_groups: int = 1
+  query_replicates: int = renamed("query_groups", 1)
   design: DrawConfig = DrawConfig()
   compression: str | None = AUTO  # of preconditioned query gradients
   # Parts of the samples, each with a pass over the images: the more, the less memory. An eighth of

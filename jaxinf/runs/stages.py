@@ -181,12 +181,12 @@ def _queries(run: Run) -> Examples:
 def draws_of(run: Run) -> tuple[Draws, Draws]:
   """Draws of each training image: so many, or until the order is stable; and of each query."""
   config = run.config.attribute
-  draws = run.draws(config.draws, config.draw_groups, config.design)
+  draws = run.draws(config.draws, config.replicates, config.design)
   if config.auto_draws:
-    stop, num = config.stop, config.stop.group_size * config.draw_groups
+    stop, num = config.stop, config.stop.size * config.replicates
     most = Stopping(stop.top_k, stop.agreement, config.draws)
     draws = dataclasses.replace(draws, num=num, stop=most)
   asked = config.query_draws
   if asked is None:
     asked = 256 if config.auto_draws else config.draws
-  return draws, run.draws(asked, config.query_groups, config.design)
+  return draws, run.draws(asked, config.query_replicates, config.design)

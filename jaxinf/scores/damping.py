@@ -1,9 +1,9 @@
 """Which damping to score with, from a sweep's own draws: no model is retrained.
 
-Damping is bias, draws are noise. Scores at a larger λ repeat better under fresh draws, as they tend
-to plain products of gradients, so that agreement between halves of the draws alone would always
-choose the largest. What counts is how well the noisy scores at λ correlate with what the least
-damping would give without noise:
+Damping biases scores, and draws make them noisy. Scores at a larger λ repeat better under fresh
+draws, because they tend to plain products of gradients. Agreement between halves of the draws would
+therefore always choose the largest λ. What counts is how well the noisy scores at λ correlate with
+the noise-free scores at the least damping:
 
   fidelity(λ) = corr over n of s_λ and E s_λ₀,  λ₀ the smallest damping of the sweep.
 
@@ -125,7 +125,7 @@ def weigh_dampings(
   training draws and without each group of query draws, and both variances add. Queries share the
   draws of training examples, and often their own, so that their spread says little: scores that are
   noise alone agree by chance in all queries alike. The jackknife takes only groups as independent.
-  In simulations of noise alone it says 1.3 to 2.5 times the true error, on the safe side. Where
+  In simulations of noise alone it says 1.3 to 2.5 times the true error. Where
   two groups of query draws carry most of the noise beside a signal, it may say half of it, because
   two groups tell little of their own spread: take more groups of query draws.
 
@@ -275,7 +275,8 @@ def _left_out(num_train: int, num_query: int) -> Iterator[list[tuple[np.ndarray,
 
   That is a matrix [H', G + A] which makes the scores of the H' groups left from those of all, and
   their numbers (G', A'). Groups of the other side have means over all draws of this one, from which
-  the group left out is taken, to first order. One group of query draws left alone is none.
+  the group left out is taken, to first order. Where one group of query draws is left, it counts as
+  none, because there is no other to compare it with.
   """
   groups = np.eye(num_train + num_query)
   for begin, end in ((0, num_train), (num_train, len(groups))):

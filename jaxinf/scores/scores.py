@@ -40,10 +40,10 @@ class Scores:
     query_ids: [Q] ids of the queries.
     train_ids: [N] ids of the training examples.
     settings: what the scores were computed with (measurement, damping, draws, …).
-    query_group_values: [A, Q, N] float32, scores from A disjoint groups of query draws, each with
-      the mean over all training draws, as each of the G is with that over all query draws. None:
-      query draws were not grouped.
-    train_groups: [N] whose the examples are (an artist, a class); None: nobody said.
+    query_group_values: [A, Q, N] float32, scores from A disjoint groups of query draws. Each of
+      them has the mean over all training draws, and each of the G groups above the mean over all
+      query draws. None: query draws were not grouped.
+    train_groups: [N] what the examples belong to (an artist, a class); None: not given.
     num_examples: the N that a removal divides by; None: as many as there are train_ids. It is
       larger where a column is a sum over examples.
 
@@ -94,9 +94,9 @@ class Scores:
 
       Var(score) = Var over training groups / G + Var over query groups / A.
 
-    The product of the two noises, second order, is counted twice: large errors are on the safe
-    side. Without groups of query draws (None or A = 1) the errors are over training draws alone;
-    NaN where G = 1.
+    The product of the two noises, which is of second order, is counted twice: errors that are large
+    beside the scores are overestimated. Without groups of query draws (None or A = 1) the errors
+    are over training draws alone; NaN where G = 1.
     """
     return _errors(self.group_values, self.query_group_values)
 
@@ -209,12 +209,12 @@ class Scores:
     )
 
 
-def _errors(groups: np.ndarray, query_groups: np.ndarray | None) -> np.ndarray:
+def _errors(groups: np.ndarray, query_replicates: np.ndarray | None) -> np.ndarray:
   """Standard errors of numbers [G, …] and [A, …] over groups; see `Scores.std_errors`."""
   _, errors = mean_and_error(groups, axis=0)
-  if query_groups is None or len(query_groups) < 2:
+  if query_replicates is None or len(query_replicates) < 2:
     return errors
-  return np.hypot(errors, mean_and_error(query_groups, axis=0)[1])
+  return np.hypot(errors, mean_and_error(query_replicates, axis=0)[1])
 
 
 def _sums(values: np.ndarray, members: np.ndarray, num_groups: int) -> np.ndarray:

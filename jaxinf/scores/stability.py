@@ -62,8 +62,8 @@ class RankStability:
     """[Q] ints: the depth k down to which a query's top lists can be trusted.
 
     The largest of the depths such that the overlap reaches `agreement` there and at all smaller
-    depths from 5 on (from ⌊N/2⌋ where that is less); 0 where it fails at the first of these. Above
-    5 nothing is asked: which example comes first is a coin's flip between near ties.
+    depths from 5 on (from ⌊N/2⌋ where that is less); 0 where it fails at the first of these. Depths
+    below 5 are not looked at, because chance decides which of a few nearly equal examples is first.
     """
     asked = self.depths >= min(5, self.depths[-1])
     reached = np.logical_and.accumulate(self.overlap[:, asked] >= agreement, axis=1)

@@ -96,8 +96,9 @@ def spearman(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
 def spearman_matrix(x: np.ndarray, y: np.ndarray) -> np.ndarray:
   """Rank correlations [R, C, Q] over subsets of every x [R, M, Q] with every y [C, M, Q].
 
-  Such as of R measurements whose gradients predict with C true ones, or of C with themselves; the
-  mean over queries is what a heatmap shows. Ties and constants as in `spearman`.
+  x are for example predictions from the gradients of R measurements, and y are C true measurements;
+  or both are the same C. A heatmap shows the mean over queries. Ties and constants count as in
+  `spearman`.
   """
   x, y = (centred(stats.rankdata(values, axis=1), 1) for values in (x, y))
   products = np.einsum("rmq,cmq->rcq", x, y, optimize=True)
@@ -144,8 +145,8 @@ def subset_interval(
 ) -> tuple[float, float]:
   """Percentile bootstrap interval of a mean over queries: for these queries and other subsets.
 
-  The bootstrap's own bias is taken off: repeated rows draw rank correlations towards 0, by some
-  1 / M of them.
+  The bootstrap's own bias is taken off: rows that come several times bring rank correlations nearer
+  to 0, by about 1 / M of their size.
 
   Args:
     per_query: [Q] the estimate.
@@ -165,9 +166,10 @@ def two_way_error(per_query: np.ndarray, resampled: np.ndarray, query_counts: np
 
     error² = 2 (V_subsets + V_queries) − V_both,
 
-  and at least the larger of the two. Were the parts of a correlation that belong to subsets s, to
-  queries q and to their pairs p, the truth is s + q + p, V_subsets = s + p, V_queries = q + p and
-  V_both = s + q + 3 p: V_both alone is up to three times too large. NaN of one query.
+  and at least the larger of the two. Let s, q and p be the variances of the parts of a correlation
+  that belong to subsets, to queries and to their pairs. The true variance is s + q + p. The
+  bootstrap gives V_subsets = s + p, V_queries = q + p and V_both = s + q + 3 p, so that V_both is
+  up to three times too large by itself. NaN of one query.
 
   Args:
     per_query: [Q] the estimate.
@@ -214,7 +216,7 @@ def paired_test(
   their scores are exchangeable.) The statistic is difference / `two_way_error` of the differences
   per query, referred to Student's distribution with min(M, Q) − 1 degrees of freedom, so that the
   interval at 1 − p just touches 0. One test of two methods chosen beforehand: p-values against the
-  best of several, or of many pairs, are too small by the choice.
+  best of several, or of many pairs, are too small, because the choice is not accounted for.
 
   Args:
     first: per_query [Q] and resampled [B, Q] of one method; see `subset_interval`.

@@ -4,8 +4,9 @@ Is the mean score of a query's k most supporting training examples above that of
 Asked of the scores that chose the k, the answer is always yes, even for pure noise (the winner's
 curse). So the draws are split: one half of the draw groups chooses, the other half answers.
 
-What is alike in both halves passes for signal: the rounding of compressed query gradients above
-all. Where the scores know their rank correlation with uncompressed ones, the check says it too.
+What is alike in both halves looks like signal to this check, as the rounding of compressed query
+gradients does. Where the settings of the scores hold their rank correlation with uncompressed ones,
+the check says it too.
 """
 
 import dataclasses
@@ -87,7 +88,8 @@ class SupportCheck:
   def compression_note(self) -> str:
     """What compression does to the order, in a sentence; empty where it is not known or harmless.
 
-    Harmless is a rank correlation of 0.99 or more with the scores of uncompressed queries.
+    Harmless is a rank correlation of 0.99 or more with the scores of uncompressed queries, which
+    compression/check.py gives the reason for.
     """
     if self.compression_spearman is None or self.compression_spearman >= 0.99:
       return ""

@@ -69,7 +69,7 @@ def build_store(
   key = _identity(curvature) | {
     "settings": {
       "draws": draws.num,
-      "draw_groups": draws.replicates,
+      "replicates": draws.replicates,
       "design": draws.design,
       "seed": draws.seed,
       "random_flip": train.random_flip,

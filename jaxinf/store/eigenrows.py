@@ -19,6 +19,7 @@ from jaxinf.core.types import Array, Eigenbasis, Matrices, PyTree
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.eigenbasis import to_eigenbasis
 from jaxinf.engine import processes
+from jaxinf.engine.kernels import numerics
 from jaxinf.store.flat import flat_products, flat_vectors
 from jaxinf.store.packing import Packing
 
@@ -113,6 +114,7 @@ def product_operands(
   return vectors, {name: eigenvalues[name] for name in vectors}
 
 
+@numerics()
 @jax.jit
 def _vectors(grads: Array, basis: Eigenbasis, damping: float) -> Array:
   with jax.default_matmul_precision("highest"):

@@ -7,6 +7,7 @@ is made tile by tile, so that restored numbers stay in the cache. Other devices 
 
 from collections.abc import Mapping, Sequence
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +48,8 @@ def flat_products(
   compression: Blockwise, vectors: jax.Array, arrays: Sequence[jax.Array]
 ) -> jax.Array:
   """[B, R] inner products of packed rows, arrays [B, W_k], with long vectors [R, F]."""
+  chex.assert_rank([vectors, *arrays], 2)
+  chex.assert_equal_shape_prefix(arrays, 1)
   width = vectors.shape[1]
   tile = min(-(-_TILE // compression.block_size) * compression.block_size, width)
   ratios = [array.shape[1] / width for array in arrays]  # columns for each number

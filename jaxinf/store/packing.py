@@ -10,6 +10,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +23,8 @@ from jaxinf.core.types import Array, Matrices, PyTree
 @dataclasses.dataclass(frozen=True, eq=False)
 class Packing:
   """Where every layer's compressed leaves lie.
+
+  Two of the same compression and shapes are equal, as all else follows from these.
 
   Attributes:
     compression: of the rows.
@@ -60,6 +63,16 @@ class Packing:
       structures={name: jax.tree.structure(tree) for name, tree in found.items()},
     )
 
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, Packing) and self._key == other._key
+
+  def __hash__(self) -> int:
+    return hash(self._key)
+
+  @functools.cached_property
+  def _key(self) -> tuple:
+    return self.compression, tuple(self.shapes.items())
+
   @property
   def widths(self) -> tuple[int, ...]:
     """W_k of each array."""
@@ -83,6 +96,8 @@ class Packing:
 
   def pack(self, rows: Matrices, eigenvalues: Mapping[str, Array]) -> list[jax.Array]:
     """The arrays [B, W_k] of rows [B, (groups,) d_out, d_in] of each layer, compressed."""
+    for name, shape in self.shapes.items():
+      chex.assert_shape(rows[name], (None, *shape))
     leaves = [
       [leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(compressed)]
       for compressed in (
@@ -95,7 +110,10 @@ class Packing:
     self, arrays: Sequence[Array], eigenvalues: Mapping[str, Array], names: Sequence[str]
   ) -> Matrices:
     """The restored rows of layers `names`, from the `columns` of the arrays that hold them."""
-    begins = [begin for begin, _ in self.columns(names)]
+    columns = self.columns(names)
+    for array, (begin, end) in zip(arrays, columns, strict=True):
+      chex.assert_shape(array, (None, end - begin))
+    begins = [begin for begin, _ in columns]
     restored = {}
     for name in names:
       cut = [

@@ -288,7 +288,7 @@ class RowStore:
       raise ValueError(
         f"{self.folder} needs {needed / _MIB:,.1f} MiB more and is to leave {reserve / _MIB:,.0f} "
         f"MiB of its disk free, of which {free / _MIB:,.1f} MiB are. What is written stays: make "
-        "room and run it again, or take a smaller compression or fewer draw_groups."
+        "room and run it again, or take a smaller compression or fewer replicates."
       )
 
 

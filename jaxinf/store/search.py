@@ -52,7 +52,7 @@ class Search:
     packing: of its rows.
     curvature: whose Λ they were made with.
     vectors: layer name → [Q · A, …] of the layers that count, query-major.
-    query_groups: A.
+    query_replicates: A.
     devices: local devices; all of them where None.
   """
 
@@ -60,7 +60,7 @@ class Search:
   packing: Packing
   curvature: Curvature
   vectors: Matrices
-  query_groups: int
+  query_replicates: int
   devices: Sequence[jax.Device] | None
 
   def scores(self, query_ids: np.ndarray, settings: Mapping[str, Any]) -> Scores:
@@ -68,13 +68,13 @@ class Search:
     ledger, kept = self.rows.ledger, self.rows.ledger.kept
     begin, end = processes.share(len(kept))
     parts = [products for _, products in self._products(begin, end)]
-    empty = np.zeros((0, ledger.groups, len(query_ids), self.query_groups), np.float32)
+    empty = np.zeros((0, ledger.groups, len(query_ids), self.query_replicates), np.float32)
     products = processes.gathered(np.concatenate([empty, *parts]), len(kept))[kept]
     by_group = np.transpose(products.mean(axis=3), (1, 2, 0))
     by_query = np.transpose(products.mean(axis=1), (2, 1, 0))
     return Scores(
       by_group, query_ids, ledger.ids[: len(kept)][kept], settings,
-      by_query if self.query_groups > 1 else None,
+      by_query if self.query_replicates > 1 else None,
     )  # fmt: skip
 
   def best(self, k: int) -> Ranking:
@@ -82,15 +82,20 @@ class Search:
     ids, kept = self.rows.ledger.ids, self.rows.ledger.kept
     if checked_count(k, "k") > kept.sum():
       raise ValueError(f"k must lie in 1…{kept.sum()}, the examples of the store; got {k}.")
-    num_queries = len(next(iter(self.vectors.values()))) // self.query_groups
+    num_queries = len(next(iter(self.vectors.values()))) // self.query_replicates
     found = Best.none(num_queries)
     begin, end = processes.share(len(kept))
     for first, products in self._products(begin, end):
       there = np.flatnonzero(kept[first : first + len(products)])
       some = Scores(
-        np.transpose(products[there].mean(axis=3), (1, 2, 0)), np.arange(num_queries), there, {},
-        np.transpose(products[there].mean(axis=1), (2, 1, 0)) if self.query_groups > 1 else None,
-      )  # fmt: skip
+        np.transpose(products[there].mean(axis=3), (1, 2, 0)),
+        np.arange(num_queries),
+        there,
+        {},
+        np.transpose(products[there].mean(axis=1), (2, 1, 0))
+        if self.query_replicates > 1
+        else None,
+      )
       found = found.merged(
         Best(some.values, some.std_errors, np.tile(first + there, (num_queries, 1))), k
       )
@@ -120,7 +125,7 @@ class Search:
           "damping."
         )
       return row // groups, products.reshape(
-        -1, groups, products.shape[1] // self.query_groups, self.query_groups
+        -1, groups, products.shape[1] // self.query_replicates, self.query_replicates
       )
 
     for number, (first, last) in enumerate(self.rows.blocks(begin * groups, end * groups)):

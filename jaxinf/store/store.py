@@ -53,14 +53,14 @@ class Store:
 
   @property
   def settings(self) -> Mapping[str, Any]:
-    """How the gradients were made: draws, draw_groups, design, seed, compression."""
+    """How the gradients were made: draws, replicates, design, seed, compression."""
     return self.rows.ledger.key["settings"]
 
   @property
   def draws(self) -> Draws:
     """Those of every training example."""
     found = self.settings
-    return Draws(found["draws"], found["draw_groups"], seed=found["seed"], **found["design"])
+    return Draws(found["draws"], found["replicates"], seed=found["seed"], **found["design"])
 
   @property
   def num_bytes(self) -> int:
@@ -167,7 +167,7 @@ class Store:
       "layers": tuple(search.vectors),
       "measurement": measured.name or "custom",
       "query_draws": asked.num,
-      "query_groups": asked.replicates,
+      "query_replicates": asked.replicates,
       "query_seed": asked.seed,
     }
     return search.scores(queries.ids, settings)

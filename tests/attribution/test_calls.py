@@ -151,7 +151,7 @@ def test_a_store_splits_draws_as_influence_does_by_default(problem, tmp_path):
     )  # fmt: skip
     found = store.query(problem["queries"], damping=1e-3, draws=draws)
     expected = jaxinf.influence(**problem, damping=1e-3, draws=draws, compression=None)
-    for name in ("draw_groups", "query_groups"):
+    for name in ("replicates", "query_replicates"):
       assert found.settings[name] == expected.settings[name]
     if compression is None:
       assert_close(found.group_values, expected.group_values, 1e-5)

@@ -121,7 +121,7 @@ def test_scores_do_not_depend_on_batches_order_padding_or_devices(
 def test_standard_errors_come_without_asking(problem):
   """The default splits the draws into the most replicates up to five that are whole pairs."""
   scores = jaxinf.influence(**problem, damping=DAMPING, draws=Draws(4, seed=5))
-  assert scores.settings["draw_groups"] == 2
+  assert scores.settings["replicates"] == 2
   assert np.isfinite(scores.std_errors).all()
 
 

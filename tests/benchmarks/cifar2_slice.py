@@ -30,6 +30,6 @@ def get_config() -> ConfigDict:
   config.curvature.draws = 4
   config.curvature.batch_size = 32
   config.attribute.draws = 8
-  config.attribute.draw_groups = 2
+  config.attribute.replicates = 2
   config.attribute.batch_size = 32
   return config

@@ -81,13 +81,13 @@ def one_batch(workload: Workload, kernels: Kernels) -> None:
   size, params = BATCH.value, workload.params
   pairs = workload.batches(size)[0]
   on_pairs = lambda kernel, operands: (size, functools.partial(jax.jit(kernel), operands, pairs))
-  factors = kernels.model.factors(jax.jit(kernels.kfac)(params, pairs), size)
+  factors = kernels.layers.factors(jax.jit(kernels.kfac)(params, pairs), size)
   product, flops = matmul()
   calls = {
     "plain": on_pairs(kernels.plain, params),
     "taps": on_pairs(kernels.taps, params),
     "K-FAC pass": on_pairs(kernels.kfac, params),
-    "EK-FAC pass": on_pairs(kernels.ekfac, (params, random_rotations(kernels.model))),
+    "EK-FAC pass": on_pairs(kernels.ekfac, (params, random_rotations(kernels.layers))),
     "diagonal": on_pairs(kernels.diagonal, params),
   }
   for where in _DECOMPOSE.value:
@@ -98,7 +98,7 @@ def one_batch(workload: Workload, kernels: Kernels) -> None:
   print_table(timings)
   seconds = {name: timing.median for name, timing in timings.items()}
   print_floor(
-    layer_products(kernels.model, workload),
+    layer_products(kernels.layers, workload),
     pairs=size,
     rate=flops / seconds["matrix product"],
     plain=seconds["plain"],

@@ -20,21 +20,22 @@ import itertools
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import absl.logging
 import jax
 import numpy as np
 from absl import app, flags
+from ml_collections import config_flags
 from scipy import stats
 
-from configs import digits
-from jaxinf.attribution.influence import influence
-from jaxinf.core.random import example_numbers
-from jaxinf.diffusion.noise import UNIFORM, DrawDesign
+from jaxinf import Compute, Draws, Examples, influence
+from jaxinf.engine import artifacts
 from jaxinf.runs import run as runs
 from jaxinf.runs.config import typed
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "A finished run of configs/digits.py.")
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py", "Of the run.")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "A run with its curvature finished.")
 _EXAMPLES = flags.DEFINE_integer("examples", 128, "Training images scored.")
 _QUERIES = flags.DEFINE_integer("queries", 8, "Samples.")
 _DRAWS = flags.DEFINE_multi_integer("draws", [12, 48], "Draws of one attempt.")
@@ -45,9 +46,10 @@ _DAMPING = flags.DEFINE_float("damping", 1e-8, "λ.")
 _BATCH = flags.DEFINE_integer("batch", 128, "Pairs at a time.")
 _OUT = flags.DEFINE_string("out", None, "File for the table's numbers, as JSON.")
 
+UNIFORM = dict(timesteps="uniform", antithetic=False, shared=False)
 DESIGNS = {
-  f"{timesteps}{', antithetic' * antithetic}{', shared' * shared}": DrawDesign(
-    timesteps, antithetic, shared
+  f"{timesteps}{', antithetic' * antithetic}{', shared' * shared}": dict(
+    timesteps=timesteps, antithetic=antithetic, shared=shared
   )
   for shared, antithetic, timesteps in itertools.product(
     (False, True), (False, True), ("uniform", "stratified")
@@ -57,7 +59,7 @@ DESIGNS = {
 
 def main(_) -> None:
   absl.logging.set_verbosity(absl.logging.WARNING)
-  run = runs.Run(typed(digits.get_config()), Path(_WORKDIR.value))
+  run = runs.Run(typed(_CONFIG.value), Path(_WORKDIR.value))
   problem = Problem(run)
   began = time.perf_counter()
   reference = problem.group_values(UNIFORM, _REFERENCE.value, 50).mean(axis=0)
@@ -87,20 +89,23 @@ class Problem:
   """Training images, samples, and the curvature of a run."""
 
   def __init__(self, run: runs.Run):
-    self._task = runs.load_task(run)
-    self._curvature = runs.load_curvature(run, self._task)
-    chosen = run.dataset.sample(_EXAMPLES.value, seed=0)
-    self._images, self._ids = chosen.images, example_numbers(chosen.ids)
-    self._samples = runs.artifacts.read(run.folder("sample")).arrays["images"][: _QUERIES.value]
+    self._curvature = runs.load_curvature(run, runs.load_model(run))
+    self._train = run.dataset.sample(_EXAMPLES.value, seed=0).examples
+    samples = artifacts.read(run.folder("sample")).arrays["images"]
+    self._queries = Examples(samples[: _QUERIES.value])
 
-  def group_values(self, design: DrawDesign, draws: int, groups: int) -> np.ndarray:
+  def group_values(self, design: dict[str, Any], draws: int, groups: int) -> np.ndarray:
     """[G, Q, N] scores of independent groups of draws."""
     scores = influence(
-      self._task, self._curvature, self._samples, self._images, damping=_DAMPING.value,
-      draws=draws, draw_groups=groups, query_draws=_QUERY_DRAWS.value, query_groups=1, seed=1,
-      train_ids=self._ids, design=design, query_design=UNIFORM, compression=None,
-      batch_size=_BATCH.value,
-    )  # fmt: skip
+      self._curvature,
+      queries=self._queries,
+      train=self._train,
+      damping=_DAMPING.value,
+      draws=Draws(draws, groups, seed=1, **design),
+      query_draws=Draws(_QUERY_DRAWS.value, 1, seed=1, **UNIFORM),
+      compression=None,
+      compute=Compute(_BATCH.value),
+    )
     return scores.group_values
 
 

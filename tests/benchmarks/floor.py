@@ -34,17 +34,17 @@ class Products:
   diagonal: float
 
 
-def layer_products(model: Registration, workload: Workload) -> list[Products]:
+def layer_products(layers: Registration, workload: Workload) -> list[Products]:
   """The products of every layer."""
-  positions = model.positions(workload.params, workload.pairs.noised)
+  positions = layers.positions(workload.params, workload.pairs.noised)
   products = []
-  for layer in model.layers:
+  for layer in layers.layers:
     num, (*_, d_out, d_in) = positions[layer.name], layer.matrix_shape
     gradient = num * d_in * d_out
     rotated_first = num * (d_in**2 + d_out**2)
     rotated_after = d_in * d_out * (d_in + d_out) if num > 1 else np.inf
     counts = {
-      "kfac": _input_factor(model, layer, num) + num * d_out**2,
+      "kfac": _input_factor(layers, layer, num) + num * d_out**2,
       "ekfac": gradient + min(rotated_first, rotated_after),
       "diagonal": gradient,
     }
@@ -54,13 +54,13 @@ def layer_products(model: Registration, workload: Workload) -> list[Products]:
   return products
 
 
-def _input_factor(model: Registration, layer: Layer, positions: int) -> float:
+def _input_factor(layers: Registration, layer: Layer, positions: int) -> float:
   """Multiplications of A: of inputs d_in² at each position, or those of the spectrum.
 
   That of an H × W image has (H + 2) × (⌊W / 2⌋ + 2) frequencies, at each of which the product of
   complex vectors of C channels takes 4 C² multiplications. Images are taken to be square.
   """
-  block = model.blocks[layer.name]
+  block = layers.blocks[layer.name]
   if not (isinstance(block, ConvBlock) and block._autocorrelates):
     return positions * layer.matrix_shape[-1] ** 2
   axes, channels = len(block.form.strides), layer.kernel_shape[block.form.kernel_spec[1]]

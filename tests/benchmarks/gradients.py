@@ -28,19 +28,17 @@ from absl import app, flags
 
 from jaxinf.attribution.kernels import (
   TRAIN,
-  DrawGroups,
-  gradient_kernel,
-  gradient_operands,
-  score_kernel,
+  GradientKernel,
+  Replicate,
+  ScoreKernel,
+  row_operands,
 )
 from jaxinf.compression.compression import Compression, compression_named
-from jaxinf.core.random import example_numbers
+from jaxinf.core.draws import Draws
 from jaxinf.diffusion.measurements import LOSS
-from jaxinf.diffusion.noise import UNIFORM
-from jaxinf.engine import Blocks, stream_batches
-from jaxinf.engine.worklist import Rows
+from jaxinf.engine import Blocks, Rows, stream_batches
 from jaxinf.layers.precision import in_precision
-from jaxinf.store.eigenrows import product_kernel, product_operands
+from jaxinf.store.eigenrows import ProductKernel, product_operands
 from jaxinf.store.flat import bits_of
 from jaxinf.store.packing import Packing
 from tests.benchmarks.floor import matmul
@@ -49,8 +47,8 @@ from tests.benchmarks.results import append_line, print_results
 from tests.benchmarks.workloads import (
   BATCH,
   MODEL,
+  PROCESS,
   ROUNDS,
-  SCHEDULE,
   Timing,
   Workload,
   alternating,
@@ -98,7 +96,7 @@ def main(_) -> None:
 def query_operands(kernels: Kernels, compression: Compression, num: int) -> dict:
   """Layer name → (num compressed random rows, Λ), as the score kernel takes them."""
   rng, operands = np.random.default_rng(0), {}
-  for layer in kernels.model.layers:
+  for layer in kernels.layers.layers:
     eigenvalues = jnp.ones(layer.matrix_shape)
     rows = random_matrix(rng, (num, *layer.matrix_shape))
     operands[layer.name] = (jax.jit(compression.compress)(rows, eigenvalues), eigenvalues)
@@ -111,30 +109,30 @@ def one_batch(
   """Passes over one batch, the part of the inner products, and what known sizes would take."""
   size, params = BATCH.value, workload.params
   pairs = workload.batches(size)[0]
-  score = score_kernel(compression)
+  score = ScoreKernel(compression)
 
-  def gradients(model, draws):
+  def gradients(layers, draws):
     def kernel(params, noised):
-      return model.gradients(
-        params, noised, LOSS.cotangents(SCHEDULE, noised, draws), rows=size // draws
+      return layers.gradients(
+        params, noised, LOSS.cotangents(PROCESS, noised, draws), rows=size // draws
       )
 
     return jax.jit(kernel)
 
-  def scored(model, draws):
-    made = gradients(model, draws)
+  def scored(layers, draws):
+    made = gradients(layers, draws)
     products = jax.jit(score)
     return lambda: products(operands, made(params, pairs.noised))
 
   plain = jax.jit(kernels.plain)
   calls = {"plain": (size, lambda: plain(params, pairs))}
   for draws in sorted({min(draws, size) for draws in _DRAWS.value}):
-    made = gradients(kernels.model, draws)
+    made = gradients(kernels.layers, draws)
     rows = made(params, pairs.noised)
     calls[f"gradients, {draws} draws an example"] = (
       size, functools.partial(made, params, pairs.noised)
     )  # fmt: skip
-    calls[f"… and scores, {draws} draws"] = (size, scored(kernels.model, draws))
+    calls[f"… and scores, {draws} draws"] = (size, scored(kernels.layers, draws))
     calls[f"scores alone, {draws} draws"] = (
       size, functools.partial(jax.jit(score), operands, rows)
     )  # fmt: skip
@@ -147,7 +145,7 @@ def one_batch(
     )  # fmt: skip
     step, draws = jax.jit(other.plain), max(_DRAWS.value)
     calls[f"plain, {precision}"] = (size, functools.partial(step, params, pairs))
-    calls[f"gradients and scores, {draws} draws, {precision}"] = (size, scored(other.model, draws))
+    calls[f"gradients and scores, {draws} draws, {precision}"] = (size, scored(other.layers, draws))
   product, flops = matmul()
   timings = alternating(calls | {"matrix product": (0, product)}, ROUNDS.value)
   print_table(timings)
@@ -171,7 +169,7 @@ def all_pairs(
   """Gradients and scores of all pairs: stored ones, and as many from the library's driver."""
   size, num, num_images = BATCH.value, len(workload), len(workload.images)
   draws, batches = num // num_images, workload.batches(size)
-  params, score = workload.params, score_kernel(compression)
+  params, score = workload.params, ScoreKernel(compression)
 
   def over_batches(function: Callable) -> Callable:
     return lambda: [
@@ -180,19 +178,22 @@ def all_pairs(
 
   @jax.jit
   def grads(params, noised):
-    cotangents = LOSS.cotangents(SCHEDULE, noised, draws)
-    return kernels.model.gradients(params, noised, cotangents, rows=size // draws)
+    cotangents = LOSS.cotangents(PROCESS, noised, draws)
+    return kernels.layers.gradients(params, noised, cotangents, rows=size // draws)
 
   plain, products = jax.jit(kernels.plain), jax.jit(score)
-  groups = DrawGroups(0, draws, UNIFORM)
-  kernel = gradient_kernel(kernels.model, LOSS, SCHEDULE, groups)
-  rows = Rows(workload.images, example_numbers(np.arange(num_images)), draws=1)
+  drawn = Draws(draws, 1, "uniform", antithetic=False, shared=False)
+  kernel = GradientKernel(kernels.layers, LOSS, PROCESS, Replicate.of(drawn))
 
   def driver():
     stream = stream_batches(
-      kernel, gradient_operands(params, TRAIN), rows, batch_size=size // draws, label=None,
+      kernel,
+      row_operands(params, drawn, TRAIN),
+      Rows.of(workload.examples, 1),
+      batch_size=size // draws,
+      label=None,
       then=Blocks(score, [operands]),
-    )  # fmt: skip
+    )
     return np.concatenate(list(stream))
 
   timings = alternating(
@@ -209,7 +210,7 @@ def all_pairs(
 
 def store(kernels: Kernels, workload: Workload) -> None:
   """Rows of a store in memory against query vectors: time, and the rate at which rows are read."""
-  shapes = {layer.name: layer.matrix_shape for layer in kernels.model.layers}
+  shapes = {layer.name: layer.matrix_shape for layer in kernels.layers.layers}
   names, rng = tuple(shapes), np.random.default_rng(0)
   eigenvalues = {name: jnp.ones(shape) for name, shape in shapes.items()}
   num_rows = _STORE_ROWS.value
@@ -229,7 +230,7 @@ def store(kernels: Kernels, workload: Workload) -> None:
       ]
       for _ in range(num_rows // _ROWS)
     ]
-    kernel = jax.jit(product_kernel(packing, names))
+    kernel = jax.jit(ProductKernel(packing, names))
     for num in (1, _QUERIES.value):
       vectors = {n: random_matrix(rng, (num, *shape)) for n, shape in shapes.items()}
       operands = jax.device_put(product_operands(packing, vectors, eigenvalues))

@@ -12,18 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf.core.random import example_numbers
 from jaxinf.core.types import ApplyFn, Eigenbasis, Params, PyTree
 from jaxinf.curvature.decompose import decomposed
 from jaxinf.curvature.fit import SKIP_NORMALISATION
 from jaxinf.curvature.targets import curvature_pairs, monte_carlo
 from jaxinf.diffusion.measurements import LOSS
-from jaxinf.diffusion.objective import predict
-from jaxinf.engine import Reduction
-from jaxinf.engine.worklist import Rows
+from jaxinf.diffusion.noise import predict
+from jaxinf.engine import Rows, reduce_batches
 from jaxinf.layers.coverage import Selection
-from jaxinf.layers.register import Registration, register
-from tests.benchmarks.workloads import SCHEDULE, Call, Pairs, Workload, random_matrix
+from jaxinf.layers.register import Registration, layers_of
+from tests.benchmarks.workloads import PROCESS, Call, Pairs, Workload, random_matrix
 
 Kernel = Callable[[PyTree, Pairs], PyTree]  # (operands, pairs) → sums
 Reduce = Callable[[PyTree], PyTree]  # operands → sums over all pairs
@@ -37,48 +35,43 @@ class Kernels:
   """
 
   apply_fn: ApplyFn
-  model: Registration
-  diagonal_model: Registration
+  layers: Registration
+  diagonal_layers: Registration
 
   @classmethod
   def of(cls, workload: Workload) -> "Kernels":
-    registered = lambda selection: register(
-      workload.apply_fn, workload.params, workload.images.shape[1:], selection
-    )
     kronecker = Selection(SKIP_NORMALISATION)
-    return cls(
-      workload.apply_fn,
-      registered(kronecker),
-      registered(dataclasses.replace(kronecker, diagonal=(".",))),
-    )
+    diagonal = dataclasses.replace(kronecker, diagonal=(".",))
+    found = (layers_of(workload.model, workload.examples, s) for s in (kronecker, diagonal))
+    return cls(workload.apply_fn, *found)
 
   def plain(self, params: Params, pairs: Pairs) -> PyTree:
     """Forward and backward: the gradient of the loss."""
 
     def loss(params):
       outputs = predict(self.apply_fn, params, pairs.noised)
-      return jnp.mean(LOSS.value(SCHEDULE, outputs, pairs.noised))
+      return jnp.mean(LOSS.value(PROCESS, outputs, pairs.noised))
 
     return jax.grad(loss)(params)
 
   def taps(self, params: Params, pairs: Pairs) -> PyTree:
     """Inputs and output gradients of all layers: what plain has in common with the passes."""
-    return self.model._layer_arrays(params, pairs.noised, _cotangents(pairs))
+    return self.layers._layer_arrays(params, pairs.noised, _cotangents(pairs))
 
   def kfac(self, params: Params, pairs: Pairs) -> PyTree:
     """The first pass: Kronecker factors."""
-    return self.model.factor_sums(params, pairs.noised, _cotangents(pairs), _weights(pairs))
+    return self.layers.factor_sums(params, pairs.noised, _cotangents(pairs), _weights(pairs))
 
   def ekfac(self, operands: PyTree, pairs: Pairs) -> PyTree:
     """The second pass: eigenvalues in the eigenbases."""
     params, rotations = operands
-    return self.model.eigenvalue_sums(
+    return self.layers.eigenvalue_sums(
       params, pairs.noised, _cotangents(pairs), _weights(pairs), rotations
     )
 
   def diagonal(self, params: Params, pairs: Pairs) -> PyTree:
     """The one pass of diagonal curvature."""
-    sums = self.diagonal_model.factor_sums
+    sums = self.diagonal_layers.factor_sums
     return sums(params, pairs.noised, _cotangents(pairs), _weights(pairs))
 
 
@@ -124,18 +117,15 @@ def stored_pairs(workload: Workload, batch: int) -> Callable[[Kernel], Reduce]:
 
 def driver_pairs(workload: Workload, batch: int) -> Callable[[Kernel], Reduce]:
   """The same through the library's driver, with as many draws from keys."""
-  num_images = len(workload.images)
-  ids = example_numbers(np.arange(num_images))
-  rows = Rows(workload.images, ids, draws=len(workload) // num_images)
+  rows = Rows.of(workload.examples, len(workload) // len(workload.images))
 
   def over_all(kernel: Kernel) -> Reduce:
     def drawn(operands, rows):
-      noised, keys = curvature_pairs(SCHEDULE, 0, rows)
-      (cotangents,) = monte_carlo(keys, noised, 1)(noised.noise)
+      noised, keys = curvature_pairs(PROCESS, 0, rows)
+      (cotangents,) = monte_carlo(keys, noised, 1)(noised.target)
       return kernel(operands, Pairs(noised, cotangents))
 
-    reduction = Reduction(drawn, label=None, unit="pairs")
-    return lambda operands: reduction(operands, rows, batch_size=batch)
+    return lambda operands: reduce_batches(drawn, operands, rows, batch_size=batch, label=None)
 
   return over_all
 
@@ -153,7 +143,7 @@ def fits(
   """
   first, second = over_all(kernels.kfac), over_all(kernels.ekfac)
   diagonal = over_all(kernels.diagonal)
-  decompose = lambda sums: decomposed(kernels.model.factors(sums, len(workload)), where)
+  decompose = lambda sums: decomposed(kernels.layers.factors(sums, len(workload)), where)
 
   def kfac():
     return _stages({"factors": lambda _: first(workload.params)})

@@ -19,7 +19,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from jaxinf.benchmark.retraining import train_config
-from jaxinf.diffusion.objective import float_images, noised, squared_errors
+from jaxinf.diffusion.noise import losses, noised
 from jaxinf.networks import training
 from jaxinf.networks.retraining import Member, Retraining
 from jaxinf.runs.config import typed
@@ -33,7 +33,7 @@ ROUNDS = flags.DEFINE_integer("rounds", 5, "After one that compiles.")
 
 def minimal_loop(run: Run, config, examples: np.ndarray):
   """() → seconds for config.steps plain steps on a subset."""
-  model, schedule = run.model, run.schedule
+  model, process = run.model, run.process
   transform = training.optimiser(config)
   images = jnp.asarray(run.dataset.images[examples])
   order = np.random.default_rng(0)
@@ -45,10 +45,11 @@ def minimal_loop(run: Run, config, examples: np.ndarray):
   @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
   def step(params, ema, opt_state, images, batch, key, number):
     keys = jax.random.split(jax.random.fold_in(key, number), config.batch_size)
-    pairs = noised(schedule, float_images(images[batch]), keys)
+    pairs = noised(process, images[batch], keys)
 
     def loss(params):
-      return jnp.mean(squared_errors(model.apply({"params": params}, pairs.x_t, pairs.t), pairs))
+      outputs = model.apply({"params": params}, pairs.inputs, pairs.time)
+      return jnp.mean(losses(outputs, pairs))
 
     value, grads = jax.value_and_grad(loss)(params)
     updates, opt_state = transform.update(grads, opt_state, params)
@@ -76,12 +77,15 @@ def main(argv: list[str]) -> None:
   del argv
   run = Run(typed(CONFIG.value), pathlib.Path("."), devices=jax.local_devices()[:1])
   config = dataclasses.replace(
-    train_config(run, run.config.retrain.steps), steps=STEPS.value, warmup_steps=1,
-    log_every=100, checkpoint_every=10**9,
-  )  # fmt: skip
+    train_config(run, run.config.retrain.steps),
+    steps=STEPS.value,
+    warmup_steps=1,
+    log_every=100,
+    checkpoint_every=10**9,
+  )
   num = len(run.dataset)
   half = lambda seed: np.sort(np.random.default_rng(seed).permutation(num)[: num // 2])
-  engine = Retraining(run.model, run.schedule, run.dataset, config, run.devices)
+  engine = Retraining(run.model, run.process, run.dataset, config, run.devices)
   sizes = [int(size) for size in AT_ONCE.value]
   minimal = minimal_loop(run, config, half(0))
 

@@ -22,13 +22,12 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from jaxinf.attribution.influence import influence
+from jaxinf import Compute, Draws, Examples, build_store, influence_sweep
 from jaxinf.attribution.scoring import correlations
 from jaxinf.compression.compression import compression_named
 from jaxinf.engine import artifacts
 from jaxinf.runs import run as runs
 from jaxinf.runs.config import typed
-from jaxinf.store.index import build_index
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py", "Of the run.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "A run with its curvature finished.")
@@ -38,24 +37,37 @@ _DRAWS = flags.DEFINE_integer("draws", 12, "Draws of every image, in two groups.
 _DAMPINGS = flags.DEFINE_multi_float("damping", [1e-8, 1e-4], "λ.")
 _BATCH = flags.DEFINE_integer("batch", 96, "Pairs at a time.")
 
-STORES = ((None, None), ("bfloat16", None), ("int16", None), ("int8", None), ("int4", None),
-          ("truncation", 0.5), ("truncation", 0.25))  # fmt: skip
+STORES = (
+  (None, None),
+  ("bfloat16", None),
+  ("int16", None),
+  ("int8", None),
+  ("int4", None),
+  ("truncation", 0.5),
+  ("truncation", 0.25),
+)
 
 
 def main(_) -> None:
   absl.logging.set_verbosity(absl.logging.WARNING)
   run = runs.Run(typed(_CONFIG.value), Path(_WORKDIR.value))
-  task = runs.load_task(run)
-  curvature = runs.load_curvature(run, task)
-  images = run.dataset.sample(min(_EXAMPLES.value, len(run.dataset)), seed=0)
-  samples = artifacts.read(run.folder("sample")).arrays["images"][: _QUERIES.value]
-  settings = dict(draws=_DRAWS.value, draw_groups=2, seed=0, batch_size=_BATCH.value)
-  anew = influence(
-    task, curvature, samples, images.images, damping=_DAMPINGS.value, train_ids=images.ids,
-    compression=None, **settings,
-  )  # fmt: skip
-  print(f"{run.dataset.name}: {len(images)} images, {len(samples)} samples, {_DRAWS.value} draws; "
-        f"{jax.devices()[0].device_kind}")  # fmt: skip
+  curvature = runs.load_curvature(run, runs.load_model(run))
+  train = run.dataset.sample(min(_EXAMPLES.value, len(run.dataset)), seed=0).examples
+  samples = artifacts.read(run.folder("sample")).arrays["images"]
+  queries = Examples(samples[: _QUERIES.value])
+  settings = dict(draws=Draws(_DRAWS.value, 2), compute=Compute(_BATCH.value))
+  anew = influence_sweep(
+    curvature,
+    queries=queries,
+    train=train,
+    dampings=_DAMPINGS.value,
+    compression=None,
+    **settings,
+  )
+  print(
+    f"{run.dataset.name}: {len(train)} images, {len(queries)} samples, {_DRAWS.value} draws; "
+    f"{jax.devices()[0].device_kind}"
+  )
   head = "".join(f" rank at λ = {value:.0e}, least | error |" for value in _DAMPINGS.value)
   print(f"| rows | MiB an image | s to build | s a query |{head}")
   print("| --- | --- | --- | --- |" + " --- | --- |" * len(_DAMPINGS.value))
@@ -63,28 +75,22 @@ def main(_) -> None:
     compression = compression_named(name, size)
     with tempfile.TemporaryDirectory() as folder:
       began = time.perf_counter()
-      store = build_index(
-        folder, task, curvature, images.images, train_ids=images.ids, compression=compression,
-        **settings,
-      )  # fmt: skip
+      store = build_store(folder, curvature, train=train, compression=compression, **settings)
       built, cells = time.perf_counter() - began, []
       for scores in anew:
         damping = scores.settings["damping"]
         for _ in range(2):  # the first compiles
           began = time.perf_counter()
-          found = store.query(
-            samples, damping=damping, draws=_DRAWS.value, seed=0, batch_size=_BATCH.value
-          )
-          took = (time.perf_counter() - began) / len(samples)
+          found = store.query(queries, damping=damping, **settings)
+          took = (time.perf_counter() - began) / len(queries)
         compared = correlations(scores.values, found.values)
         error = np.abs(found.values - scores.values).max() / np.abs(scores.values).max()
         cells.append(
           f" {compared['spearman']:.4f}, {compared['least_spearman']:.4f} | {error:.1e} |"
         )
-      print(
-        f"| {compression.description} | {store.num_bytes / len(images) / 2**20:.3f} | {built:.0f} "
-        f"| {took:.2f} |" + "".join(cells), flush=True,
-      )  # fmt: skip
+      size = store.num_bytes / len(train) / 2**20
+      row = f"| {compression.description} | {size:.3f} | {built:.0f} | {took:.2f} |"
+      print(row + "".join(cells), flush=True)
 
 
 if __name__ == "__main__":

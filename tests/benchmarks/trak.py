@@ -23,26 +23,26 @@ from absl import app, flags
 from scipy import stats
 
 from jaxinf import engine
-from jaxinf.attribution.features import FeaturePass, flat_kernel, register_everything
+from jaxinf.attribution.features import FeaturePass, all_layers
 from jaxinf.attribution.fisher import fisher_of
+from jaxinf.attribution.kernels import flat
 from jaxinf.compression.projection import ENTRIES, Projection
-from jaxinf.core.random import example_numbers
 from jaxinf.diffusion.measurements import LOSS
-from jaxinf.diffusion.model import Task
-from jaxinf.diffusion.objective import Noised
-from jaxinf.engine.worklist import Rows
+from jaxinf.diffusion.noise import Noised
+from jaxinf.engine import Compute, Rows
 from tests.benchmarks.passes import Kernels
 from tests.benchmarks.results import append_line
 from tests.benchmarks.workloads import (
   BATCH,
   MODEL,
+  PROCESS,
   ROUNDS,
-  SCHEDULE,
   Workload,
   alternating,
   folder_workload,
   print_table,
   random_workload,
+  stored,
 )
 
 _WORK = flags.DEFINE_string("work", None, "Folder of the network, pairs and results to share.")
@@ -69,26 +69,22 @@ def main(_) -> None:
 
 def stored_kernel(workload: Workload) -> engine.Kernel:
   """(params, rows with the stored pairs of an example each) → gradients [B, P]."""
-  task = Task(workload.apply_fn, workload.params, SCHEDULE)
-  model = register_everything(task, workload.images.shape[1:])
+  layers = all_layers(workload.model, workload.examples)
 
   def kernel(params, batch):
-    num, draws = batch.conditioning["t"].shape
-    flat = lambda x: x.reshape(num * draws, *x.shape[2:])
-    noised = Noised(
-      *map(flat, (batch.images, batch.conditioning["t"], batch.conditioning["noise"]))
-    )
-    cotangents = LOSS.cotangents(SCHEDULE, noised, draws)
-    return model.gradients(params, noised, cotangents, rows=num)
+    num, draws = batch.conditioning.t.shape
+    noised = jax.tree.map(lambda x: x.reshape(num * draws, *x.shape[2:]), batch.conditioning)
+    cotangents = LOSS.cotangents(PROCESS, noised, draws)
+    grads = layers.gradients(params, noised, cotangents, rows=num)
+    return jnp.concatenate([flat(matrices) for matrices in grads.values()], axis=1)
 
-  return flat_kernel(kernel)
+  return kernel
 
 
 def stored_rows(noised: Noised, num: int) -> Rows:
   """One row an example, of `num`, with its pairs."""
   each = lambda x: np.asarray(x).reshape(num, -1, *x.shape[1:])
-  pairs = {"t": each(noised.t), "noise": each(noised.noise)}
-  return Rows(each(noised.x_t), example_numbers(np.arange(num)), conditioning=pairs)
+  return Rows(None, np.arange(num, dtype=np.uint32), conditioning=jax.tree.map(each, noised))
 
 
 def times(workload: Workload, kernel: engine.Kernel, folder: Path | None) -> None:
@@ -103,8 +99,9 @@ def times(workload: Workload, kernel: engine.Kernel, folder: Path | None) -> Non
     return [grads[:, :1] for grads in stream]
 
   def features(kind: str):
-    feature_pass = FeaturePass(Projection(_DIM.value, 0, kind), per_batch, _BLOCK.value)
-    return lambda: feature_pass(kernel, params, rows, label="features")
+    compute = Compute(block_mib=_BLOCK.value)
+    feature_pass = FeaturePass(Projection(_DIM.value, 0, kind), compute)
+    return lambda: feature_pass(kernel, params, rows, batch_size=per_batch, label="features")
 
   calls = {
     "plain": (num, lambda: [plain(params, pairs) for pairs in batches][-1]),
@@ -169,11 +166,11 @@ def agreement(workload: Workload, kernel: engine.Kernel, folder: Path) -> None:
   trace = np.mean(np.sum(np.square(train), axis=1, dtype=np.float64))
   print(f"λ = {damping:.1e}; the trace of H is {trace:.1e}, {trace / len(train):.1e} an example")
   exact = fisher_of(train).scores(query, damping)
-  project = jax.jit(lambda rows, seed: _projected(rows, seed))
+  project = jax.jit(Projection(_DIM.value, 0))
   both = jnp.asarray(np.concatenate([train, query]))
   ours = []
   for seed in range(_SEEDS.value):
-    features = np.asarray(project(both, seed))
+    features = np.asarray(project(both, Projection(_DIM.value, seed).key))
     ours.append(fisher_of(features[: len(train)]).scores(features[len(train) :], damping))
   print("| scores of | and of | Spearman, mean over queries and projections |")
   print("| --- | --- | --- |")
@@ -191,11 +188,6 @@ def agreement(workload: Workload, kernel: engine.Kernel, folder: Path) -> None:
     print(f"| {name} | {other} | {np.mean([_spearman(*pair) for pair in pairs]):.3f} |")
 
 
-def _projected(rows: jax.Array, seed: jax.Array) -> jax.Array:
-  projection = Projection(_DIM.value, seed)
-  return projection(rows, projection.key)
-
-
 def _spearman(first: np.ndarray, second: np.ndarray) -> float:
   """Mean over queries of the rank correlation over training images."""
   each: Sequence[float] = [
@@ -210,8 +202,8 @@ def _noised(data: dict[str, np.ndarray], split: str) -> Noised:
   spread = lambda table: table[t][..., None, None, None]
   clean, noise = spread(data["sqrt_abar"]), spread(data["sqrt_one_minus_abar"])
   x_t = clean * data[split][:, None] + noise * data[f"{split}_eps"]
-  flat = lambda x: np.ascontiguousarray(np.moveaxis(x.reshape(-1, *x.shape[2:]), -3, -1))
-  return Noised(flat(x_t), t.reshape(-1).astype(np.int32), flat(data[f"{split}_eps"]))
+  last = lambda x: np.ascontiguousarray(np.moveaxis(x.reshape(-1, *x.shape[2:]), -3, -1))
+  return stored(last(x_t), t.reshape(-1), last(data[f"{split}_eps"]))
 
 
 if __name__ == "__main__":

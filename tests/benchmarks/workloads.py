@@ -1,10 +1,10 @@
 """What the benchmarks share: networks with (example, draw) pairs, the timing loop and its table."""
 
-import contextlib
 import dataclasses
+import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from jaxinf.core.examples import Examples
 from jaxinf.core.types import ApplyFn, Params
-from jaxinf.diffusion.objective import Noised
+from jaxinf.diffusion.model import DiffusionModel
+from jaxinf.diffusion.noise import Noised
+from jaxinf.diffusion.process import Process
 from jaxinf.diffusion.schedule import Schedule
 from jaxinf.engine.resources import measured
 from jaxinf.networks import diffusers, num_params
 from jaxinf.networks.unet import UNet
+from tests.compilations import counted_compilations
 
 MODEL = flags.DEFINE_enum("model", "small", ["small", "ddpm-cifar"], "Which U-Net.")
 BATCH = flags.DEFINE_integer("batch", 64, "Pairs at a time.")
@@ -48,7 +52,7 @@ MODELS = {  # (fields, image size)
     32,
   ),
 }  # fmt: skip
-SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
+PROCESS = Process.epsilon(Schedule.linear(1000, 1e-4, 0.02))
 
 
 class Pairs(NamedTuple):
@@ -79,6 +83,16 @@ class Workload:
   def __len__(self) -> int:
     return len(self.pairs.cotangents)
 
+  @functools.cached_property
+  def model(self) -> DiffusionModel:
+    """The network with its process."""
+    return DiffusionModel(self.apply_fn, self.params, PROCESS)
+
+  @functools.cached_property
+  def examples(self) -> Examples:
+    """The images."""
+    return Examples(self.images)
+
   def batches(self, size: int) -> list[Pairs]:
     """All pairs, `size` at a time; the last batch may be smaller."""
     cut = lambda start: jax.tree.map(lambda x: jnp.asarray(x[start : start + size]), self.pairs)
@@ -98,7 +112,7 @@ def random_workload(name: str, num_images: int, draws: int) -> Workload:
   )
   params = jax.tree.map(lambda leaf: random_matrix(rng, leaf.shape), abstract["params"])
   normal = lambda: rng.standard_normal((num_images * draws, *shape), np.float32)
-  noised = Noised(normal(), rng.integers(0, 1000, num_images * draws).astype(np.int32), normal())
+  noised = stored(normal(), rng.integers(0, 1000, num_images * draws), normal())
   return Workload(
     name=name,
     apply_fn=lambda params, x_t, t: model.apply({"params": params}, x_t, t),
@@ -120,9 +134,15 @@ def folder_workload(folder: Path) -> Workload:
     + spread(data["sqrt_one_minus_abar"]) * data["train_eps"]
   )
   flat = lambda x: _channels_last(x.reshape(-1, *x.shape[2:]))
-  noised = Noised(flat(x_t), t.reshape(-1).astype(np.int32), flat(data["train_eps"]))
+  noised = stored(flat(x_t), t.reshape(-1), flat(data["train_eps"]))
   pairs = Pairs(noised, _output_gradients(flat(data["train_xi"])))
   return Workload("unet-small", apply_fn, params, _channels_last(data["train"]), pairs)
+
+
+def stored(x_t: np.ndarray, t: np.ndarray, noise: np.ndarray) -> Noised:
+  """Pairs [B, …] of weight 1 of a network that predicts the noise."""
+  t = t.astype(np.int32)
+  return Noised(x_t, t, noise, np.ones(len(t), np.float32), t)
 
 
 def random_matrix(rng: np.random.Generator, shape: tuple[int, ...]) -> jax.Array:
@@ -139,7 +159,7 @@ class Timing:
     seconds: wall time of each round.
     cpu_seconds: of this process in all threads, likewise.
     stages: name → seconds of each round, where the call returned its stages.
-    cost: of the warm-up, without compilation: `jaxinf.costs.measured`.
+    cost: of the warm-up, without compilation: `jaxinf.engine.resources.measured`.
   """
 
   num_pairs: int
@@ -197,23 +217,6 @@ def alternating(calls: Mapping[str, tuple[int, Call]], rounds: int) -> dict[str,
 
 def _is_stages(value: Any) -> bool:
   return isinstance(value, dict) and all(isinstance(v, float) for v in value.values())
-
-
-@contextlib.contextmanager
-def counted_compilations() -> Iterator[list[float]]:
-  """Yields a list that gets the seconds of each compilation by XLA inside the block."""
-  seconds: list[float] = []
-  inside = [True]
-
-  def listen(event: str, duration: float, **_) -> None:
-    if inside[0] and event == "/jax/core/compile/backend_compile_duration":
-      seconds.append(duration)
-
-  jax.monitoring.register_event_duration_secs_listener(listen)
-  try:
-    yield seconds
-  finally:
-    inside[0] = False
 
 
 def print_table(timings: Mapping[str, Timing], base: str = "plain") -> None:

@@ -20,7 +20,7 @@ import pytest
 from jaxinf import KFAC, Compute, DiffusionModel, Draws
 from jaxinf.curvature.fit import Fit
 from jaxinf.layers.coverage import Selection
-from jaxinf.layers.factors import SHARINGS
+from jaxinf.layers.factors import APPROXIMATIONS
 from jaxinf.layers.register import register
 from jaxinf.layers.specs import leaf_names
 from tests import nets, twins
@@ -104,7 +104,7 @@ def errors(apply_fn, params, pairs) -> dict[str, dict[str, float]]:
       name: error(factors, blocks[name])
       for name, factors in exact_factors(layers, apply_fn, params, pairs, approx).items()
     }
-    for approx in SHARINGS
+    for approx in APPROXIMATIONS
   }
 
 
@@ -127,7 +127,7 @@ def test_kfac_equals_the_exact_ggn_on_a_linear_net(case):
 def test_the_other_approximation_is_exact_only_without_positions(case):
   """The exactness above is no accident of the test: it ends where theory says so."""
   approx, _ = EXACT[case]
-  (other,) = set(SHARINGS) - {approx}
+  (other,) = set(APPROXIMATIONS) - {approx}
   found = errors_of(case)[other]
   without = {"time", "head"} if approx == "reduce" else {"time"}
   assert {name for name, error in found.items() if error < twins.ROUNDING} == without, found
@@ -158,7 +158,7 @@ def test_one_pair_is_exact_without_positions():
   }
   params = nets.random_params(shapes)
   one, several = (errors(tanh_net, params, nets.some_pairs(num, (2, 2, 2))) for num in (1, 4))
-  for approx in SHARINGS:
+  for approx in APPROXIMATIONS:
     assert max(one[approx].values()) < twins.ROUNDING
     assert max(several[approx].values()) > 0.01
 

@@ -20,6 +20,7 @@ from jaxinf import (
   Solver,
   fit_curvature,
 )
+from jaxinf.layers.specs import to_matrices
 from tests import nets, twins
 
 NUM, DRAWS = 4, 3
@@ -155,7 +156,9 @@ def results():
   """Of EK-FAC's both passes, and of the exact GGN that it preconditions."""
   curvature = fitted(nets.conv_model(), ExactGGN(), nets.examples(NUM))
   solved = curvature.multiply(GRADS, 0.1), curvature.precondition(GRADS, 0.1)
-  return dict(curvature.bases), solved
+  rows = {name: matrix[None] for name, matrix in to_matrices(curvature.layers, GRADS).items()}
+  on_device = dict(curvature.approximation.precondition_rows(rows, 0.1))
+  return dict(curvature.bases), solved, on_device
 
 
 @pytest.fixture(scope="module")

@@ -206,7 +206,7 @@ def test_one_network_written_for_another_process_has_the_same_loss_and_gradients
     ),
     (Process.edm(p_mean=-1.0, p_std=0.5), lambda u: stats.lognorm.ppf(u, 0.5, scale=np.exp(-1))),
   ],
-  ids=str,
+  ids=["flow", "flow, shifted", "flow, logit-normal", "edm"],
 )
 def test_times_are_quantiles_of_their_law(process, quantile):
   u = np.float32([0.001, 0.1, 0.5, 0.9, 0.999])

@@ -11,7 +11,6 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jaxinf.engine import artifacts
 from jaxinf.engine.artifacts import Checkpoints, MetricsLog, StaleArtifact
-from jaxinf.engine.checkpoints import PartialOutputs, PartialSums
 
 KEY = {"seed": 0, "train": {"steps": 10, "shape": (2, 3), "decay": None}}
 
@@ -253,61 +252,6 @@ def events(data):
     (length,) = struct.unpack("<Q", data[:8])
     yield Event.FromString(data[12 : 12 + length])
     data = data[16 + length :]
-
-
-def test_partial_sums_are_loaded_as_they_were_saved(tmp_path, arrays):
-  partial = PartialSums(tmp_path / "fit" / "sums.npz", KEY, every=2)
-  assert partial.load() is None
-  partial.save(3, [arrays["scalar"]])
-  partial.save(7, [arrays["scalar"], arrays["down/kernel"]])
-  rows_done, sums = PartialSums(tmp_path / "fit" / "sums.npz", KEY, every=5).load()
-  assert rows_done == 7
-  for actual, name in zip(sums, ("scalar", "down/kernel"), strict=True):
-    np.testing.assert_array_equal(actual, arrays[name], strict=True)
-  partial.discard()
-  assert partial.load() is None
-  partial.discard()
-
-
-def test_partial_sums_of_another_key_are_refused(tmp_path, arrays):
-  path = tmp_path / "sums.npz"
-  PartialSums(path, KEY, every=1).save(3, [arrays["scalar"]])
-  with pytest.raises(StaleArtifact, match="seed: 0 → 1\n.* delete that file"):
-    PartialSums(path, KEY | {"seed": 1}, every=1).load()
-
-
-@pytest.mark.parametrize("kept", [0, 0.3, 0.9])
-def test_damaged_partial_sums_are_refused_by_name(tmp_path, arrays, kept):
-  path = tmp_path / "sums.npz"
-  partial = PartialSums(path, KEY, every=1)
-  partial.save(3, [arrays["down/kernel"]])
-  sound = path.read_bytes()
-  for damaged in (sound[: int(kept * len(sound))], sound.replace(b"NUMPY", b"NUMPI")):
-    path.write_bytes(damaged)
-    with pytest.raises(ValueError, match=f"{path} cannot be read .* Delete it to begin again"):
-      partial.load()
-
-
-def test_an_interrupted_save_leaves_the_sums_before_it(tmp_path, arrays, monkeypatch):
-  partial = PartialSums(tmp_path / "sums.npz", KEY, every=1)
-  partial.save(3, [arrays["scalar"]])
-
-  def interrupted(file, **arrays):
-    file.write(b"half")
-    raise KeyboardInterrupt
-
-  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(np, "savez", interrupted)
-    partial.save(6, [arrays["scalar"]])
-  assert partial.load()[0] == 3
-  partial.discard()
-  assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("partial", [PartialSums, PartialOutputs])
-def test_what_is_unfinished_is_saved_every_so_many_batches_at_least_one(tmp_path, partial):
-  with pytest.raises(ValueError, match="every must be at least 1; got 0"):
-    partial(tmp_path / "sums", KEY, every=0)
 
 
 def test_checkpoints_give_back_states_with_structure_and_types(tmp_path):

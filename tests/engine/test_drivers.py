@@ -11,7 +11,7 @@ from jaxinf import engine
 from jaxinf.core.random import fold_in_each, stream
 from jaxinf.engine import Blocks, Rows, map_batches, reduce_batches, spread, stream_batches
 from jaxinf.engine.artifacts import StaleArtifact
-from jaxinf.engine.checkpoints import PartialSums
+from jaxinf.engine.checkpoints import PartialOutputs, PartialSums
 from tests.stored import Stored
 
 NUM = 7
@@ -232,7 +232,39 @@ def test_items_are_spread_by_cost_and_all_come_back(devices):
   assert list(found) == list(items)
 
 
-# --- reductions that are stopped ---
+# --- passes that are stopped ---
+
+
+class StoppedRows(PartialOutputs):
+  """Stops the map once it has saved."""
+
+  def save(self, outputs):
+    super().save(outputs)
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_a_resumed_map_is_the_uninterrupted_one_bitwise(tmp_path, rows, devices, every):
+  seen = []
+
+  def watched(weights, batch):
+    jax.debug.callback(lambda ids, mask: seen.extend(ids[mask > 0]), batch.ids, batch.mask)
+    return row_kernel(weights, batch)
+
+  def through(partial, kernel=row_kernel):
+    return map_batches(
+      kernel, WEIGHTS, rows, batch_size=2, label=None, devices=devices, partial=partial
+    )
+
+  like = {"values": 0, "row": (0, 0)}
+  with pytest.raises(KeyboardInterrupt):
+    through(StoppedRows(tmp_path, {"seed": 0}, every, like))
+  resumed = through(PartialOutputs(tmp_path, {"seed": 0}, 1, like), watched)
+  jax.effects_barrier()
+  assert sorted(seen) == list(rows.ids[2 * every :])  # and nothing is computed twice
+  jax.tree.map(np.testing.assert_array_equal, resumed, through(None))
+  again = through(PartialOutputs(tmp_path, {"seed": 0}, 1, like), pytest.fail)
+  jax.tree.map(np.testing.assert_array_equal, again, resumed)
 
 
 def test_a_reduction_without_a_label_shows_no_progress(rows, monkeypatch, caplog):

@@ -23,8 +23,8 @@ from tests import running
 # enough of them that a process can be killed on the way. int16 rounds by 1/32767 of a block.
 ATTRIBUTE = {
   "attribute.draws": 38,
-  "attribute.draw_groups": 19,
-  "attribute.query_groups": 1,
+  "attribute.replicates": 19,
+  "attribute.query_replicates": 1,
   "attribute.compression": "int16",
 }
 # Of the largest number, for float32 sums in another order; training and sampling amplify it.

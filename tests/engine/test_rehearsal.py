@@ -64,7 +64,7 @@ def test_batches_are_those_of_the_run_in_full():
     doubled()
     doubled(6)  # over other examples than those that grow in number
   assert [one.batches for one in found.passes] == [IN_FULL // BATCH, 3]
-  assert found.passes[0].seconds == 1 and found.seconds() == IN_FULL // BATCH + 3 * 1
+  assert found.passes[0].seconds == 1 and found.seconds == IN_FULL // BATCH + 3 * 1
   assert found.compiling == 1  # one program: the clock was looked at before and after
 
 
@@ -85,15 +85,16 @@ def test_a_reduction_stops_early_and_counts_its_batches(devices):
 def test_a_second_kernel_grows_with_its_operands():
   """Its part of a batch, timed by itself, and its operations: 2 · rows · queries."""
   queries = 3
-  with rehearsing({FEW: IN_FULL}, ticking()) as found:
-    outputs = doubled(then=Blocks(product, [np.ones((queries, 1), np.float32)]))
-  assert outputs.shape == (FEW, queries)
-  (one,) = found.passes
-  assert one.second_seconds == 1
-  batches = IN_FULL // BATCH
-  assert found.seconds(growth=5.0) - found.seconds() == 4 * batches * one.second_seconds
-  second = 2 * BATCH * queries
-  assert found.operations(growth=5.0) - found.operations() == 4 * batches * second
+  found = []
+  for growth in (1.0, 5.0):
+    with rehearsing({FEW: IN_FULL}, ticking(), growth=growth) as rehearsed:
+      outputs = doubled(then=Blocks(product, [np.ones((queries, 1), np.float32)]))
+    assert outputs.shape == (FEW, queries)
+    found.append(rehearsed)
+  assert found[0].passes[0].second_seconds == 1
+  batches, second = IN_FULL // BATCH, 2 * BATCH * queries
+  assert found[1].seconds - found[0].seconds == 4 * batches * 1
+  assert found[1].operations - found[0].operations == 4 * batches * second
 
 
 def test_blocks_of_the_second_kernel_are_joined_as_ever():
@@ -122,7 +123,7 @@ def test_a_program_that_does_not_fit_is_compiled_and_not_run():
     outputs = map_batches(
       kernel, large, rows_of(4), batch_size=2, label=None, devices=jax.local_devices()[:1]
     )
-  assert found.too_large and found.seconds() is None
+  assert found.too_large and found.seconds is None
   np.testing.assert_array_equal(outputs, np.zeros((4, 1)))
 
 
@@ -152,7 +153,7 @@ def test_parts_count_as_often_as_the_run_in_full_has_them():
   with rehearsing({}, ticking()) as found:
     with rehearsal.part(7.0):
       pass
-    assert found.parts == found.seconds() == 7
+    assert found.parts == found.seconds == 7
     with rehearsal.part(7.0), found.paused():
       pass
     assert found.parts == 7 + 7 * 2

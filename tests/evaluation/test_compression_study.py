@@ -1,6 +1,7 @@
 """The study's numbers against explicit gradient matrices in float64, and what must not matter."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +11,18 @@ import pytest
 from scipy.stats import pearsonr, spearmanr
 
 import jaxinf
+from jaxinf import Compute, Curvature, Draws, Examples
 from jaxinf.compression.compression import Bfloat16, LowRank, Uncompressed
 from jaxinf.compression.projection import RandomProjection, Truncation
 from jaxinf.compression.quantise import Quantisation
-from jaxinf.core.random import draw_keys, fold_in_each, stream
-from jaxinf.diffusion.measurements import LOSS
-from jaxinf.diffusion.noise import DrawDesign
+from jaxinf.curvature.curvature import ExactCurvature
 from jaxinf.evaluation.compression_study import compression_study
-from jaxinf.layers.specs import to_matrices
 from jaxinf.report.studies import write_compression_study
 from tests import nets
+from tests.evaluation.gradients import gradients_of
 
-NUM, QUERIES, DRAWS, SEED, DAMPING = 12, 3, 2, 2, 1e-2
+NUM, QUERIES, DAMPING = 12, 3, 1e-2
+DRAWS, COMPUTE = Draws(2, seed=2), Compute(devices=jax.local_devices()[:1])
 VARIANTS = {
   "float32": Uncompressed(),
   "bfloat16": Bfloat16(),
@@ -30,52 +31,35 @@ VARIANTS = {
   "truncation, 30 %": Truncation(0.3),
   "projection, 50 %": RandomProjection(0.5, seed=0),
 }
-TRAIN, ASKED = nets.random_images(NUM), nets.random_images(QUERIES, seed=1)
+TRAIN, ASKED = (Examples(nets.random_images(num, seed=num)) for num in (NUM, QUERIES))
 
 
 @pytest.fixture(scope="module")
-def task():
-  return nets.conv_task()
+def curvature():
+  return fitted(jaxinf.EKFAC())
 
 
-@pytest.fixture(scope="module")
-def curvature(task):
-  return fitted(task, "ekfac")
+def fitted(kind: jaxinf.KFAC | jaxinf.Diagonal) -> Curvature:
+  fit = functools.partial(jaxinf.fit_curvature, nets.conv_model(), TRAIN, draws=Draws(2))
+  with pytest.warns(UserWarning, match="worse than predicting zero"):  # parameters are random
+    return fit(kind, skip=(), compute=COMPUTE)
 
 
-def fitted(task, method, **options):
-  return jaxinf.fit_curvature(
-    task, TRAIN, method=method, draws=2, seed=0, skip=(), devices=jax.local_devices()[:1], **options
+def study(curvature, variants=VARIANTS, train=TRAIN, asked=ASKED, damping=DAMPING, compute=COMPUTE):
+  return compression_study(
+    curvature,
+    queries=asked,
+    train=train,
+    damping=damping,
+    draws=DRAWS,
+    variants=variants,
+    compute=compute,
   )
 
 
-def study(task, curvature, variants=VARIANTS, train=TRAIN, asked=ASKED, **options):
-  options = dict(damping=DAMPING, draws=DRAWS, devices=jax.local_devices()[:1]) | options
-  return compression_study(task, curvature, train, asked, seed=SEED, variants=variants, **options)
-
-
 @pytest.fixture(scope="module")
-def found(task, curvature):
-  return study(task, curvature)
-
-
-def gradients(task, curvature, images, name) -> dict[str, np.ndarray]:
-  """Layer name → [n, d_out, d_in] float64 of the loss, by jax.grad one image at a time."""
-
-  @jax.grad
-  def gradient(params, image, number):
-    key = fold_in_each(stream(SEED, name), DrawDesign().numbers(number[None]))
-    keys = jax.vmap(lambda k: draw_keys(k, DRAWS))(key)
-    values = LOSS.evaluate(
-      task.apply_fn, params, task.schedule, image[None], keys, design=DrawDesign()
-    )
-    return values.sum()
-
-  gradient = jax.jit(gradient)
-  numbers = np.arange(len(images), dtype=np.uint32)
-  grads = [gradient(task.params, *pair) for pair in zip(images, numbers, strict=True)]
-  stacked = jax.tree.map(lambda *g: np.stack(g).astype(np.float64), *grads)
-  return to_matrices(curvature.layers, stacked)
+def found(curvature):
+  return study(curvature)
 
 
 def kron(basis) -> np.ndarray:
@@ -104,10 +88,10 @@ def naively(variant, rows, basis) -> np.ndarray:
   return np.asarray(restored, np.float64)
 
 
-def naive_numbers(task, curvature, variant):
+def naive_numbers(curvature, variant):
   """(errors, Pearson's, Spearman's) [Q] each, from dense solves and explicit matrices."""
-  asked = gradients(task, curvature, ASKED, "query_gradients")
-  train = gradients(task, curvature, TRAIN, "train_gradients")
+  asked = gradients_of(curvature, ASKED, "query_gradients", DRAWS)
+  train = gradients_of(curvature, TRAIN, "train_gradients", DRAWS)
   exact, restored = [], []
   for name, basis in curvature.bases.items():
     vectors, flat = kron(basis), asked[name].reshape(QUERIES, -1)
@@ -123,8 +107,8 @@ def naive_numbers(task, curvature, variant):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_errors_and_correlations_are_those_of_explicit_matrices(task, curvature, found, name):
-  errors, pearson, spearman = naive_numbers(task, curvature, VARIANTS[name])
+def test_errors_and_correlations_are_those_of_explicit_matrices(curvature, found, name):
+  errors, pearson, spearman = naive_numbers(curvature, VARIANTS[name])
   v = found.names.index(name)
   # float32 gradients and rotations; no integer of int4 and no number of bfloat16 rounds otherwise.
   np.testing.assert_allclose(found.errors[v], errors, rtol=1e-3, atol=1e-7)
@@ -133,10 +117,10 @@ def test_errors_and_correlations_are_those_of_explicit_matrices(task, curvature,
   np.testing.assert_allclose(found.spearman[v], spearman, rtol=0, atol=0.008)
 
 
-def test_truncation_needs_no_rotation_where_the_curvature_is_diagonal(task):
-  diagonal, variants = fitted(task, "diagonal"), {"half": Truncation(0.5)}
-  errors, pearson, _ = naive_numbers(task, diagonal, variants["half"])
-  found = study(task, diagonal, variants)
+def test_truncation_needs_no_rotation_where_the_curvature_is_diagonal():
+  diagonal, variants = fitted(jaxinf.Diagonal()), {"half": Truncation(0.5)}
+  errors, pearson, _ = naive_numbers(diagonal, variants["half"])
+  found = study(diagonal, variants)
   np.testing.assert_allclose(found.errors[0], errors, rtol=1e-3)
   np.testing.assert_allclose(found.pearson[0], pearson, rtol=0, atol=1e-4)
 
@@ -161,9 +145,9 @@ def test_what_is_not_compressed_correlates_perfectly(found):
   assert (found.errors[1:] > 0).all() and (found.pearson <= 1 + 1e-14).all()
 
 
-def test_neither_other_variants_nor_batches_nor_devices_change_a_variant(task, curvature, found):
+def test_neither_other_variants_nor_batches_nor_devices_change_a_variant(curvature, found):
   name = "truncation, 30 %"
-  alone = study(task, curvature, {name: VARIANTS[name]}, batch_size=5, devices=jax.local_devices())
+  alone = study(curvature, {name: VARIANTS[name]}, compute=Compute(5, jax.local_devices()))
   v = found.names.index(name)
   for field in ("errors", "pearson", "spearman"):
     # float32 sums in another order; ranks agree exactly here.
@@ -189,16 +173,15 @@ def test_the_least_correlation_stands_beside_the_mean(found):
   )
 
 
-def test_what_does_not_fit_together_is_refused(task, curvature):
+def test_what_does_not_fit_together_is_refused(curvature):
   with pytest.raises(ValueError, match="damping must be positive"):
-    study(task, curvature, damping=0.0)
-  with pytest.raises(ValueError, match="got 0, 2, 3 and 12"):
-    study(task, curvature, {})
-  with pytest.raises(ValueError, match="two training images"):
-    study(task, curvature, train=TRAIN[:1])
-  with pytest.raises(ValueError, match="do not match training images of shape"):
-    study(task, curvature, asked=nets.random_images(2, (6, 6, 1)))
-  with pytest.raises(ValueError, match="another task"):
-    study(nets.conv_task(seed=1), curvature)
+    study(curvature, damping=0.0)
+  with pytest.raises(ValueError, match="at least one variant .* got 0 and 12"):
+    study(curvature, {})
+  with pytest.raises(ValueError, match="two training examples; got 6 and 1"):
+    study(curvature, train=TRAIN.take([0]))
+  with pytest.raises(ValueError, match="do not match training examples of shape"):
+    study(curvature, asked=Examples(nets.random_images(2, (6, 6, 1))))
+  fields = {field.name: getattr(curvature, field.name) for field in dataclasses.fields(curvature)}
   with pytest.raises(ValueError, match="not the exact one"):
-    study(task, dataclasses.replace(curvature, exact=fitted(task, "cg").exact))
+    study(ExactCurvature(**fields))

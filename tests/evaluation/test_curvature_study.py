@@ -1,34 +1,45 @@
 """The study's two numbers against dense linear algebra on a net small enough for it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from jaxinf import Solver, Task
-from jaxinf.core.random import draw_keys, fold_in_each, stream
-from jaxinf.core.types import Batch
+from jaxinf import (
+  KFAC,
+  Compute,
+  DiffusionModel,
+  Draws,
+  Examples,
+  Identity,
+  Solver,
+  fit_curvature,
+)
 from jaxinf.curvature.targets import curvature_pairs
-from jaxinf.diffusion.measurements import LOSS
-from jaxinf.diffusion.noise import DrawDesign
-from jaxinf.diffusion.objective import predict
+from jaxinf.diffusion.noise import predict
+from jaxinf.engine.worklist import Rows
 from jaxinf.evaluation.curvature_study import curvature_study
-from jaxinf.layers.coverage import Selection
-from jaxinf.layers.register import register
 from jaxinf.layers.specs import to_matrices
 from jaxinf.report.studies import write_curvature_study
 from tests import nets
+from tests.evaluation.gradients import gradients_of
 
-NUM, QUERIES, SEED, DAMPINGS, GRADIENT_DRAWS = 12, 3, 2, (1e-2, 1.0), 2
+pytestmark = pytest.mark.filterwarnings("ignore:mean training loss")  # parameters are random
+
+NUM, QUERIES, DAMPINGS = 12, 3, (1e-2, 1.0)
+DRAWS = Draws(2, seed=2)
 SHAPE = (3, 3, 2)
 PARAMS = {
   "first": {"kernel": (3, 3, 2, 3), "bias": (3,)},
   "second": {"kernel": (1, 1, 3, 2), "bias": (2,)},
 }
-APPROXIMATIONS = {"K-FAC": dict(method="kfac", targets=4), "identity": dict(method="identity")}
+KINDS = {"K-FAC": KFAC(samples=4), "identity": Identity()}
 # To 1e-5 of the right-hand side, which a damping of 1e-2 can make 1e-3 of the solution.
 SOLVER = Solver(tolerance=1e-5, max_iterations=500, sketch_rank=20)
+TRAIN, ASKED = (Examples(nets.random_images(num, SHAPE, num)) for num in (NUM, QUERIES))
 
 
 def network(params, x_t, t):
@@ -36,9 +47,11 @@ def network(params, x_t, t):
   return nets.conv(params["second"], jnp.tanh(nets.conv(params["first"], x_t)))
 
 
-@pytest.fixture(scope="module")
-def task():
-  return Task(network, nets.random_params(PARAMS), nets.SCHEDULE)
+MODEL = DiffusionModel(network, nets.random_params(PARAMS), nets.PROCESS)
+COMPUTE = Compute(devices=jax.local_devices()[:1])
+FIT = functools.partial(
+  fit_curvature, MODEL, TRAIN, draws=Draws(1, seed=2), skip=(), compute=COMPUTE
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,63 +59,58 @@ def kept():
   return {}
 
 
-def study(task, kept):
+def study(kept):
   def keep(name, compute):
     if name not in kept:
       kept[name] = compute()
     return kept[name]
 
   return curvature_study(
-    task, nets.random_images(NUM, SHAPE), nets.random_images(QUERIES, SHAPE, seed=1),
-    dampings=DAMPINGS, draws=1, gradient_draws=GRADIENT_DRAWS, seed=SEED, solver=SOLVER, skip=(),
-    approximations=APPROXIMATIONS, keep=keep, devices=jax.local_devices()[:1],
-  )  # fmt: skip
+    FIT,
+    queries=ASKED,
+    train=TRAIN,
+    dampings=DAMPINGS,
+    gradient_draws=DRAWS,
+    kinds=KINDS,
+    solver=SOLVER,
+    compute=COMPUTE,
+    keep=keep,
+  )
 
 
 @pytest.fixture(scope="module")
-def found(task, kept):
-  return study(task, kept)
+def curvature():
+  """For its layers."""
+  return FIT(Identity())
 
 
-def rows(task, tree) -> np.ndarray:
+@pytest.fixture(scope="module")
+def found(kept):
+  return study(kept)
+
+
+def rows(curvature, tree) -> np.ndarray:
   """[n, P] float64 from a pytree of arrays [n, ...] like the parameters."""
-  layers = register(task.apply_fn, task.params, SHAPE, Selection()).layers
-  matrices = to_matrices(layers, tree).values()
-  return np.concatenate([np.reshape(m, (len(m), -1)) for m in matrices], 1).astype(np.float64)
+  return flat(to_matrices(curvature.layers, tree))
 
 
-def gradients(task, images, name) -> np.ndarray:
-  """[n, P] of the loss, by jax.grad one image at a time."""
-
-  def loss(params, image, number):
-    key = fold_in_each(stream(SEED, name), DrawDesign().numbers(number[None]))
-    keys = jax.vmap(lambda k: draw_keys(k, GRADIENT_DRAWS))(key)
-    values = LOSS.evaluate(
-      task.apply_fn, params, task.schedule, image[None], keys, design=DrawDesign()
-    )
-    return values.sum()
-
-  numbers = np.arange(len(images), dtype=np.uint32)
-  grads = [jax.grad(loss)(task.params, *pair) for pair in zip(images, numbers, strict=True)]
-  return rows(task, jax.tree.map(lambda *g: np.stack(g), *grads))
+def flat(matrices) -> np.ndarray:
+  """[n, P] float64 of layer name → [n, ...]."""
+  return np.concatenate([np.reshape(m, (len(m), -1)) for m in matrices.values()], 1).astype(float)
 
 
 @pytest.fixture(scope="module")
-def dense(task):
+def dense(curvature):
   """The exact GGN [P, P] in float64."""
-  batch = Batch(
-    nets.random_images(NUM, SHAPE), np.arange(NUM, dtype=np.uint32), np.zeros(NUM, np.int32),
-    np.ones(NUM, np.float32),
-  )  # fmt: skip
-  pairs, _ = curvature_pairs(task.schedule, SEED, batch)
-  outputs = lambda params: predict(task.apply_fn, params, pairs).reshape(-1)
-  jacobian = rows(task, jax.jacrev(outputs)(task.params))
+  pairs, _ = curvature_pairs(MODEL.process, 2, Rows.of(TRAIN, 1).padded_batch(0, NUM))
+  outputs = lambda params: predict(MODEL.apply_fn, params, pairs).reshape(-1)
+  jacobian = rows(curvature, jax.jacrev(outputs)(MODEL.params))
   return 2 / np.prod(SHAPE) * jacobian.T @ jacobian / NUM
 
 
-def test_errors_and_rank_correlations_are_those_of_dense_solves(task, found, dense):
-  queries = gradients(task, nets.random_images(QUERIES, SHAPE, seed=1), "query_gradients")
-  train = gradients(task, nets.random_images(NUM, SHAPE), "train_gradients")
+def test_errors_and_rank_correlations_are_those_of_dense_solves(curvature, found, dense):
+  queries = flat(gradients_of(curvature, ASKED, "query_gradients", DRAWS))
+  train = flat(gradients_of(curvature, TRAIN, "train_gradients", DRAWS))
   a = found.names.index("identity")
   for i, damping in enumerate(DAMPINGS):
     exact = np.linalg.solve(dense + damping * np.eye(len(dense)), queries.T).T
@@ -125,11 +133,9 @@ def test_kfac_is_nearer_than_the_identity(found):
   assert (kfac > identity).all()
 
 
-def test_solutions_are_kept_for_a_study_that_was_stopped(task, found, kept, monkeypatch):
-  monkeypatch.setattr(
-    "jaxinf.curvature.exact.GGN.solve", lambda *a, **k: pytest.fail("solved again")
-  )
-  again = study(task, kept)
+def test_solutions_are_kept_for_a_study_that_was_stopped(found, kept, monkeypatch):
+  monkeypatch.setattr("jaxinf.curvature.ggn.GGN.solve", lambda *a, **k: pytest.fail("solved again"))
+  again = study(kept)
   np.testing.assert_array_equal(again.errors, found.errors)
 
 
@@ -142,10 +148,9 @@ def test_the_page_and_the_table_show_every_approximation_and_damping(found, tmp_
   assert figure.read_bytes().startswith(b"\x89PNG")
 
 
-def test_dampings_are_needed_and_positive(task):
-  images = nets.random_images(2, SHAPE)
-  options = dict(draws=1, gradient_draws=1, seed=0)
-  with pytest.raises(ValueError, match="at least one damping"):
-    curvature_study(task, images, images, dampings=(), **options)
+def test_dampings_are_needed_and_positive():
+  options = dict(queries=ASKED, train=TRAIN, gradient_draws=DRAWS)
+  with pytest.raises(ValueError, match="dampings must be a non-empty sequence"):
+    curvature_study(FIT, dampings=(), **options)
   with pytest.raises(ValueError, match="damping must be positive"):
-    curvature_study(task, images, images, dampings=(0.0,), **options)
+    curvature_study(FIT, dampings=(0.0,), **options)

@@ -15,7 +15,7 @@ import pytest
 from jaxinf import DiffusionModel
 from jaxinf.core.types import Eigenbasis, Matrices
 from jaxinf.layers.coverage import Selection
-from jaxinf.layers.factors import SHARINGS
+from jaxinf.layers.factors import APPROXIMATIONS
 from jaxinf.layers.register import Registration, register
 from tests import nets, twins
 
@@ -240,7 +240,7 @@ def case(request) -> Case:
     weights = jnp.asarray(WEIGHTS, jnp.float32)
     sums = {
       approx: layers.factor_sums(params, pairs, lambda out: dy, weights, approx=approx)
-      for approx in SHARINGS
+      for approx in APPROXIMATIONS
     }
     identity = jax.tree.map(lambda b: Eigenbasis(None, None, None), bases, is_leaf=is_basis)
     return sums | {
@@ -284,7 +284,7 @@ def test_gradients_are_sums_of_outer_products(case):
     )
 
 
-@pytest.mark.parametrize("approx", SHARINGS)
+@pytest.mark.parametrize("approx", APPROXIMATIONS)
 def test_factors_equal_plain_sums(case, approx):
   factors = case.layers.factors(case.ours[approx], total=WEIGHTS.sum())
   assert factors.keys() == case.taps.keys()

@@ -132,7 +132,7 @@ def test_seconds_and_operations_grow_in_proportion_to_draws_and_examples(tmp_pat
   """With full batches throughout, so that nothing is padded; operations by XLA's own count."""
   batches = dict(curvature__batch_size=3, attribute__batch_size=4, index__batch_size=4)
   draws = dict(curvature__draws=6, attribute__draws=8, index__draws=8)
-  more = draws | dict(attribute__draw_groups=4, index__draw_groups=4)
+  more = draws | dict(attribute__replicates=4, index__replicates=4)
 
   def costs(name, **changes):
     subject = subject_of(tmp_path / name, **batches, **changes)
@@ -155,8 +155,9 @@ def test_steps_of_training_cost_the_same_each(tmp_path, plan):
   """The clock is looked at after every second step."""
   many = train_cost(subject_of(tmp_path, train__steps=180))
   assert many.seconds["batches"] == 180 / 2 and many.amount == 180
-  # Of 20 on two devices, each of which has half of the examples and all of the update.
-  assert plan["train"].operations < many.operations / 9 < 2 * plan["train"].operations
+  # On two devices each has half of the examples and all of the update.
+  alone = many.operations / 9
+  assert alone < plan["train"].operations < 2 * alone
 
 
 def test_groups_of_models_are_trained_one_after_another(proof):
@@ -199,7 +200,7 @@ def test_random_parameters_keep_the_size_of_signals():
     (dict(device=10**7), "curvature", {"sums": 10**8}, ("raise curvature.partitions",)),
     (dict(device=10**7), "sample", {"workspace": 10**8}, ("lower sample.batch_size",)),
     (dict(host=10**6), None, {}, ("of the host",)),
-    (dict(disk=10**5), None, {}, ("run takes", "index.compression='int4' or index.draw_groups=1")),
+    (dict(disk=10**5), None, {}, ("run takes", "index.compression='int4' or index.replicates=1")),
   ],
 )
 def test_what_does_not_fit_is_said_with_the_field_to_change(plan, limits, stage, larger, fields):
@@ -238,7 +239,7 @@ def test_finished_stages_are_named_and_stale_ones_too(finished, plan):
 @pytest.mark.parametrize(("method", "passes"), [("ekfac", 2), ("identity", 0), ("exact", 0)])
 def test_every_kind_of_curvature_has_its_passes(tmp_path, method, passes):
   """Two for EK-FAC; none where nothing is summed. Solves take an unknown time."""
-  subject = subject_of(tmp_path, curvature__method=method, curvature__batch_size=6)
+  subject = subject_of(tmp_path, curvature__kind=method, curvature__batch_size=6)
   cost, curved = curvature_cost(subject)
   assert cost.seconds["batches"] == passes * 72 / 6
   if method == "exact":

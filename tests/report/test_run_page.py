@@ -119,7 +119,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
 def test_settings_coverage_costs_and_versions_are_there(tmp_path):
   text = write(tmp_path, dataset_of(), scores_of(dataset_of())).text
   for part in (
-    "draw_groups", "channels 16, 32", "num_examples not set",
+    "replicates", "channels 16, 32", "num_examples not set",
     "conv_in/kernel 3 × 3 × 1 × 4 36 conv2d (K-FAC expand)", "norm/scale 4 4 skipped",
     "train 1 min 15 s 2.0 GiB –", "attribute 1.2 s 2.0 GiB 512 MiB", "jax 0.9.9",
     "git revision not recorded; abc1", "Model parameters 40", "Damping λ 10⁻⁸",
@@ -147,7 +147,7 @@ def test_one_group_of_draws_shows_no_errors_and_says_what_is_missing(tmp_path):
   dataset = dataset_of()
   text = write(tmp_path, dataset, scores_of(dataset, num_groups=1)).text
   assert "±" not in text and "nan" not in text.lower()
-  assert "attribute.draw_groups ≥ 2" in text
+  assert "attribute.replicates ≥ 2" in text
   assert "it has one group of draws only" in text
 
 

@@ -85,10 +85,10 @@ def test_draws_split_into_replicates(name, tmp_path):
   run = Run(load(name), tmp_path)
   config, designs = run.config, []
   for section in (config.attribute, config.index, config.measure, config.score):
-    designs.append((section.draws, section.draw_groups, section.design))
+    designs.append((section.draws, section.replicates, section.design))
   for section in (config.attribute, config.score):
-    designs.append((section.query_draws or section.draws, section.query_groups, section.design))
-  designs.append((config.query.draws, config.query.query_groups, config.index.design))
+    designs.append((section.query_draws or section.draws, section.query_replicates, section.design))
+  designs.append((config.query.draws, config.query.query_replicates, config.index.design))
   for num, replicates, design in designs:
     draws = run.draws(num, replicates, design)
     assert draws.size * replicates == num

@@ -14,7 +14,7 @@ from tests.running import kill_when, run_of, start, succeed
 FIELDS = {
   "curvature.draws": 100,
   "curvature.batch_size": 4,
-  "curvature.method": "ekfac",
+  "curvature.kind": "ekfac",
   "curvature.checkpoint_every": 1,
 }
 

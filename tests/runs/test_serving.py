@@ -69,8 +69,8 @@ def best_of_influence(run: Run, queries: np.ndarray, ids: np.ndarray):
     queries=Examples(queries, ids),
     train=run.dataset.examples,
     damping=query.damping,
-    draws=run.draws(index.draws, index.draw_groups, index.design),
-    query_draws=run.draws(query.draws, query.query_groups, index.design),
+    draws=run.draws(index.draws, index.replicates, index.design),
+    query_draws=run.draws(query.draws, query.query_replicates, index.design),
     compression=None,
     compute=run.compute(query.batch_size),
   ).top(query.top_k)

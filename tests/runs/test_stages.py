@@ -178,7 +178,7 @@ def test_an_unfinished_training_resumes_from_its_checkpoint(finished, tmp_path, 
 def test_a_sweep_recommends_a_damping_and_the_report_says_so(finished, tmp_path):
   for stage in ("train", "sample", "curvature"):
     shutil.copytree(finished.folder(stage), tmp_path / stage)
-  many = {"attribute.draws": 40, "attribute.draw_groups": 5}  # enough to tell signal from noise
+  many = {"attribute.draws": 40, "attribute.replicates": 5}  # enough to tell signal from noise
   run = run_of(tmp_path, {**many, "attribute.sweep": (1e-2, 1.0)})
   alone = run_of(tmp_path, many, folders={"attribute": tmp_path / "alone"})
   attributed = perform(run, "attribute")

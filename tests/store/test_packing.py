@@ -63,6 +63,14 @@ def test_the_bytes_of_a_row_are_those_of_its_layers(packing, rows, eigenvalues):
   assert sum(a.nbytes for a in arrays) == NUM_ROWS * expected
 
 
+def test_packings_of_the_same_layers_are_one_key_of_compiled_programs(packing):
+  again = Packing.of(packing.compression, dict(SHAPES))
+  assert again == packing and hash(again) == hash(packing)
+  assert packing != Packing.of(packing.compression, {**SHAPES, "scale": (1, 2)})
+  assert packing != Packing.of(packing.compression, dict(reversed(SHAPES.items())))
+  assert packing != packing.compression
+
+
 def test_layers_that_are_kept_in_different_ways_are_refused():
   shapes = {"small": (2, 3), "large": (60, 60)}  # of which rank 20 keeps the small one whole
   with pytest.raises(ValueError, match="svd, rank 20 keeps some layers otherwise than others"):

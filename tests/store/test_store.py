@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-import sys
 from typing import NamedTuple
 
 import jax
@@ -11,45 +10,43 @@ import numpy as np
 import pytest
 
 import jaxinf
-from jaxinf import DrawDesign, Store, Task, build_index, open_index
-from jaxinf.attribution.kernels import DrawGroups
+from jaxinf import Compute, DiffusionModel, Draws, Examples, Process, Store, build_store, open_store
 from jaxinf.compression.projection import Truncation
-from jaxinf.core.random import fold_in_each, stream
+from jaxinf.core.random import draw_keys, stream
 from jaxinf.core.types import Eigenbasis
+from jaxinf.curvature.curvature import ExactCurvature
 from jaxinf.curvature.eigenbasis import to_eigenbasis
-from jaxinf.curvature.ggn import GGN
-from jaxinf.diffusion.measurements import LOSS, Measurement
+from jaxinf.diffusion.noise import draw_pairs
 from jaxinf.engine.artifacts import StaleArtifact
 from jaxinf.engine.progress import Progress
-from jaxinf.engine.worklist import Rows
-from jaxinf.layers.coverage import Selection
-from jaxinf.layers.per_example import group_keys
+from jaxinf.scores.sweep import Sweep
 from jaxinf.store import rows as rows_module
 from jaxinf.store import search
-from jaxinf.store import store as store_module
 from jaxinf.store.rows import RowStore
-from tests import nets, test_hosts
+from tests import nets
+from tests.compilations import counted_compilations
+from tests.processes import PROCESSES
+from tests.stored import Stored
 
-influence_module = sys.modules["jaxinf.attribution.influence"]  # not the function
+pytestmark = pytest.mark.filterwarnings("ignore:mean training loss")  # parameters are random
 
-NUM_TRAIN, NUM_QUERIES, DRAWS, GROUPS = 11, 3, 4, 2
-DAMPINGS = [1e-8, 1e-3, 1e-1]
+NUM_TRAIN, NUM_QUERIES = 11, 3
+DAMPINGS = (1e-8, 1e-3, 1e-1)
 LABELS = np.arange(NUM_TRAIN) % 3
 QUERY_LABELS = np.array([2, 0, 1])
-# Pairs at a time: two rows of two draws, an example.
-MADE = dict(draws=DRAWS, seed=5, draw_groups=GROUPS, batch_size=4, reserve_bytes=0)
-ASKED = dict(draws=DRAWS, seed=5, query_groups=2, batch_size=4)
+CONDITIONAL = Examples(nets.random_images(NUM_QUERIES), conditioning=QUERY_LABELS)
+DRAWS = Draws(4, 2, seed=5)
+GROUPS = 2
+COMPUTE = Compute(4)  # pairs at a time: two rows of two draws, an example
+ASKED = dict(draws=DRAWS, compute=COMPUTE)
 # Of the largest score. Gradients turn into the eigenbasis and back in float32.
-ROUNDING = 2e-6
+ROUNDING = 4e-6
 
 
 class Problem(NamedTuple):
-  task: Task
   curvature: jaxinf.Curvature
-  queries: np.ndarray
-  train: np.ndarray
-  of_queries: dict  # conditioning of query and influence
-  of_train: dict  # and of build_index
+  queries: Examples
+  train: Examples
 
 
 def grouped_net(params, x_t, t):
@@ -57,11 +54,12 @@ def grouped_net(params, x_t, t):
   h = jnp.tanh(
     nets.dense(params["in"], x_t) + nets.dense(params["time"], nets.time_features(t))[:, None, None]
   )
+  kernel, bias = params["grouped"]["kernel"], params["grouped"]["bias"]
+  numbers = ("NHWC", "HWIO", "NHWC")
   h = jax.lax.conv_general_dilated(
-    h, params["grouped"]["kernel"], (1, 1), "SAME", feature_group_count=2,
-    dimension_numbers=("NHWC", "HWIO", "NHWC"),
-  ) + params["grouped"]["bias"]  # fmt: skip
-  return nets.dense(params["out"], jnp.tanh(h))
+    h, kernel, (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=2
+  )
+  return nets.dense(params["out"], jnp.tanh(h + bias))
 
 
 GROUPED_SHAPES = {
@@ -71,46 +69,35 @@ GROUPED_SHAPES = {
   "out": {"kernel": (6, 1), "bias": (1,)},
 }
 
+VECTOR_SHAPES = {
+  "in": {"kernel": (5, 4), "bias": (4,)},
+  "time": {"kernel": (2, 4)},
+  "out": {"kernel": (4, 5), "bias": (5,)},
+}
+
+
+def vector_net(params, x_t, t):
+  """Two layers on vectors [5], for times of any size."""
+  seconds = jnp.stack([jnp.tanh(t.astype(jnp.float32)), jnp.cos(t)], axis=-1)
+  h = jnp.tanh(nets.dense(params["in"], x_t) + seconds @ params["time"]["kernel"])
+  return nets.dense(params["out"], h)
+
+
+def fitted(model: DiffusionModel, train: Examples, kind: jaxinf.KFAC) -> jaxinf.Curvature:
+  return jaxinf.fit_curvature(model, train, kind, draws=Draws(10))
+
 
 def problem_of(name: str) -> Problem:
-  train, queries = nets.random_images(NUM_TRAIN), nets.random_images(NUM_QUERIES, seed=1)
-  fit = dict(draws=10, seed=0)
+  """A small model's curvature, its training images and queries."""
+  images, asked = nets.random_images(NUM_TRAIN), nets.random_images(NUM_QUERIES, seed=1)
+  train, queries, model = Examples(images), Examples(asked), nets.conv_model()
   if name == "kfac, conditional":
-    task = nets.conditional_task()
-    curvature = jaxinf.fit_curvature(task, train, method="kfac", conditioning=LABELS, **fit)
-    asked, made = {"query_conditioning": QUERY_LABELS}, {"train_conditioning": LABELS}
-    return Problem(task, curvature, queries, train, asked, made)
-  task = nets.conv_task()
+    train = Examples(images, conditioning=LABELS)
+    queries = Examples(asked, conditioning=QUERY_LABELS)
+    return Problem(fitted(nets.conditional_model(), train, jaxinf.KFAC()), queries, train)
   if name == "ekfac, grouped":
-    task = Task(grouped_net, nets.random_params(GROUPED_SHAPES), nets.SCHEDULE)
-  curvature = jaxinf.fit_curvature(task, train, method="ekfac", **fit)
-  return Problem(task, curvature, queries, train, {}, {})
-
-
-def once(function):
-  """The function, which gives the same object for the same arguments."""
-  memo = {}
-
-  def remembered(*args, **kwargs):
-    kinds = jax.tree.map(lambda x: (np.shape(x), getattr(x, "dtype", x)), kwargs)
-    by_value = (str, tuple, Selection, DrawGroups, Measurement)
-    key = (*(repr(x) if isinstance(x, by_value) else id(x) for x in args), repr(kinds))
-    if key not in memo:
-      memo[key] = (function(*args, **kwargs), args)  # whose ids are then no others'
-    return memo[key][0]
-
-  return remembered
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-  """Gradients of one model and design compile once, for all stores and for `influence`."""
-  with pytest.MonkeyPatch.context() as patch:
-    for name in ("registered", "gradient_kernel"):
-      shared = once(getattr(store_module, name))
-      for module in (store_module, influence_module):
-        patch.setattr(module, name, shared)
-    yield
+    model = DiffusionModel(grouped_net, nets.random_params(GROUPED_SHAPES), nets.PROCESS)
+  return Problem(fitted(model, train, jaxinf.EKFAC()), queries, train)
 
 
 @pytest.fixture(scope="module")
@@ -119,17 +106,25 @@ def problem():
 
 
 def build(problem: Problem, folder, **changes) -> Store:
-  settings = {**MADE, "compression": None, **problem.of_train, **changes}
-  return build_index(folder, problem.task, problem.curvature, problem.train, **settings)
+  made = dict(train=problem.train, draws=DRAWS, compression=None, compute=COMPUTE, reserve_bytes=0)
+  return build_store(folder, problem.curvature, **made | changes)
 
 
-def scores_of(problem: Problem, **changes):
-  """What `influence` says, for all DAMPINGS unless told otherwise."""
-  made = {name: value for name, value in MADE.items() if name != "reserve_bytes"}
-  settings = made | dict(damping=DAMPINGS, query_groups=2, compression=None)
-  given = problem.of_queries | problem.of_train
-  task, curvature, queries, train = problem[:4]
-  return jaxinf.influence(task, curvature, queries, train, **settings | given | changes)
+def append(store: Store, images: np.ndarray, ids, devices=None, batch_size: int = 4) -> None:
+  compute = Compute(batch_size, devices)
+  store.append(Examples(images, np.asarray(ids)), reserve_bytes=0, compute=compute)
+
+
+def some(examples: Examples, rows) -> Examples:
+  """Some of the examples, under the ids that they have."""
+  return examples.take(np.asarray(rows))
+
+
+def scores_of(problem: Problem, **changes) -> Sweep:
+  """What `influence` says."""
+  settings = dict(dampings=DAMPINGS, query_draws=DRAWS, compression=None, **ASKED)
+  given = dict(queries=problem.queries, train=problem.train)
+  return jaxinf.influence_sweep(problem.curvature, **given | settings | changes)
 
 
 @pytest.fixture(scope="module")
@@ -190,24 +185,50 @@ def test_queries_equal_influence_at_every_damping(problem, expected, built, tmp_
   if name != "ekfac":
     store, scores = build(ours, tmp_path), scores_of(ours)
   for damping, wanted in zip(DAMPINGS, scores, strict=True):
-    found = store.query(ours.queries, damping=damping, **ASKED, **ours.of_queries)
+    found = store.query(ours.queries, damping=damping, **ASKED)
     assert_scores(found, wanted)
     assert found.settings["damping"] == damping
 
 
+@pytest.mark.parametrize("name", ["v", "sample_table", "flow_logit_normal", "edm"])
+def test_they_do_so_for_every_process_and_vectors(tmp_path, name):
+  """The loss's weights and the law of its times are in both gradients."""
+  model = DiffusionModel(vector_net, nets.random_params(VECTOR_SHAPES), PROCESSES[name])
+  train, queries = (Examples(nets.random_images(num, (5,), num)) for num in (6, 2))
+  ours = Problem(fitted(model, train, jaxinf.KFAC()), queries, train)
+  found = build(ours, tmp_path).query(queries, damping=1e-3, **ASKED)
+  assert_scores(found, scores_of(ours, dampings=[1e-3])[0])
+
+
 def test_they_do_so_for_independent_draws_and_other_ids_and_draws_of_queries(problem, tmp_path):
-  design = DrawDesign("uniform", antithetic=False, shared=False)
+  independent = dataclasses.replace(DRAWS, timesteps="uniform", antithetic=False, shared=False)
+  asked = dataclasses.replace(independent, num=6)
   ids = np.array(["a", "b", "c"])  # which the keys of independent draws follow
-  store = build(problem, tmp_path, design=design)
-  found = store.query(problem.queries, damping=1e-3, query_ids=ids, **ASKED | {"draws": 6})
-  wanted = scores_of(problem, damping=1e-3, query_ids=ids, query_draws=6, design=design)
-  assert_scores(found, wanted)
+  queries = Examples(problem.queries.data, ids)
+  store = build(problem, tmp_path, draws=independent)
+  found = store.query(queries, damping=1e-3, draws=asked, compute=COMPUTE)
+  wanted = scores_of(
+    problem, dampings=[1e-3], queries=queries, draws=independent, query_draws=asked
+  )
+  assert_scores(found, wanted[0])
+
+
+def test_the_same_draws_split_alike_for_influence_and_for_a_store(problem, tmp_path):
+  """Where nobody says how: into 3 replicates for training images and 2 for queries."""
+  draws = Draws(6, seed=5)
+  found = build(problem, tmp_path, draws=draws).query(problem.queries, damping=1e-3, draws=draws)
+  wanted = scores_of(problem, dampings=[1e-3], draws=draws, query_draws=None)
+  assert_scores(found, wanted[0])
+  assert (len(found.group_values), len(found.query_group_values)) == (3, 2)
+  for name in ("draws", "replicates", "query_draws", "query_replicates", "seed", "design"):
+    assert found.settings[name] == wanted[0].settings[name]
 
 
 def test_without_groups_there_are_no_standard_errors(problem, tmp_path):
-  store = build(problem, tmp_path, draw_groups=1)
-  found = store.query(problem.queries, damping=1e-3, **ASKED | {"query_groups": 1})
-  wanted = scores_of(problem, damping=1e-3, draw_groups=1, query_groups=1)
+  one = dataclasses.replace(DRAWS, replicates=1)
+  store = build(problem, tmp_path, draws=one)
+  found = store.query(problem.queries, damping=1e-3, draws=one, compute=COMPUTE)
+  wanted = scores_of(problem, dampings=[1e-3], draws=one, query_draws=one)[0]
   assert found.query_group_values is None and np.isnan(found.std_errors).all()
   atol = ROUNDING * np.abs(wanted.values).max()
   np.testing.assert_allclose(found.group_values, wanted.group_values, rtol=0, atol=atol)
@@ -233,39 +254,38 @@ def test_compressed_rows_say_nearly_the_same(problem, expected, tmp_path, compre
 def twin_terms(problem: Problem, damping: float) -> dict[str, np.ndarray]:
   """Layer → [Q, N, d_out, d_in] float64: the terms of each score, in the eigenbasis.
 
-  Plain gradients of one image at a time, by the draws of each group.
+  Plain gradients of one image at a time, by the draws of each replicate.
   """
-  task, design = problem.task, DrawDesign()
+  model = problem.curvature.model
   double = lambda x: jnp.asarray(np.asarray(x), jnp.float64)
 
   @jax.jit
   @jax.grad
-  def gradient(params, x_t, t, noise):
-    return jnp.mean(jnp.square(task.apply_fn(params, x_t, t) - noise))
+  def gradient(params, inputs, t, target):
+    return jnp.mean(jnp.square(model.apply_fn(params, inputs, t) - target))
 
-  def of_pair(pair):
-    t = jnp.asarray(np.asarray(pair.t), jnp.int32)
-    grads = gradient(jax.tree.map(double, task.params), double(pair.x_t), t, double(pair.noise))
+  def of_pairs(pairs):
+    t = jnp.asarray(np.asarray(pairs.t), jnp.int32)
+    arrays = double(pairs.inputs), t, double(pairs.target)
+    grads = gradient(jax.tree.map(double, model.params), *arrays)
     return jax.tree.leaves(jax.tree.map(np.asarray, grads))
 
   def gradients(images, name):
-    found = []  # of each group, of each image
-    for group in range(GROUPS):
-      keys = fold_in_each(stream(5, name), design.numbers(jnp.arange(len(images))))
-      keys = group_keys(keys, jnp.full(len(images), group), DRAWS // GROUPS)
+    found = []  # of each replicate, of each image
+    for replicate in range(GROUPS):
+      keys = draw_keys(jax.random.fold_in(stream(5, name), 0), DRAWS.size, replicate * DRAWS.size)
       pairs = [
-        LOSS.pairs(task.schedule, images[i][None], keys[i][None], None, design)
-        for i in range(len(images))
+        draw_pairs(model.process, jnp.asarray(image)[None], keys[None], DRAWS) for image in images
       ]
       with jax.enable_x64(True):
-        found.append([of_pair(pair) for pair in pairs])
+        found.append([of_pairs(pair) for pair in pairs])
     return {
       layer.name: np.mean([[layer.to_matrix(g) for g in of_group] for of_group in found], axis=0)
       for layer in problem.curvature.layers
     }
 
-  of_queries = gradients(problem.queries, "query_gradients")
-  of_train = gradients(problem.train, "train_gradients")
+  of_queries = gradients(problem.queries.data, "query_gradients")
+  of_train = gradients(problem.train.data, "train_gradients")
   terms = {}
   for name, basis in problem.curvature.bases.items():
     asked, kept = (to_eigenbasis(grads[name], basis) for grads in (of_queries, of_train))
@@ -309,7 +329,7 @@ def test_truncated_rows_sum_over_the_coordinates_they_keep(problem, terms, tmp_p
     expected = expected + flat[..., kept].sum(-1)
   found = store.query(problem.queries, damping=1e-3, **ASKED).values
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-  reopened = open_index(tmp_path, problem.task, problem.curvature)
+  reopened = open_store(tmp_path, problem.curvature)
   assert reopened.packing.compression == Truncation(0.3)
 
 
@@ -319,42 +339,42 @@ def test_truncated_rows_sum_over_the_coordinates_they_keep(problem, terms, tmp_p
 @pytest.mark.parametrize("k", [1, 4, NUM_TRAIN])
 def test_the_best_are_the_top_of_all_scores(problem, built, k):
   scores = built.query(problem.queries, damping=1e-3, **ASKED)
-  found = built.query(problem.queries, damping=1e-3, top_k=k, **ASKED)
+  found = built.top(problem.queries, k, damping=1e-3, **ASKED)
   for field, wanted in dataclasses.asdict(scores.top(k)).items():
     # Bit for bit: the same products, of the same blocks, are averaged in the same order.
     np.testing.assert_array_equal(getattr(found, field), wanted, err_msg=field)
 
 
 def test_deleted_examples_are_in_no_answer(problem, copy, expected):
-  best = copy.query(problem.queries, damping=1e-3, top_k=2, **ASKED)
+  best = copy.top(problem.queries, 2, damping=1e-3, **ASKED)
   gone = sorted({*best.ids.ravel().tolist()})[:-1]
   copy.delete(gone)
   kept = np.setdiff1d(np.arange(NUM_TRAIN), gone)
   assert len(copy) == len(kept)
-  for store in (copy, open_index(copy.rows.folder, problem.task, problem.curvature)):
+  for store in (copy, open_store(copy.rows.folder, problem.curvature)):
     scores = store.query(problem.queries, damping=1e-3, **ASKED)
     np.testing.assert_array_equal(scores.train_ids, kept)
     wanted = expected[1].values[:, kept]
     np.testing.assert_allclose(
       scores.values, wanted, rtol=0, atol=ROUNDING * np.abs(expected[1].values).max()
     )
-    found = store.query(problem.queries, damping=1e-3, top_k=len(kept), **ASKED)
+    found = store.top(problem.queries, len(kept), damping=1e-3, **ASKED)
     top = scores.top(len(kept))
     np.testing.assert_array_equal(found.ids, top.ids)
     np.testing.assert_array_equal(found.values, top.values)
     np.testing.assert_array_equal(found.std_errors, top.std_errors)
     np.testing.assert_array_equal(found.positions, kept[top.positions])  # rows of the store
-  with pytest.raises(ValueError, match=f"top_k must lie in 1…{len(kept)}"):
-    copy.query(problem.queries, damping=1e-3, top_k=len(kept) + 1, **ASKED)
+  with pytest.raises(ValueError, match=f"k must lie in 1…{len(kept)}"):
+    copy.top(problem.queries, len(kept) + 1, damping=1e-3, **ASKED)
 
 
 def test_ties_go_to_the_first_in_the_store(problem, tmp_path, monkeypatch):
   """The same image under many ids, with shared draws: all scores of a query are equal."""
   monkeypatch.setattr(rows_module, "_CHUNK_EXAMPLES", 2)
-  one = problem._replace(train=np.repeat(problem.train[:1], 7, axis=0))
-  store = build(one, tmp_path, train_ids=np.array(list("gfedcba")))
+  same = Examples(np.repeat(problem.train.data[:1], 7, axis=0), list("gfedcba"))
+  store = build(problem, tmp_path, train=same)
   store.delete(["e"])
-  found = store.query(problem.queries, damping=1e-3, top_k=4, **ASKED)
+  found = store.top(problem.queries, 4, damping=1e-3, **ASKED)
   assert (found.values == found.values[:, :1]).all()
   assert found.ids.tolist() == [["g", "f", "d", "c"]] * NUM_QUERIES
   assert found.positions.tolist() == [[0, 1, 3, 4]] * NUM_QUERIES
@@ -362,19 +382,21 @@ def test_ties_go_to_the_first_in_the_store(problem, tmp_path, monkeypatch):
 
 # --- order, batches, devices, processes ---
 
-processes_in_threads = pytest.fixture(test_hosts.in_processes.__wrapped__)
-
 
 @pytest.mark.parametrize("compression", [None, "int8"])
 def test_rows_depend_on_no_order_batches_or_devices(problem, built, tmp_path, devices, compression):
   """float32 rounding; int8: a number at the border of two steps may be rounded either way."""
   order = np.random.default_rng(0).permutation(NUM_TRAIN)
   first, then = np.split(order, [4])
-  settings = dict(compression=compression, devices=devices)
   whole = built if compression is None else build(problem, tmp_path / "whole", compression="int8")
-  store = build(problem._replace(train=problem.train[first]), tmp_path / "parts",
-                train_ids=first, **settings)  # fmt: skip
-  store.append(problem.train[then], then, batch_size=12, reserve_bytes=0, devices=devices)
+  store = build(
+    problem,
+    tmp_path / "parts",
+    train=some(problem.train, first),
+    compression=compression,
+    compute=Compute(4, devices),
+  )
+  append(store, problem.train.data[then], then, devices, batch_size=12)
   back = np.argsort(order)
   for actual, wanted in zip(rows_of(store), rows_of(whole), strict=True):
     actual = actual.reshape(NUM_TRAIN, -1)[back].ravel().astype(np.float64)
@@ -385,7 +407,7 @@ def test_rows_depend_on_no_order_batches_or_devices(problem, built, tmp_path, de
 
 
 def test_processes_write_and_ask_together_as_one(
-  problem, built, processes_in_threads, tmp_path, monkeypatch
+  problem, built, in_processes, tmp_path, monkeypatch
 ):
   """Three, in threads; the append begins inside a chunk."""
   monkeypatch.setattr(rows_module, "_CHUNK_EXAMPLES", 2)
@@ -399,16 +421,14 @@ def test_processes_write_and_ask_together_as_one(
   monkeypatch.setattr(RowStore, "write", write)
 
   def process():
-    one = jax.local_devices()[:1]
-    part = problem._replace(train=problem.train[:3])
-    store = build(part, tmp_path / "store", devices=one)
-    store.append(problem.train[3:], np.arange(3, NUM_TRAIN), batch_size=4, reserve_bytes=0,
-                 devices=one)  # fmt: skip
-    ask = dict(damping=1e-3, devices=one, **ASKED)
+    one = Compute(4, jax.local_devices()[:1])
+    store = build(problem, tmp_path / "store", train=some(problem.train, range(3)), compute=one)
+    append(store, problem.train.data[3:], range(3, NUM_TRAIN), one.devices)
+    ask = dict(damping=1e-3, draws=DRAWS, compute=one)
     store.delete([1])
-    return store.query(problem.queries, **ask), store.query(problem.queries, top_k=4, **ask)
+    return store.query(problem.queries, **ask), store.top(problem.queries, 4, **ask)
 
-  results = processes_in_threads(3, process)
+  results = in_processes(3, process)
   for result in results:
     assert not isinstance(result, Exception), result
   # 1. Each wrote rows of its own, and no chunk but the first one is shared.
@@ -417,7 +437,7 @@ def test_processes_write_and_ask_together_as_one(
   assert all(written.values())
   # 2. All know the same, and it is what one process says.
   monkeypatch.undo()
-  store = open_index(tmp_path / "store", problem.task, problem.curvature)
+  store = open_store(tmp_path / "store", problem.curvature)
   wanted = built.query(problem.queries, damping=1e-3, **ASKED)
   kept = np.delete(np.arange(NUM_TRAIN), 1)
   for scores, best in results:
@@ -471,11 +491,10 @@ def test_an_interrupted_build_goes_on_to_the_same_bits(
   with pytest.raises(KeyboardInterrupt):
     build(problem, tmp_path)
   assert saved[-1] == killed_after * 2 * GROUPS
-  unfinished = open_index(tmp_path, problem.task, problem.curvature)
+  unfinished = open_store(tmp_path, problem.curvature)
   assert len(unfinished) == 0  # nothing is counted yet
-  other = problem._replace(train=problem.train[::-1])
   with pytest.raises(ValueError, match="go on with the same images"):
-    build(other, tmp_path)
+    build(problem, tmp_path, train=Examples(problem.train.data[::-1]))
   monkeypatch.setattr(RowStore, "save_progress", original)
   store = build(problem, tmp_path)
   assert computed[-1] == GROUPS * NUM_TRAIN - saved[-1]
@@ -511,11 +530,11 @@ def test_a_damaged_chunk_is_named_by_queries_and_healed(problem, copy, expected)
   damaged = bytearray(path.read_bytes())
   damaged[7] ^= 16
   path.write_bytes(damaged)
-  for act in (copy.verify, lambda: copy.query(problem.queries, damping=1e-3, top_k=1, **ASKED)):
+  for act in (copy.verify, lambda: copy.top(problem.queries, 1, damping=1e-3, **ASKED)):
     with pytest.raises(ValueError, match=f"{path}.*delete the 2 examples 4 … 5"):
       act()
   copy.delete([4, 5])
-  copy.append(problem.train[4:6], np.array([4, 5]), batch_size=4, reserve_bytes=0)
+  append(copy, problem.train.data[4:6], [4, 5])
   copy.verify()
   found = copy.query(problem.queries, damping=1e-3, **ASKED)
   assert found.train_ids.tolist() == [0, 1, 2, 3, 6, 7, 8, 9, 10, 4, 5]
@@ -527,38 +546,45 @@ def test_a_damaged_chunk_is_named_by_queries_and_healed(problem, copy, expected)
 
 
 def test_a_store_of_something_else_is_refused_with_the_difference(problem, built):
-  folder, task = built.rows.folder, problem.task
+  folder, model = built.rows.folder, problem.curvature.model
   before = (folder / "index.json").read_bytes()
+  drawn = lambda **fields: {"draws": dataclasses.replace(DRAWS, **fields)}
   for change, line in (
-    ({"seed": 6}, "settings.seed: 5 → 6"),
-    ({"draws": 8}, "settings.draws: 4 → 8"),
-    ({"draw_groups": 1}, "settings.draw_groups: 2 → 1"),
+    (drawn(seed=6), "settings.seed: 5 → 6"),
+    (drawn(num=8), "settings.draws: 4 → 8"),
+    (drawn(replicates=1), "settings.replicates: 2 → 1"),
+    (drawn(shared=False), "settings.design.shared: True → False"),
     ({"compression": "int8"}, "settings.compression: .*Uncompressed.* → .*Quantisation.*8"),
-    ({"design": DrawDesign(shared=False)}, "settings.design.shared: True → False"),
+    ({"train": dataclasses.replace(problem.train, random_flip=True)}, "random_flip: False → True"),
   ):
     with pytest.raises(StaleArtifact, match=line):
       build(problem, folder, **change)
-  other = jax.tree.map(lambda x: 1.5 * x, task.params)
-  schedule = jaxinf.Schedule.linear(1000, 1e-4, 0.03)
-  bases = {n: dataclasses.replace(b, eigenvalues=2 * b.eigenvalues)
-           for n, b in problem.curvature.bases.items()}  # fmt: skip
-  for changed, curvature, line in (
-    (Task(task.apply_fn, other, task.schedule), problem.curvature, "params: "),
-    (Task(task.apply_fn, task.params, schedule), problem.curvature, "schedule: "),
-    (task, dataclasses.replace(problem.curvature, bases=bases), "curvature: "),
+  scaled = jax.tree.map(lambda x: 1.5 * x, model.params)
+  noisier = Process.epsilon(jaxinf.Schedule.linear(1000, 1e-4, 0.03))
+  weighted = Process.epsilon(nets.SCHEDULE, "min_snr")
+  bases = {
+    name: dataclasses.replace(basis, eigenvalues=2 * basis.eigenvalues)
+    for name, basis in problem.curvature.bases.items()
+  }
+  for change, line in (
+    ({"model": model.with_params(scaled)}, "params: "),
+    ({"model": dataclasses.replace(model, process=noisier)}, "process.schedule"),
+    ({"model": dataclasses.replace(model, process=weighted)}, "process.weight"),
+    ({"bases": bases}, "curvature: "),
   ):
+    other = problem._replace(curvature=dataclasses.replace(problem.curvature, **change))
     with pytest.raises(StaleArtifact, match=line):
-      open_index(folder, changed, curvature)
+      open_store(folder, other.curvature)
     with pytest.raises(StaleArtifact, match=line):
-      build(problem._replace(task=changed, curvature=curvature), folder)
+      build(other, folder)
   assert (folder / "index.json").read_bytes() == before
 
 
 def test_other_images_under_the_same_ids_are_refused(problem, built):
-  images = problem.train.copy()
+  images = problem.train.data.copy()
   images[3, 0, 0] *= 0.5
   with pytest.raises(ValueError, match="other images under 1 of the 11 ids, such as 3"):
-    build(problem._replace(train=images), built.rows.folder)
+    build(problem, built.rows.folder, train=Examples(images))
 
 
 @pytest.mark.parametrize("compression", ["svd", "projection"])
@@ -569,12 +595,18 @@ def test_compressions_that_rows_cannot_have_are_refused(problem, tmp_path, compr
 
 
 def test_exact_curvature_has_no_store(problem, tmp_path):
-  rows = Rows(problem.train, np.arange(NUM_TRAIN, dtype=np.uint32), 2)
-  ggn = GGN(problem.task, problem.curvature.layers, rows, seed=0, batch_size=4, devices=None,
-            solver=jaxinf.Solver())  # fmt: skip
-  exact = dataclasses.replace(problem.curvature, exact=ggn)
-  with pytest.raises(ValueError, match="fit kfac, ekfac or diagonal"):
-    build(problem._replace(curvature=exact), tmp_path)
+  fields = {
+    f.name: getattr(problem.curvature, f.name) for f in dataclasses.fields(problem.curvature)
+  }
+  exact = ExactCurvature(**fields)
+  with pytest.raises(ValueError, match="fit KFAC, EKFAC or Diagonal"):
+    build(problem._replace(curvature=exact), tmp_path / "store")
+  assert not (tmp_path / "store").exists()
+
+
+def test_rounds_until_stable_are_no_draws_of_a_store(problem, tmp_path):
+  with pytest.raises(ValueError, match=r"keeps a fixed number of draws: Draws\(num\)"):
+    build(problem, tmp_path / "store", draws=Draws.until_stable())
 
 
 @pytest.mark.parametrize(
@@ -583,16 +615,22 @@ def test_exact_curvature_has_no_store(problem, tmp_path):
     (nets.random_images(2), np.array([10, 11]), "1 of 2 ids are in the store already, such as 10"),
     (nets.random_images(2), np.array(["a", "b"]), "are integers; those of the new images, strings"),
     (nets.random_images(2), np.array([-1, 12]), "Integer ids must lie in"),
-    (nets.random_images(2), np.array([12, 12]), "train_ids must be 2 different ids"),
-    (nets.random_images(1, (5, 4, 2)), np.array([12]), "The store is of images"),
+    (nets.random_images(2), np.array([12, 12]), "ids must be different; got more than once: 12"),
+    (nets.random_images(1, (5, 4, 2)), np.array([12]), "The store is of examples"),
   ],
 )
 def test_what_cannot_be_appended_leaves_the_store_as_it_was(copy, problem, images, ids, message):
   before = {p: p.read_bytes() for p in copy.rows.folder.rglob("*") if p.is_file()}
   with pytest.raises(ValueError, match=message):
-    copy.append(images, ids, batch_size=4, reserve_bytes=0)
+    append(copy, images, ids)
   assert before == {p: p.read_bytes() for p in copy.rows.folder.rglob("*") if p.is_file()}
-  copy.append(nets.random_images(1, seed=3), np.array([12]), batch_size=4, reserve_bytes=0)
+  append(copy, nets.random_images(1, seed=3), [12])
+
+
+def test_examples_that_training_mirrored_stay_among_themselves(copy):
+  mirrored = Examples(nets.random_images(1, seed=3), [12], random_flip=True)
+  with pytest.raises(ValueError, match="The store was made with random_flip=False"):
+    copy.append(mirrored, reserve_bytes=0)
 
 
 @pytest.mark.parametrize(
@@ -600,14 +638,21 @@ def test_what_cannot_be_appended_leaves_the_store_as_it_was(copy, problem, image
   [
     ({"layers": ["attention"]}, "No layer matches .*conv_in"),
     ({"damping": 0.0}, "damping must be positive"),
-    ({"draws": 3}, "3 draws do not split into 2 equal groups"),
-    ({"top_k": 0}, "top_k must lie in 1…11"),
-    ({"query_conditioning": QUERY_LABELS}, "apply_fn.* fails for"),
+    ({"layers": "conv_in"}, r"layers must be a sequence .*; write layers=\('conv_in',\)"),
+    ({"measurement": "los"}, "Unknown measurement 'los'; there are: loss"),
+    ({"draws": Draws.until_stable()}, "give query_draws a fixed number of draws"),
+    ({"k": 0}, "k must be at least 1; got 0"),
+    ({"k": NUM_TRAIN + 1}, "k must lie in 1…11"),
+    ({"queries": CONDITIONAL}, "apply_fn.* fails for"),
   ],
 )
 def test_impossible_questions_are_refused(problem, built, change, message):
+  question = {"queries": problem.queries, "damping": 1e-3, **ASKED, **change}
   with pytest.raises(ValueError, match=message):
-    built.query(problem.queries, **{"damping": 1e-3, **ASKED, **change})
+    built.top(**{"k": 1} | question)
+  if "k" not in change:
+    with pytest.raises(ValueError, match=message):
+      built.query(**question)
 
 
 def test_scores_that_overflow_are_an_error_that_names_the_image(problem, copy):
@@ -615,7 +660,7 @@ def test_scores_that_overflow_are_an_error_that_names_the_image(problem, copy):
   rows = copy.rows.read(6 * GROUPS, 7 * GROUPS)
   copy.rows.write(6 * GROUPS, [np.full_like(array, np.inf) for array in rows], 0)
   copy.rows.reload()
-  with pytest.raises(ValueError, match="not finite, first those of the training image 6:"):
+  with pytest.raises(ValueError, match="not finite, first those of the training example 6:"):
     copy.query(problem.queries, damping=1e-3, **ASKED)
   copy.delete([6])
   assert np.isfinite(copy.query(problem.queries, damping=1e-3, **ASKED).values).all()
@@ -623,21 +668,62 @@ def test_scores_that_overflow_are_an_error_that_names_the_image(problem, copy):
 
 def test_a_store_says_how_it_was_made(built):
   assert built.settings["compression"] == ["Uncompressed", {}]
-  assert {name: built.settings[name] for name in ("draws", "draw_groups", "seed")} == {
-    "draws": DRAWS, "draw_groups": GROUPS, "seed": 5,
-  }  # fmt: skip
+  assert {name: built.settings[name] for name in ("draws", "replicates", "seed")} == {
+    "draws": 4,
+    "replicates": 2,
+    "seed": 5,
+  }
+  assert built.draws == DRAWS
   chunks = (built.rows.folder / "arrays").glob("leaf_*/c/*/*")
   assert built.num_bytes == sum(path.stat().st_size for path in chunks)
 
 
-def test_images_of_another_size_are_refused(tmp_path):
+def test_images_of_another_size_are_refused(copy):
   """A convolutional network would take them."""
-  task = nets.conv_task()
-  curvature = jaxinf.fit_curvature(task, nets.random_images(4), draws=2, seed=0)
-  store = jaxinf.build_index(tmp_path, task, curvature, nets.random_images(4), draws=2, seed=0)
   larger = nets.random_images(2, (8, 8, 1))
-  with pytest.raises(ValueError, match=r"The store is of images \(4, 4, 1\); got \(8, 8, 1\)"):
-    store.query(larger, damping=1e-3, draws=2, seed=0)
-  with pytest.raises(ValueError, match=r"The store is of images \(4, 4, 1\)"):
-    store.append(larger, np.array([7, 8]))
-  assert len(store) == 4
+  with pytest.raises(ValueError, match=r"The store is of examples \(4, 4, 1\); got \(8, 8, 1\)"):
+    copy.query(Examples(larger), damping=1e-3, **ASKED)
+  with pytest.raises(ValueError, match=r"The store is of examples \(4, 4, 1\)"):
+    append(copy, larger, [17, 18])
+  assert len(copy) == NUM_TRAIN
+
+
+# --- on disk, again, and whatever a user's flags say ---
+
+
+def test_a_store_of_arrays_on_disk_is_that_of_arrays_in_memory(problem, built, tmp_path):
+  np.save(tmp_path / "train.npy", problem.train.data)
+  lazy = Examples(np.load(tmp_path / "train.npy", mmap_mode="r"))
+  assert_same_rows(build(problem, tmp_path / "store", train=lazy), built)
+  again = build(problem, built.rows.folder, train=Examples(Stored(problem.train.data)))
+  assert len(again) == NUM_TRAIN  # which is opened: it is known by what the images are
+
+
+def test_new_queries_of_the_same_shape_compile_nothing(problem, built):
+  ask = lambda seed: built.query(
+    Examples(nets.random_images(NUM_QUERIES, seed=seed)), damping=1e-3, **ASKED
+  )
+  ask(3)
+  with counted_compilations() as compilations:
+    ask(4)
+    built.top(problem.queries, 2, damping=1e-4, **ASKED)
+    open_store(built.rows.folder, problem.curvature).query(problem.queries, damping=1.0, **ASKED)
+  assert not compilations
+
+
+@pytest.mark.parametrize(
+  "flag",
+  [
+    lambda: jax.default_prng_impl("rbg"),
+    lambda: jax.enable_x64(True),
+    lambda: jax.threefry_partitionable(False),
+  ],
+  ids=["rbg", "x64", "not_partitionable"],
+)
+def test_global_flags_change_no_row_and_no_score(problem, built, expected, tmp_path, flag):
+  with flag():
+    store = build(problem, tmp_path)
+    found = store.query(problem.queries, damping=1e-3, **ASKED)
+  assert_same_rows(store, built)
+  assert_scores(found, expected[1])
+  assert_scores(found, built.query(problem.queries, damping=1e-3, **ASKED), tolerance=0)

@@ -38,7 +38,7 @@ def hessian(run: Run) -> Numbers:
     points = [(float(means[i]), float(errors[i])) for i in (default, best)]
     label = name
     if name == "influence":
-      label = f"influence: {curvature.method} {curvature.sharing}, {curvature.estimator}"
+      label = f"influence: {curvature.kind} {curvature.approx}, {curvature.fisher}"
     bars.append(Bar(label, OWN, points[0], points[1] if row.kind.sweeps else None))
     arrays[name] = np.stack([dampings, means, errors])
     tuned = (percent(*points[1]), f"{dampings[best]:.0e}") if row.kind.sweeps else ("–", "–")
@@ -136,7 +136,7 @@ def _precisions(run: Run, truth: Truth, method: str, target: str) -> Lines:
 def with_draws(run: Run, draws: int) -> Run:
   """The run with that many draws in every gradient of the scores, kept in a folder of its own."""
   return _with_scores(
-    run, f"draws-{draws}", draws=draws, query_draws=draws, draw_groups=1, query_groups=1
+    run, f"draws-{draws}", draws=draws, query_draws=draws, replicates=1, query_replicates=1
   )
 
 

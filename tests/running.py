@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def start(
   fields: Mapping[str, Any] | None = None,
   variables: Mapping[str, str] | None = None,
   program: Sequence[str] = ("-m", "jaxinf"),
-) -> subprocess.Popen:
+) -> "Process":
   """The command of a stage, of the config in tests/tiny.py, in a process of its own.
 
   Args:
@@ -57,37 +58,51 @@ def start(
   command += [f"--workdir={workdir}", *arguments]
   command += [f"--config.{path}={value}" for path, value in (fields or {}).items()]
   environment = os.environ | dict(variables or {})
-  return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+  return Process(command, environment)
 
 
-def outcome(process: subprocess.Popen) -> str:
+class Process(subprocess.Popen):
+  """A process that logs to a file: while it is waited for nobody reads a pipe, which would fill."""
+
+  def __init__(self, command: Sequence[str], environment: Mapping[str, str]):
+    self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it lives as long as the process)
+    super().__init__(command, cwd=ROOT, env=environment, stderr=self._log, text=True)
+
+  def said(self) -> str:
+    """What it logged, after its end."""
+    self.wait()
+    self._log.seek(0)
+    return self._log.read()
+
+
+def outcome(process: Process) -> str:
   """What it logged; a process that does not end within DEADLINE is killed, and the test fails."""
   try:
-    return process.communicate(timeout=DEADLINE)[1]
+    process.wait(timeout=DEADLINE)
   except subprocess.TimeoutExpired:
     process.kill()
-    pytest.fail(f"it did not end in time: {process.communicate()[1]}")
+    pytest.fail(f"it did not end in time: {process.said()}")
+  return process.said()
 
 
-def succeed(*processes: subprocess.Popen) -> list[str]:
+def succeed(*processes: Process) -> list[str]:
   """What they logged, after the last has ended; the test fails where one did not succeed."""
   said = [outcome(process) for process in processes]
   assert all(process.returncode == 0 for process in processes), said
   return said
 
 
-def kill_when(ready: Callable[[], bool], *processes: subprocess.Popen) -> None:
+def kill_when(ready: Callable[[], bool], *processes: Process) -> None:
   """Kills them all as kill −9 does, once that is so, which must be before one of them ends."""
-  deadline = time.monotonic() + DEADLINE
-  while not ready():
-    late = time.monotonic() > deadline
-    if late or any(process.poll() is not None for process in processes):
-      for process in processes:
-        process.kill()
-      said = [process.communicate()[1] for process in processes]
-      pytest.fail(f"{'not ready in time' if late else 'ended before it could be killed'}: {said}")
+  deadline, failure = time.monotonic() + DEADLINE, ""
+  while not failure and not ready():
+    if time.monotonic() > deadline:
+      failure = "not ready in time"
+    if any(process.poll() is not None for process in processes):
+      failure = "ended before it could be killed"
     time.sleep(0.001)
   for process in processes:
     process.kill()
-  for process in processes:
-    process.communicate()
+  said = [process.said() for process in processes]
+  if failure:
+    pytest.fail(f"{failure}: {said}")

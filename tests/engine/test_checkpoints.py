@@ -80,10 +80,8 @@ def test_what_is_unfinished_is_saved_every_so_many_batches_at_least_one(tmp_path
 
 def rows(begin: int, end: int) -> dict:
   """The outputs of some batches, as a map has them."""
-  return {
-    "values": np.arange(begin, end) * 0.5,
-    "pair": (np.arange(begin, end), np.ones(end - begin)),
-  }
+  numbers = np.arange(begin, end)
+  return {"values": numbers * 0.5, "pair": (numbers, np.ones(len(numbers)))}
 
 
 def partial_rows(folder, key=KEY, every=1) -> PartialOutputs:

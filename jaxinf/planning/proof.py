@@ -139,9 +139,7 @@ def _evaluate_cost(subject: Subject) -> StageCost:
     for number, row in enumerate(others):
       row.scores(few, subject.folder / f"features-{number}")
   projected = [row for row in others if "projection_dim" in row.kind.reads]
-  spent = len(projected) and len(projected) * _fisher_seconds(
-    subject, draws.split(2), asked.split(2)
-  )
+  each = _fisher_seconds(subject, draws.split(2), asked.split(2)) if projected else 0.0
 
   cost = lambda found: _of_scores(subject, found, at_once * query_bytes, bool(projected))
   found = [cost(fits), cost(scores), cost(plain)]

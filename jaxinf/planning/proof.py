@@ -150,7 +150,7 @@ def _evaluate_cost(subject: Subject) -> StageCost:
   return dataclasses.replace(
     found[0],
     operations=None if operations is None else operations * subject.num_devices,
-    seconds={**seconds, "batches": whole, "Fishers": spent},
+    seconds={**seconds, "batches": whole, "Fishers": each * len(projected)},
     device=max((part.device for part in found), key=lambda device: sum(device.values())),
     notes=_NOTES[: 1 + (known != rows)],
   )

@@ -24,6 +24,12 @@ from jaxinf.core.types import Array
 
 _WORD = 32  # entries that share a key: the signs in one word of random bits
 
+
+def _checked_seed(seed: int) -> int:
+  """`checked_seed`; one traced within a compiled function has no value to check yet."""
+  return seed if isinstance(seed, jax.core.Tracer) else checked_seed(seed)
+
+
 # (key, words [n], r) → Rᵀ √r [32 n, r]: the columns 32 w … 32 w + 31 of R for each word w.
 Entries = Callable[[jax.Array, jax.Array, int], jax.Array]
 
@@ -114,7 +120,7 @@ class Projection:
 
   def __post_init__(self):
     object.__setattr__(self, "dim", checked_count(self.dim, "dim"))
-    object.__setattr__(self, "seed", checked_seed(self.seed))
+    object.__setattr__(self, "seed", _checked_seed(self.seed))
     named(ENTRIES, self.kind, "projection")
 
   @property
@@ -167,7 +173,7 @@ class RandomProjection:
 
   def __post_init__(self):
     _check_share(self.share)
-    object.__setattr__(self, "seed", checked_seed(self.seed))
+    object.__setattr__(self, "seed", _checked_seed(self.seed))
 
   @property
   def description(self) -> str:

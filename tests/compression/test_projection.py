@@ -79,7 +79,7 @@ def test_inner_products_are_unbiased_with_the_variance_of_the_docstring(kind):
 
 
 def test_impossible_projections_are_refused():
-  with pytest.raises(ValueError, match="at least one dimension"):
+  with pytest.raises(ValueError, match="dim must be at least 1"):
     Projection(0, 0)
   with pytest.raises(ValueError, match="there are: rademacher, normal"):
     Projection(8, 0, "gaussian")

@@ -72,8 +72,8 @@ def query_rows(
     gradient_batches = iter([_everyones_rows(gradient_batches, num_rows)])
   parts: list[dict[str, list[PyTree]]] = [collections.defaultdict(list) for _ in dampings]
   exact: list[dict[str, list[np.ndarray]]] = [collections.defaultdict(list) for _ in dampings]
-  _, own_rows = processes.share(num_rows)
-  num_checked = min(_CHECKED_QUERIES * groups, own_rows // groups * groups)
+  begin, end = processes.share(num_rows)
+  num_checked = min(_CHECKED_QUERIES * groups, (end - begin) // groups * groups)
   done = 0
   for grads in gradient_batches:
     for damping, part, some in zip(dampings, parts, exact, strict=True):

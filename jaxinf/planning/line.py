@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf.compression.compression import compression_named
+from jaxinf.attribution.influence import AUTO
+from jaxinf.compression.compression import QUERY_COMPRESSION, compression_named
 from jaxinf.curvature.fit import partition
 from jaxinf.curvature.kinds import ExactGGN
 from jaxinf.curvature.memory import LayerMemory, layer_memory
@@ -260,8 +261,8 @@ def cost_of(
 
 
 def query_row_bytes(subject: Subject, compression: str | None, size: float | None) -> int:
-  """Of one row of a query's compressed gradients."""
-  found = compression_named(compression, size)
+  """Of one row of a query's compressed gradients; of "auto", in the precision it takes first."""
+  found = compression_named(QUERY_COMPRESSION if compression == AUTO else compression, size)
   return sum(found.num_bytes(layer.matrix_shape) for layer in subject.layers.layers)
 
 

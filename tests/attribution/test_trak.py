@@ -319,7 +319,7 @@ def test_all_parameters_take_part_or_none(model, examples):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    (dict(projection=0), "at least one dimension"),
+    (dict(projection=0), "must be at least 1"),
     (dict(damping=0.0), "damping"),
     (dict(measurement="cosine"), "Unknown measurement"),
     (dict(draws=Draws.until_stable()), "fixed number of draws"),

@@ -83,10 +83,8 @@ def test_bytes_follow_from_shapes(plan):
   assert curvature.disk["eigenbases"] == 8 * (squares + PARAMS)
   assert index.device["rotations"] == 4 * (squares + PARAMS)
   blocks = sum(math.ceil(math.prod(m) / 64) for m in MATRICES)
-  query_row, query_rows = (
-    blocks * (2 * 64 + 4),
-    SAMPLES * 2,
-  )  # int16 in blocks of 64 with a step each
+  query_row = blocks * (2 * 64 + 4)  # int16 in blocks of 64 with a step each
+  query_rows = SAMPLES * 2
   assert attribute.device["rows of queries"] == query_rows * query_row
   assert attribute.host["rows of queries"] == query_rows * query_row
   of_groups, of_queries = 2 * SAMPLES * IMAGES, 2 * SAMPLES * IMAGES

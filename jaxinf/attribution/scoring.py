@@ -97,10 +97,10 @@ class ScorePass:
     Returns:
       num_examples, num_queries, and over these queries the mean and the least of Pearson's and
       Spearman's correlations over the sampled training examples; the same in all processes, from
-      the primary's queries.
+      the primary's queries. None for each number where the primary has no query to compare.
     """
     found = np.full((num_dampings, len(_CHECKED)), np.nan)
-    if processes.is_primary():
+    if processes.is_primary() and len(queries.checked):
       exact, ours, num_examples = self._both_scores(queries, compression, replicates)
       pairs = zip(*(np.split(x, num_dampings) for x in (exact, ours)), strict=True)
       for row, pair in zip(found, pairs, strict=True):

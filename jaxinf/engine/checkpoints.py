@@ -28,7 +28,7 @@ class Checkpointing:
     ValueError: every is too small.
   """
 
-  folder: str | Path
+  folder: Path  # text is taken too
   every: int = 100
 
   def __post_init__(self):

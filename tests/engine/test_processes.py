@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinf import Draws, Examples
+from jaxinf import Compute, Draws, Examples, Identity, fit_curvature, influence
 from jaxinf.engine import artifacts, processes
 from jaxinf.runs import run as runs
 from jaxinf.runs import serving
 from jaxinf.runs.perform import perform
 from jaxinf.runs.stage import MAIN_LINE
-from tests import running
+from tests import nets, running
 
 # Shares of 24 images, 3 samples and 40 draws in groups of 2 that 2 processes split unevenly, and
 # enough of them that a process can be killed on the way. int16 rounds by 1/32767 of a block.
@@ -84,6 +84,24 @@ def test_the_primary_decides_and_differences_are_refused_everywhere(in_processes
   assert in_processes(2, lambda: processes.check_same("seed 0", "settings")) == [None] * 2
   for error in in_processes(3, lambda: processes.check_same(f"seed {own()}", "settings")):
     assert "The processes differ in settings" in str(error)
+
+
+@pytest.mark.parametrize(("num_processes", "num_checked"), [(2, 2), (3, 1), (8, None)])
+def test_all_processes_know_what_rounding_does_to_the_queries_of_the_first(
+  in_processes, num_processes, num_checked
+):
+  """Whole queries, of two replicates each; a process with one row has none to compare."""
+  train, queries = Examples(nets.random_images(5)), Examples(nets.random_images(4, seed=1))
+  curvature = fit_curvature(nets.conv_model(), train, Identity())
+  one = Compute(4, jax.local_devices()[:1])
+  ask = lambda: influence(
+    curvature, queries=queries, train=train, damping=1e-3, draws=Draws(4, 2), compression="int8",
+    compute=one,
+  )  # fmt: skip
+  checks = [scores.settings["check"] for scores in in_processes(num_processes, ask)]
+  assert all(check == checks[0] for check in checks)
+  assert checks[0]["num_queries"] == num_checked
+  assert num_checked is None or checks[0]["least_pearson"] > 0.99
 
 
 @pytest.mark.parametrize(

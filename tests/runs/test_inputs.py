@@ -20,11 +20,8 @@ def normal(shape: tuple[int, ...], std: float) -> np.ndarray:
 INPUTS = {
   "latents": (normal((8, 8, 4), 4.0), False, "have no picture"),
   "vectors": (normal((5,), 1.0), False, "The examples are vectors (5)"),
-  "images that are not square": (
-    np.random.default_rng(0).integers(0, 256, (NUM, 4, 9, 3)).astype(np.uint8), True, ""
-  ),
-  "float images": (np.tanh(normal((6, 4, 1), 1.0)), True, ""),
-}  # fmt: skip
+  "images that are not square": (np.tanh(normal((4, 9, 3), 1.0)), True, ""),
+}
 
 
 def changes_of(path) -> dict:
@@ -59,7 +56,7 @@ def test_every_example_has_a_score_and_the_page_shows_them(finished):
   assert sentence in page.text
   shown = 1 + 3 * run.config.report.top_k
   assert len(page.images) == (0 if name == "latents" else shown)
-  if "images" in name:
+  if name.startswith("images"):
     assert {pixels.shape[:2] for pixels in page.pixels()} == {data.shape[1:3]}
 
 

@@ -125,9 +125,15 @@ class DAS:
       layers = all_layers(model, examples)
       kernel = OutputKernel(layers, model.process, Replicate.of(of, examples.random_flip))
       features[name] = features_of(
-        kernel, model, examples, of, name, projection=projection, compute=compute,
+        kernel,
+        model,
+        examples,
+        of,
+        name,
+        projection=projection,
+        compute=compute,
         partial=partial_of(compute, name, settings, model, queries=queries, train=train),
-      )  # fmt: skip
+      )
     residuals = _residuals(model, train, draws, compute)
 
     # 2. Leave-one-out changes of the outputs, squared.

@@ -168,9 +168,18 @@ class _Question:
       )
     draws = draws.split()
     return cls(
-      curvature, checked_dampings(method.dampings), measured, compression, method.precision,
-      queries, train, draws, draws.of_queries(method.query_draws), compute, falls_back,
-    )  # fmt: skip
+      curvature,
+      checked_dampings(method.dampings),
+      measured,
+      compression,
+      method.precision,
+      queries,
+      train,
+      draws,
+      draws.of_queries(method.query_draws),
+      compute,
+      falls_back,
+    )
 
   def answer(self) -> Sweep:
     """The scores."""
@@ -239,9 +248,15 @@ class _Question:
       gradients = self._kernel(self.train, LOSS, self.draws, precision=self.precision)
     operands = row_operands(self.curvature.model.params, self.draws, TRAIN)
     return ScorePass(
-      gradients, exactly, operands, self.train, self.draws, self.curvature, self.compute,
+      gradients,
+      exactly,
+      operands,
+      self.train,
+      self.draws,
+      self.curvature,
+      self.compute,
       len(self.queries),
-    )  # fmt: skip
+    )
 
   @property
   def _settings(self) -> dict[str, Any]:

@@ -160,13 +160,17 @@ class TRAK:
       of_model = dataclasses.replace(self, model=model)
       trained, queried = (
         of_model.features(
-          examples, name, of, own, compute,
+          examples,
+          name,
+          of,
+          own,
+          compute,
           partial_of(
             compute, f"model-{number:03d}/{name}", settings, model, queries=queries, train=train
           ),
         )
         for name, examples, of in ((TRAIN, train, draws), (QUERY, queries, asked))
-      )  # fmt: skip
+      )
       fisher = fisher_of(trained.mean(axis=1, dtype=np.float32))
       pairs = [group_scores(fisher, trained, queried, value) for value in dampings]
       found = [np.stack(part) / len(models) for part in zip(*pairs, strict=True)]
@@ -192,9 +196,15 @@ class TRAK:
     layers = all_layers(model, examples, measured.axes)
     kernel = FlatGradients(GradientKernel(layers, measured, model.process, replicate))
     return features_of(
-      kernel, model, examples, draws, stream,
-      projection=projection, compute=compute, partial=partial,
-    )  # fmt: skip
+      kernel,
+      model,
+      examples,
+      draws,
+      stream,
+      projection=projection,
+      compute=compute,
+      partial=partial,
+    )
 
 
 def DTRAK(

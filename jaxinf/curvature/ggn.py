@@ -199,9 +199,13 @@ class GGN:
         "exact GGN: %d of %d solves missed the tolerance %.1e, with relative residuals up to %.1e "
         "after at most %d iterations. Allow more iterations (max_iterations), raise the damping "
         "(%.1e), or use precision='float64' if it is float32.",
-        np.sum(~converged), len(converged), solver.tolerance, np.max(relative), max(iterations),
+        np.sum(~converged),
+        len(converged),
+        solver.tolerance,
+        np.max(relative),
+        max(iterations),
         damping,
-      )  # fmt: skip
+      )
     residuals = Residuals(np.array(relative), np.array(iterations), converged)
     return self._matrices(np.stack(solutions)), residuals
 
@@ -258,10 +262,14 @@ class GGN:
     elif preconditioner is not None:
       guess, metric = precondition(b), operator(precondition)
     x, _ = cg(
-      operator(lambda v: self._product(v) + damping * v), b, x0=guess, M=metric,
+      operator(lambda v: self._product(v) + damping * v),
+      b,
+      x0=guess,
+      M=metric,
       rtol=solver.tolerance / 2,  # of a running residual; rounding parts the true one from it
-      maxiter=solver.max_iterations, callback=lambda _: next(count),
-    )  # fmt: skip
+      maxiter=solver.max_iterations,
+      callback=lambda _: next(count),
+    )
     return x, next(count)
 
   def _product(self, vector: np.ndarray) -> np.ndarray:

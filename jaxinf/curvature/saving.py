@@ -70,9 +70,15 @@ def curvature_from(
   settings = dict(notes["settings"])
   kind = kind_of(settings["kind"])
   fitted = Curvature(
-    model, kind, layers, bases, coverage_from(notes), Selection(**settings["selection"]),
-    settings, dict(notes["diagnostics"]),
-  )  # fmt: skip
+    model,
+    kind,
+    layers,
+    bases,
+    coverage_from(notes),
+    Selection(**settings["selection"]),
+    settings,
+    dict(notes["diagnostics"]),
+  )
   return exact_curvature(fitted, train, compute) if isinstance(kind, ExactGGN) else fitted
 
 

@@ -67,9 +67,16 @@ def map_batches(
   done = begin + sum(len(jax.tree.leaves(output)[0]) for output in outputs)
   saved = len(outputs)
   stream = stream_batches(
-    kernel, operands, rows, batch_size=batch_size, label=label, unit=unit, devices=devices,
-    then=then, span=(done, end),
-  )  # fmt: skip
+    kernel,
+    operands,
+    rows,
+    batch_size=batch_size,
+    label=label,
+    unit=unit,
+    devices=devices,
+    then=then,
+    span=(done, end),
+  )
   for output in stream if done < end or not outputs else ():
     outputs.append(output)
     if partial is not None and len(outputs) - saved >= partial.every:

@@ -79,8 +79,9 @@ def ending_together() -> Iterator[None]:
       traceback.print_exc()
       print(
         "This process ends, and the others with it. If a connection was lost, another one ended "
-        "first and said why.", file=sys.stderr
-      )  # fmt: skip
+        "first and said why.",
+        file=sys.stderr,
+      )
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)

@@ -51,9 +51,16 @@ class Progress:
       left = (self._total - self._done) / rate
       note = f", {note}" if note else ""
       _LOG.info(
-        "%s: %d of %d %s, %.3g %s/s, %s left%s", self._label, self._done, self._total,
-        self._unit, rate, self._unit, clock(left), note,
-      )  # fmt: skip
+        "%s: %d of %d %s, %.3g %s/s, %s left%s",
+        self._label,
+        self._done,
+        self._total,
+        self._unit,
+        rate,
+        self._unit,
+        clock(left),
+        note,
+      )
 
 
 def clock(seconds: float) -> str:

@@ -199,8 +199,10 @@ def _exact_solutions(
     residuals.append(residual)
     _LOG.info(
       "curvature study: λ = %.1e solved in at most %d iterations, residuals up to %.1e",
-      damping, residual.iterations.max(), residual.relative.max(),
-    )  # fmt: skip
+      damping,
+      residual.iterations.max(),
+      residual.relative.max(),
+    )
   return {name: np.stack([x[name] for x in found]) for name in grads}, residuals
 
 

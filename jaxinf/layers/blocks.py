@@ -162,9 +162,12 @@ class ConvBlock(KroneckerBlock):
     form, shape = self.form, self.parameters_shapes[0]
     kernel = tuple(shape[axis] for axis in form.kernel_spec[2:])
     return dict(
-      kernel=kernel, strides=form.strides, padding=form.padding, dilation=form.rhs_dilation,
+      kernel=kernel,
+      strides=form.strides,
+      padding=form.padding,
+      dilation=form.rhs_dilation,
       x_dilation=form.lhs_dilation,
-    )  # fmt: skip
+    )
 
   def inputs(self, x):
     patches = unfold(self._images(x), **self._geometry)  # [B, *positions, K, C]

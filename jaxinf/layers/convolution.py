@@ -167,9 +167,16 @@ def kernel_gradient(
   """
   specs = jax.lax.ConvDimensionNumbers(form.x_spec, form.kernel_spec, form.y_spec)
   convolve = lambda kernel: jax.lax.conv_general_dilated(
-    x, kernel, form.strides, form.padding, form.lhs_dilation, form.rhs_dilation, specs,
-    feature_group_count=form.groups, precision=jax.lax.Precision.HIGHEST,
-  )  # fmt: skip
+    x,
+    kernel,
+    form.strides,
+    form.padding,
+    form.lhs_dilation,
+    form.rhs_dilation,
+    specs,
+    feature_group_count=form.groups,
+    precision=jax.lax.Precision.HIGHEST,
+  )
   (gradient,) = jax.linear_transpose(convolve, jnp.zeros(shape))(dy)
   out, features, *space = form.kernel_spec
   matrix = jnp.transpose(gradient, (out, *space, features)).reshape(shape[out], -1)

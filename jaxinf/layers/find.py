@@ -52,10 +52,13 @@ def tagged(apply_fn: Callable, batches: Mapping[int, tuple[int, int]]) -> Callab
       for site in ends.get(id(step), ()):
         x, y = batches.get(site.kernel, (0, 0))
         out = kfac_jax.register_dense(
-          jnp.moveaxis(values[site.y], y, 0), jnp.moveaxis(values[site.x], x, 0),
-          leaves[site.kernel], None if site.bias is None else leaves[site.bias],
-          variant=site.form.kind, form=site.form.batch_first(x, y),
-        )  # fmt: skip
+          jnp.moveaxis(values[site.y], y, 0),
+          jnp.moveaxis(values[site.x], x, 0),
+          leaves[site.kernel],
+          None if site.bias is None else leaves[site.bias],
+          variant=site.form.kind,
+          form=site.form.batch_first(x, y),
+        )
         values[site.y] = jnp.moveaxis(out, 0, y)
 
     return traced.evaluate(leaves, tag)

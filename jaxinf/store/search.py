@@ -73,9 +73,12 @@ class Search:
     by_group = np.transpose(products.mean(axis=3), (1, 2, 0))
     by_query = np.transpose(products.mean(axis=1), (2, 1, 0))
     return Scores(
-      by_group, query_ids, ledger.ids[: len(kept)][kept], settings,
+      by_group,
+      query_ids,
+      ledger.ids[: len(kept)][kept],
+      settings,
       by_query if self.query_replicates > 1 else None,
-    )  # fmt: skip
+    )
 
   def best(self, k: int) -> Ranking:
     """The k highest scores of each query; memory for Q × (k + a chunk)."""

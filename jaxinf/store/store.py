@@ -105,8 +105,9 @@ class Store:
     chunks = list(store.blocks(first, first + len(rows)))
     begin, end = processes.share(len(chunks))
     if mine := chunks[begin:end]:
-      self._write_rows(mine[0][0], mine[-1][1], self._packed(kernel, rows, first, compute, mine),
-                       reserve_bytes)  # fmt: skip
+      self._write_rows(
+        mine[0][0], mine[-1][1], self._packed(kernel, rows, first, compute, mine), reserve_bytes
+      )
     processes.wait_for_all("store written")
     if processes.is_primary():
       store.finish()

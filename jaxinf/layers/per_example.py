@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxinf.core.draws import INDEPENDENT, Draws
-from jaxinf.core.random import draw_keys
 from jaxinf.core.types import Matrices, Params, PyTree
 from jaxinf.diffusion.measurements import Measurement
 from jaxinf.diffusion.process import Process
@@ -65,14 +64,3 @@ def example_gradients(
   grads = layers.gradients(params, pairs, cotangents, rows=num)
   chex.assert_tree_shape_prefix(grads, (num,))
   return grads
-
-
-def group_keys(keys: jax.Array, groups: jax.Array, draws: int) -> jax.Array:
-  """[B, draws] keys of the draws group · draws … (group + 1) · draws − 1 of each example.
-
-  Args:
-    keys: [B], one an example.
-    groups: [B], which group of draws.
-    draws: in a group.
-  """
-  return jax.vmap(lambda key, group: draw_keys(key, draws, first=group * draws))(keys, groups)

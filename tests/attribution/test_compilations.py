@@ -3,35 +3,24 @@
 import contextlib
 
 import jax
-import jax.monitoring
 import numpy as np
 import pytest
 
 import jaxinf
 from jaxinf import Compute, Draws, Examples
 from tests import nets
+from tests.compilations import counted_compilations
 
 DRAWS = Draws(4, 2, seed=5)
 
 pytestmark = pytest.mark.filterwarnings("ignore:mean training loss")  # the network is random
 
-COMPILED = "/jax/core/compile/backend_compile_duration"
-_seen: list[str] = []
-
-
-def _listen(event: str, seconds: float, **_):
-  if event == COMPILED:
-    _seen.append(event)
-
-
-jax.monitoring.register_event_duration_secs_listener(_listen)
-
 
 @contextlib.contextmanager
 def nothing_compiles():
-  before = len(_seen)
-  yield
-  assert len(_seen) == before
+  with counted_compilations() as found:
+    yield
+  assert not found
 
 
 def queries(seed: int) -> Examples:
@@ -46,9 +35,9 @@ def ask(problem):
     settings = dict(damping=1e-3, draws=DRAWS, measurement="loss_at_timestep(5)") | changes
     return jaxinf.influence(**(problem | {"queries": queries(seed)}), **settings)
 
-  before = len(_seen)
-  asked()
-  assert len(_seen) > before  # the listener hears
+  with counted_compilations() as found:
+    asked()
+  assert found  # the listener hears
   return asked
 
 

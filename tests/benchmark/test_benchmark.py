@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from functools import partial
 
 import jax
 import numpy as np
@@ -14,10 +15,9 @@ from jaxinf.benchmark import measuring as measures
 from jaxinf.benchmark import retraining as models
 from jaxinf.benchmark import scoring
 from jaxinf.core.draws import Draws
-from jaxinf.core.random import example_numbers, fold_in_each, stream
+from jaxinf.core.random import draw_keys, example_numbers, fold_in_each, stream
 from jaxinf.diffusion.measurements import MEASUREMENTS
 from jaxinf.engine import artifacts
-from jaxinf.layers.per_example import group_keys
 from jaxinf.networks import training
 from jaxinf.runs.run import load_model
 from tests.running import run_of
@@ -73,7 +73,7 @@ def test_measurements_are_those_of_the_models(finished):
       [
         MEASUREMENTS[name].evaluate(
           model.apply_fn, params, model.process, samples["images"],
-          group_keys(keys, np.full(len(keys), group), 4), draws=draws,
+          jax.vmap(partial(draw_keys, draws=4, first=4 * group))(keys), draws=draws,
         )
         for group in (0, 1)
       ],

@@ -254,10 +254,6 @@ def left(model, tmp_path_factory):
   return checkpoint
 
 
-class Killed(KeyboardInterrupt):
-  """Stands in for what a user or a scheduler does."""
-
-
 @pytest.mark.parametrize("saves", [2, 8], ids=["first pass", "second pass"])
 def test_an_interrupted_fit_goes_on_to_bitwise_the_same(model, whole, tmp_path, monkeypatch, saves):
   """21 pairs in batches of 4: each pass makes six batches and, saving after each, six saves."""
@@ -268,10 +264,10 @@ def test_an_interrupted_fit_goes_on_to_bitwise_the_same(model, whole, tmp_path, 
     save(self, rows_done, sums)
     done.append(rows_done)
     if len(done) == saves:
-      raise Killed
+      raise twins.Killed
 
   monkeypatch.setattr(PartialSums, "save", count_saves)
-  with pytest.raises(Killed):
+  with pytest.raises(twins.Killed):
     fitted(model, checkpoint=Checkpointing(tmp_path, every=1))
   resumed = fitted(model, checkpoint=Checkpointing(tmp_path, every=1))
   assert len(done) == 12 and done[-1] == NUM * DRAWS  # no batch was computed twice

@@ -9,7 +9,7 @@ from jaxinf import DiffusionModel, Draws, Process, Schedule
 from jaxinf.core.random import draw_keys, fold_in_each, stream
 from jaxinf.diffusion.measurements import LOSS, measurement_named
 from jaxinf.layers.coverage import Selection
-from jaxinf.layers.per_example import example_gradients, group_keys
+from jaxinf.layers.per_example import example_gradients
 from jaxinf.layers.register import register
 from jaxinf.layers.specs import to_matrices
 from tests import nets, twins
@@ -22,7 +22,7 @@ NUM, DRAWS = 3, 4
 def draw_keys_of(num: int, draws: int = DRAWS) -> jax.Array:
   """Keys [num, draws] of the examples 0 … num − 1."""
   keys = fold_in_each(stream(0, "test"), jnp.arange(num))
-  return group_keys(keys, jnp.zeros(num, jnp.int32), draws)
+  return jax.vmap(lambda key: draw_keys(key, draws))(keys)
 
 
 def tapped_gradients(model, measurement, data, keys, **options):
@@ -129,7 +129,6 @@ def test_with_flips_the_gradient_is_the_mean_of_an_images_and_its_mirror_images(
 
 def test_groups_split_the_draws_of_an_example_in_order():
   key = stream(0, "test")
-  groups = group_keys(jnp.stack([key, key]), jnp.array([0, 1]), 3)
-  together = jnp.concatenate([groups[0], groups[1]])
+  together = jnp.concatenate([draw_keys(key, 3, first=3 * group) for group in (0, 1)])
   data = jax.random.key_data
   np.testing.assert_array_equal(data(together), data(draw_keys(key, 6)))

@@ -8,7 +8,6 @@ import dataclasses
 import itertools
 import math
 
-import jax
 import numpy as np
 import pytest
 
@@ -17,10 +16,8 @@ from jaxinf.planning.line import attribute_cost, curvature_cost, index_cost, tra
 from jaxinf.planning.proof import proof_costs
 from jaxinf.planning.reduced import Subject, random_params
 from jaxinf.planning.stages import finished_stages
-from jaxinf.runs import run as runs
-from jaxinf.runs.config import typed
 from jaxinf.runs.perform import perform
-from tests import tiny
+from tests import running
 
 STAGES = ("train", "sample", "curvature", "attribute", "index")
 
@@ -34,11 +31,8 @@ PLENTY = planning.Limits(None, 2**40, 2**40)
 
 def run_of(workdir, **changes):
   """A tiny run on one device; changes are section__field=value."""
-  config = tiny.get_config()
-  for path, value in changes.items():
-    section, field = path.split("__")
-    config[section][field] = value
-  return runs.Run(typed(config), workdir, jax.devices()[:1])
+  fields = {path.replace("__", "."): value for path, value in changes.items()}
+  return running.run_of(workdir, fields)
 
 
 def subject_of(workdir, **changes):

@@ -1,6 +1,7 @@
 """Strict JAX on two simulated CPU devices, and the toys that several tests share."""
 
 import os
+import pathlib
 import threading
 
 # Compiling is most of what the tests do, and the optimiser's work never pays back on tiny nets.
@@ -19,6 +20,19 @@ from jaxinf import Schedule
 from jaxinf.data import Dataset
 from jaxinf.engine import processes
 from jaxinf.networks import MLP
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_memory_maps():
+  """Forgets what is compiled before a process has as many memory maps as Linux allows: 65,530.
+
+  XLA's code for CPUs takes about ten for each function, and compiling without any left is a
+  segmentation fault.
+  """
+  yield
+  maps = pathlib.Path("/proc/self/maps")
+  if maps.exists() and len(maps.read_bytes().splitlines()) > 30_000:
+    jax.clear_caches()
 
 
 @pytest.fixture(params=[1, 2], ids=["one_device", "two_devices"])

@@ -90,9 +90,9 @@ def fisher_of(features: np.ndarray) -> Fisher:
 def group_scores(
   fisher: Fisher, train: np.ndarray, query: np.ndarray, damping: float
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Scores by groups of training draws [G, Q, N] and of query draws [A, Q, N]; means are S.
+  """Scores by replicates of training draws [G, Q, N] and of query draws [A, Q, N]; means are S.
 
-  A group of training draws moves S by dS for dΦ = Φ_g − Φ, and H with it: its features in an H
+  A replicate of training draws moves S by dS for dΦ = Φ_g − Φ, and H with it: its features in an H
   that stood still would say too much, where they leave the span of Φ and λ is small.
 
   Args:

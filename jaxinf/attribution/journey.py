@@ -154,5 +154,5 @@ class PredictionKernel:
     inputs, time = self.process.inputs(batch.data, t)
     output = network_output(self.apply_fn, params, inputs, time, batch.conditioning)
     chex.assert_equal_shape([output, batch.data])
-    predicted = self.process.image(batch.data, t, output)
+    predicted = self.process.clean(batch.data, t, output)
     return jnp.clip(predicted, -1, 1) if self.clip else predicted

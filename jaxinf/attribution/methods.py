@@ -79,7 +79,7 @@ class Method:
     kind: of the curvature they depend on; "own" for the usual one, None for none.
     reads: names of settings that scores depend on.
     sweeps: whether damping changes more than the scale of scores.
-    of: what of the queries it needs where it takes no measurement: "images" or "trajectories".
+    of: what of the queries it needs where it takes no measurement: "examples" or "trajectories".
   """
 
   make: Callable[[Ingredients], Attribution]
@@ -88,7 +88,7 @@ class Method:
   kind: Kind | str | None = None
   reads: tuple[str, ...] = ()
   sweeps: bool = True
-  of: str = "images"
+  of: str = "examples"
 
   @property
   def curved(self) -> bool:

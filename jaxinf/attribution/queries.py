@@ -1,9 +1,9 @@
 """From queries to the operand of the score pass: their gradients, preconditioned and compressed.
 
-A few queries at a time: each one's gradients are averaged within a group of draws, preconditioned
-for every damping and compressed before the next ones come, so that memory holds the compressed rows
-and little else. The rows of one layer are damping-major, then query-major: row (l, q, a) is that of
-damping l, query q and group a of its draws.
+A few queries at a time: each one's gradients are averaged within a replicate of draws,
+preconditioned for every damping and compressed before the next ones come, so that memory holds the
+compressed rows and little else. The rows of one layer are damping-major, then query-major: row (l,
+q, a) is that of damping l, query q and group a of its draws.
 """
 
 import collections

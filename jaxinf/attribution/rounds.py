@@ -48,7 +48,7 @@ def _is_enough(found: Sweep, num: int, draws: Draws, stop: Stopping) -> bool:
     "" if enough or not last else f": stopped short of {stop.agreement:.0%}",
   )
   if last and not enough:
-    alone = Sweep(tuple(dataclasses.replace(s, query_group_values=None) for s in found))
+    alone = Sweep(tuple(dataclasses.replace(s, query_replicate_values=None) for s in found))
     if _overlap(alone, k) >= stop.agreement:
       _LOG.info("attribute: what is missing are draws of the queries: raise query_draws")
   return enough or last

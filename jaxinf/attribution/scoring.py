@@ -1,7 +1,7 @@
 """The score pass: training gradients stream past the rows of queries, and are never kept.
 
-Scores of (training example, group of draws) rows for R query rows, [N · G, R]; and what they say
-when nothing is compressed or rounded, on a sample of the training examples.
+Scores of (training example, replicate of draws) rows for R query rows, [N · G, R]; and what they
+say when nothing is compressed or rounded, on a sample of the training examples.
 """
 
 import dataclasses

@@ -50,7 +50,7 @@ class Row:
 
   @property
   def of(self) -> str:
-    """What of the samples it needs: "images" or "trajectories"."""
+    """What of the samples it needs: "examples" or "trajectories"."""
     return measurement_named(self.measurement).of if self.measurement else self.kind.of
 
   @property

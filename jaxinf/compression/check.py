@@ -1,6 +1,6 @@
 """Whether rounding lost the order of the scores, and what to say and to do then.
 
-Scores of a few queries and training images are computed twice: from float32 query rows in the
+Scores of a few queries and training examples are computed twice: from float32 query rows in the
 network's own precision, and as the run computes them (attribution/scoring.py). Here the rank
 correlations of the two are judged. Nothing is computed, logged or raised.
 """
@@ -34,7 +34,7 @@ def verdict(
 
   Args:
     check: `spearman` and `least_spearman`, the mean and the least rank correlation over
-      `num_queries` queries and `num_examples` training images. None, or a mean of None, where
+      `num_queries` queries and `num_examples` training examples. None, or a mean of None, where
       nothing was measured.
     compression: of the query rows.
     damping: λ of these scores, for the wording.
@@ -49,8 +49,8 @@ def verdict(
   return (
     f"{where}{causes} changed the order of the scores: rank correlation with unrounded scores "
     f"{check['spearman']:.3f}, least {check['least_spearman']:.3f}, over {check['num_queries']} "
-    f"queries and {check['num_examples']} training images. Below {LEAST_CORRELATION} the order is "
-    f"not safe. {_advice(compression, precision)}"
+    f"queries and {check['num_examples']} training examples. Below {LEAST_CORRELATION} the order "
+    f"is not safe. {_advice(compression, precision)}"
   )
 
 

@@ -28,7 +28,7 @@ class Batch:
   Attributes:
     data: [B, …], floating-point numbers or uint8 in 0…255; None where rows have no data yet.
     ids: [B] uint32 example numbers, from which each example's random keys derive.
-    draws: [B] int32, which draw of (t, ε), or group of draws, a row is; None: all of them.
+    draws: [B] int32, which draw of (t, ε), or replicate of draws, a row is; None: all of them.
     mask: [B] float32, 1 for an example and 0 for padding.
     conditioning: pytree of arrays [B, …], such as labels [B] or text embeddings [B, L, E]; None
       where the model has no further inputs.

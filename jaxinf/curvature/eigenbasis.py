@@ -46,7 +46,7 @@ def checked_factors(factors: KroneckerFactors, layer: str) -> KroneckerFactors:
       cause = {"a": "activations", "g": "gradients"}[name]
       raise ValueError(
         f"The {what} of layer {layer} is not finite: its {cause} overflow. Check that the model's "
-        "outputs are finite for training images at every timestep, or skip the layer by name."
+        "outputs are finite for training examples at every timestep, or skip the layer by name."
       )
     symmetric[name] = (factor + np.swapaxes(factor, -1, -2)) / 2
   return KroneckerFactors(**symmetric)

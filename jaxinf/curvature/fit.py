@@ -26,6 +26,7 @@ from jaxinf.diffusion.content import content_of
 from jaxinf.diffusion.model import DiffusionModel
 from jaxinf.diffusion.noise import Noised
 from jaxinf.diffusion.process import Process
+from jaxinf.engine import processes
 from jaxinf.engine.checkpoints import PartialSums
 from jaxinf.engine.compute import Compute
 from jaxinf.engine.devices import num_devices
@@ -163,7 +164,8 @@ class Fit:
 
   def _part_bases(self, layers: Registration, part: str) -> tuple[dict[str, Eigenbasis], dict]:
     sums = dict(self.first_pass(layers, part))
-    if layers.layers[0] == self.layers.layers[0]:  # once, whatever the number of partitions
+    # Once, whatever the number of partitions and processes.
+    if layers.layers[0] == self.layers.layers[0] and processes.is_primary():
       _check_losses(sums[LOSSES])
     bases, diagnostics = decomposed(
       layers.factors(sums, total=len(self.rows)), self.decompose, self.compute.devices

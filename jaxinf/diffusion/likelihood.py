@@ -60,7 +60,7 @@ def image_error_weights(schedule: Schedule, variances: Variances) -> np.ndarray:
 def error_weights(process: Process, variances: Variances = small_variances) -> np.ndarray:
   """[T] what the mean squared error of the network's output costs in each step."""
   schedule = discrete_schedule(process)
-  return image_error_weights(schedule, variances) * process.exact_image_error_scales
+  return image_error_weights(schedule, variances) * process.exact_clean_error_scales
 
 
 def elbo_constant(

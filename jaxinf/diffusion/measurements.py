@@ -57,7 +57,7 @@ from jaxinf.diffusion.noise import (
 from jaxinf.diffusion.process import Process
 from jaxinf.diffusion.weightings import WEIGHTINGS
 
-OF = ("images", "trajectories", "predictions")
+OF = ("examples", "trajectories", "predictions")
 Value = Callable[[Process, jax.Array, Noised], jax.Array]
 Weights = Callable[[Process], np.ndarray]
 
@@ -71,7 +71,7 @@ class Measurement:
       which conditioning is added after.
     value: (process, network outputs [B, …], pairs) → [B].
     constant: (process, data) → [B], the part that does not depend on the model; None for none.
-    of: "images", that is plain examples of any shape; or "trajectories" (states of sampling) or
+    of: "examples", of any shape; or "trajectories" (states of sampling) or
       "predictions" (clean data predicted on the way): then data are [B, K, …], several each.
     name: by which settings of scores know it; None: "custom".
     requires: (process) → None, raising ValueError where a process has no such measurement.
@@ -80,7 +80,7 @@ class Measurement:
   draw: Callable[[Process, jax.Array, jax.Array, Draws, bool], Noised]
   value: Value
   constant: Callable[[Process, jax.Array], jax.Array] | None = None
-  of: str = "images"
+  of: str = "examples"
   name: str | None = None
   requires: Callable[[Process], None] | None = None
 
@@ -91,7 +91,7 @@ class Measurement:
   @property
   def axes(self) -> int:
     """Axes of the data that the network does not see: that of the several states of an example."""
-    return 0 if self.of == "images" else 1
+    return 0 if self.of == "examples" else 1
 
   def check(self, process: Process) -> None:
     """Raises ValueError where the process has no such measurement, with what to take instead."""

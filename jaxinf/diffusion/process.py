@@ -224,7 +224,7 @@ class Process:
       return self._looked_up(self.exact_weights, t)
     return jnp.ones_like(t) * self._weights(self._coefficients(t))
 
-  def image(self, x_t: jax.Array, t: jax.Array, output: jax.Array) -> jax.Array:
+  def clean(self, x_t: jax.Array, t: jax.Array, output: jax.Array) -> jax.Array:
     """x̂_0 [B, …], the clean data that x_t and the network's output imply."""
     of = self._coefficients(t)
     if _is(of.c, 0):
@@ -265,7 +265,7 @@ class Process:
     return np.square(self.exact.a / self.exact.determinant)
 
   @property
-  def exact_image_error_scales(self) -> np.ndarray:
+  def exact_clean_error_scales(self) -> np.ndarray:
     """(b / determinant)² [T] float64: the squared error of x̂_0 over that of the output."""
     return np.square(self.exact.b / self.exact.determinant)
 

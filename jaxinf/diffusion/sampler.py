@@ -87,7 +87,7 @@ def sample(
   def one(x_t, step):
     t = jnp.full(keys.shape, step.t)
     output = network_output(apply_fn, params, *process.inputs(x_t, t), conditioning)
-    image, noise = process.image(x_t, t, output), process.noise(x_t, t, output)
+    image, noise = process.clean(x_t, t, output), process.noise(x_t, t, output)
     if clip:  # the ε that leads from the clipped image to x_t
       image = jnp.clip(image, -1, 1)
       noise = (x_t - step.a * image) / step.b

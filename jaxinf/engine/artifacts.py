@@ -172,7 +172,9 @@ def has_manifest(folder: Path) -> bool:
 def read_manifest(folder: Path) -> dict[str, Any]:
   """The manifest of a finished artefact, without its arrays; ValueError where there is none."""
   if not (folder / "manifest.json").exists():
-    raise ValueError(f"{folder} holds no finished result: it has no manifest.json. Run its stage.")
+    raise ValueError(
+      f"{folder} holds no finished result: it has no manifest.json. Compute it first."
+    )
   return json.loads((folder / "manifest.json").read_text())
 
 
@@ -190,7 +192,7 @@ def read(folder: Path) -> Artifact:
   return Artifact(arrays, manifest)
 
 
-_REMEDY = "Delete the folder and run its stage again."
+_REMEDY = "Delete the folder and compute it again."
 
 
 def fingerprint_of(value: Any) -> str:

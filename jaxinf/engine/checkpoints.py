@@ -75,11 +75,6 @@ class PartialSums:
     refuse_stale(self._path, key, self._key, "file")
     return rows_done, sums
 
-  def discard(self) -> None:
-    """Removes the file, if there is one."""
-    for path in (self._path, _unfinished(self._path)):
-      path.unlink(missing_ok=True)
-
 
 class PartialOutputs:
   """Rows of an unfinished map (an `engine.PartialRows`): files that are written once, atomically.

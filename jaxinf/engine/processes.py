@@ -42,8 +42,8 @@ def connect(
   given = (coordinator, num_processes, process_id)
   if any(x is None for x in given) and any(x is not None for x in given):
     raise ValueError(
-      "Give --coordinator=HOST:PORT, --num_processes and --process_id together, or none of them "
-      "and --distributed, where the cluster's variables say them."
+      "Give coordinator (HOST:PORT), num_processes and process_id together, or none of them where "
+      "the cluster's variables say them."
     )
   if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
     raise ValueError(f"coordinator must be HOST:PORT; got {coordinator!r}.")

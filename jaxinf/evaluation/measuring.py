@@ -57,7 +57,7 @@ def measure(
     model: whose network and process all models have.
     params: of each model.
     queries: samples, or trajectories where the measurements are of them.
-    measurements: name → Measurement; of one kind ("images" or "trajectories").
+    measurements: name → Measurement; of one kind ("examples" or "trajectories").
     draws: of (t, ε) for each query.
     compute: batch_size, (query, draw) pairs at a time over all devices, and devices.
     label: what the progress bar says; None for none.
@@ -66,7 +66,7 @@ def measure(
     ValueError: measurements of two kinds, or of another process.
   """
   if len({measurement.of for measurement in measurements.values()}) != 1:
-    raise ValueError("Measure images and trajectories apart: they are different queries.")
+    raise ValueError("Measure examples and trajectories apart: they are different queries.")
   for measurement in measurements.values():
     measurement.check(model.process)
   draws = draws.split()

@@ -85,7 +85,9 @@ def _title(axes: Axes, left: float, width: float, text: str, colour: str) -> Non
 
 def _note(unit: Unit, noun: str) -> str:
   power = f"in units of $10^{{{unit.exponent}}}$, " if unit.exponent else ""
-  return f"Scores of training {noun}s, {power}± one standard error where there are groups of draws."
+  return (
+    f"Scores of training {noun}s, {power}± one standard error where there are replicates of draws."
+  )
 
 
 def _caption(axes: Axes, left: float, top: float, text: str, colour: str) -> None:

@@ -145,5 +145,5 @@ def _check(
     raise ValueError(f"report.num_queries must be at least 1; got {num_queries}.")
   if top_k < 1:
     raise ValueError(f"report.top_k must be at least 1; got {top_k}.")
-  if not np.isfinite(scores.group_values).all():
+  if not np.isfinite(scores.replicate_values).all():
     raise ValueError("The scores hold NaN or infinity: raise attribute.damping, then score again.")

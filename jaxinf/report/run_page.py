@@ -37,7 +37,7 @@ class _Answer:
     scores: of all samples.
     rows: of the samples that are shown.
     unit: of all scores on the page.
-    check: of the scores on held-out draws; None: there is one group of draws or one example.
+    check: of the scores on held-out draws; None: there is one replicate of draws or one example.
     noun: what a training example is called.
   """
 
@@ -117,9 +117,9 @@ def _introduction(answer: _Answer) -> list[str]:
   article = "An" if noun[0] in "aeiou" else "A"
   best = first.groups["supporting"][0]
   change = best.score / num
-  groups = scores.query_group_values
+  replicates = scores.query_replicate_values
   whose = "(those of the sample itself are not in it)"
-  if groups is not None and len(groups) > 1:
+  if replicates is not None and len(replicates) > 1:
     whose = "and for the sample itself"
   errors = Markup(
     "± is one standard error over the random draws of noise for the training {noun}s {whose}; a "
@@ -127,7 +127,7 @@ def _introduction(answer: _Answer) -> list[str]:
   ).format(noun=noun, whose=whose)
   if np.isnan(scores.std_errors).all():
     errors = Markup(
-      "The scores come without standard errors, which need at least two groups of draws "
+      "The scores come without standard errors, which need at least two replicates of draws "
       "(attribute.replicates ≥ 2)."
     )
   units = f"Scores are in units of {power(unit.exponent)}. " if unit.exponent else ""
@@ -158,14 +158,14 @@ def _introduction(answer: _Answer) -> list[str]:
 
 def _facts(answer: _Answer, coverage: Coverage) -> list[tuple[str, str]]:
   dataset, scores, noun = answer.dataset, answer.scores, answer.noun
-  settings, num_groups = scores.settings, len(scores.group_values)
-  groups = f" in {num_groups} groups" if num_groups > 1 else ""
+  settings, num_replicates = scores.settings, len(scores.replicate_values)
+  replicates = f" in {num_replicates} replicates" if num_replicates > 1 else ""
   return [
     ("Data set", dataset.name),
     (f"Training {noun}s", count(len(dataset))),
     ("Samples", count(len(scores.query_ids))),
     ("Model parameters", count(coverage.num_parameters)),
-    (f"Draws per {noun}", f"{settings['draws']}{groups}"),
+    (f"Draws per {noun}", f"{settings['draws']}{replicates}"),
     ("Damping λ", scientific(settings["damping"])),
   ]
 
@@ -182,7 +182,7 @@ def _noise(answer: _Answer) -> list[str]:
   check, unit, noun = answer.check, answer.unit, answer.noun
   num_queries, num_train = len(answer.scores.query_ids), len(answer.scores.train_ids)
   if check is None:
-    has = f"one training {noun}" if num_train < 2 else "one group of draws"
+    has = f"one training {noun}" if num_train < 2 else "one replicate of draws"
     return [
       f"This run cannot tell: it has {has} only. The check chooses {noun}s by one half of the "
       "draws and looks at them with the other half, so it needs attribute.replicates ≥ 2 and at "
@@ -204,7 +204,7 @@ def _noise(answer: _Answer) -> list[str]:
     "were the same in both halves.)"
     if check.repeats
     else "Taken together, the ranking does not clearly repeat under fresh draws: read the rows "
-    "below as noise, and use more draws (attribute.draws) in more groups (attribute.replicates)."
+    "below as noise, and use more draws (attribute.draws, in more attribute.replicates)."
   )
   return [
     f"One half of the draws chose the {check.k} most supporting {noun}s of each sample; the other "

@@ -191,7 +191,9 @@ def load_scores(run: Run) -> Scores:
 
 def scores_arrays(scores: Scores, prefix: str = "") -> dict[str, np.ndarray]:
   """The arrays of scores by name, as `load_scores` takes them; ids only without a prefix."""
-  names = ["group_values"] + ["query_group_values"] * (scores.query_group_values is not None)
+  names = ["replicate_values"] + ["query_replicate_values"] * (
+    scores.query_replicate_values is not None
+  )
   names += ["query_ids", "train_ids"] * (not prefix)
   names += ["train_groups"] * (not prefix and scores.train_groups is not None)
   return {prefix + name: getattr(scores, name) for name in names}

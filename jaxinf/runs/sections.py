@@ -47,16 +47,23 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
-  schedule: str = "linear"  # one of jaxinf.diffusion.schedule.SCHEDULES
+  schedule: str = "linear"  # one of jaxinf.diffusion.schedule.SCHEDULES, or betas or alpha_bars
   num_steps: int = 1000
   beta_start: float = 1e-4
   beta_end: float = 0.02
+  table: tuple[float, ...] = added(())  # β or ᾱ at all num_steps, of schedules betas and alpha_bars
   prediction: str = added("epsilon")  # of the network: epsilon, sample, v, flow or edm
   zero_terminal_snr: bool = added(False)  # the schedule is rescaled to end in noise alone
-  weight: str | None = added(None)  # of the loss, by timestep; None: the prediction's own
-  time: str = added("uniform")  # the law of t in training
+  # Of the loss, by timestep: min_snr, p2 or table; None: the prediction's own.
+  weight: str | None = added(None)
+  weight_gamma: float | None = added(None)  # γ of min_snr (None: 5) and p2 (None: 1)
+  weight_table: tuple[float, ...] = added(())  # at all num_steps, of weight table
+  time: str = added("uniform")  # the law of t in training: uniform or logit_normal
+  time_mean: float | None = added(None)  # of logit t (None: 0), or of ln σ for edm (None: −1.2)
+  time_std: float | None = added(None)  # likewise (None: 1, or 1.2)
   shift: float = added(1.0)  # of t towards noise, for flow
   sigma_data: float = added(0.5)  # standard deviation of the data, for edm
+  raw: bool = added(False)  # the network is the denoiser D(x, σ) itself, for edm
 
 
 @dataclasses.dataclass(frozen=True)

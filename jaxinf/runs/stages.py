@@ -78,7 +78,7 @@ def attribute(run: Run) -> Outcome:
   first, *others = _scores(run)
   arrays = scores_arrays(first)
   notes: dict[str, Any] = {"settings": first.settings}
-  if len(first.group_values) > 1:
+  if len(first.replicate_values) > 1:
     notes["stability"] = rank_stability(first).summary()
     _LOG.info("attribute: %s", notes["stability"])
   if others:

@@ -36,13 +36,13 @@ class Scores:
   Σ_{n∈I} scores[q, n] / N; see `removal`.
 
   Attributes:
-    group_values: [G, Q, N] float32, scores from G disjoint groups of training draws.
+    replicate_values: [G, Q, N] float32, scores from G independent replicates of training draws.
     query_ids: [Q] ids of the queries.
     train_ids: [N] ids of the training examples.
     settings: what the scores were computed with (measurement, damping, draws, …).
-    query_group_values: [A, Q, N] float32, scores from A disjoint groups of query draws. Each of
-      them has the mean over all training draws, and each of the G groups above the mean over all
-      query draws. None: query draws were not grouped.
+    query_replicate_values: [A, Q, N] float32, scores from A replicates of query draws. Each of
+      them has the mean over all training draws, and each of the G above the mean over all
+      query draws. None: query draws have one replicate.
     train_groups: [N] what the examples belong to (an artist, a class); None: not given.
     num_examples: the N that a removal divides by; None: as many as there are train_ids. It is
       larger where a column is a sum over examples.
@@ -51,39 +51,39 @@ class Scores:
     ValueError: the shapes of the values and the numbers of ids or groups do not agree.
   """
 
-  group_values: np.ndarray
+  replicate_values: np.ndarray
   query_ids: np.ndarray
   train_ids: np.ndarray
   settings: Mapping[str, Any]
-  query_group_values: np.ndarray | None = None
+  query_replicate_values: np.ndarray | None = None
   train_groups: np.ndarray | None = None
   num_examples: int | None = None
 
   def __post_init__(self):
-    shape = np.shape(self.group_values)
+    shape = np.shape(self.replicate_values)
     if len(shape) != 3 or not shape[0]:
       raise ValueError(
-        "group_values must be scores [G, Q, N] of G ≥ 1 groups of draws, Q queries and N training "
-        f"examples; got shape {shape}."
+        "replicate_values must be scores [G, Q, N] of G ≥ 1 replicates of draws, Q queries and N "
+        f"training examples; got shape {shape}."
       )
     lengths = {"query_ids": shape[1], "train_ids": shape[2], "train_groups": shape[2]}
     for name, length in lengths.items():
       values = getattr(self, name)
       if values is not None and np.shape(values) != (length,):
         raise ValueError(
-          f"{name} must be {length}, as group_values {shape} has them; got {np.shape(values)}."
+          f"{name} must be {length}, as replicate_values {shape} has them; got {np.shape(values)}."
         )
-    of_queries = self.query_group_values
+    of_queries = self.query_replicate_values
     if of_queries is not None and (np.ndim(of_queries) != 3 or of_queries.shape[1:] != shape[1:]):
       raise ValueError(
-        f"query_group_values must be scores [A, {shape[1]}, {shape[2]}], of the same queries and "
-        f"training examples as group_values; got shape {np.shape(of_queries)}."
+        f"query_replicate_values must be scores [A, {shape[1]}, {shape[2]}], of the same queries "
+        f"and training examples as replicate_values; got shape {np.shape(of_queries)}."
       )
 
   @property
   def values(self) -> np.ndarray:
-    """[Q, N] scores: the mean over groups of draws."""
-    return self.group_values.mean(axis=0)
+    """[Q, N] scores: the mean over replicates of draws."""
+    return self.replicate_values.mean(axis=0)
 
   @property
   def std_errors(self) -> np.ndarray:
@@ -92,18 +92,18 @@ class Scores:
     A score is bilinear in two averages over draws, the query's gradient and the example's, whose
     noises are independent. To first order they add:
 
-      Var(score) = Var over training groups / G + Var over query groups / A.
+      Var(score) = Var over training replicates / G + Var over query replicates / A.
 
     The product of the two noises, which is of second order, is counted twice: errors that are large
-    beside the scores are overestimated. Without groups of query draws (None or A = 1) the errors
-    are over training draws alone; NaN where G = 1.
+    beside the scores are overestimated. Without replicates of query draws (None or A = 1) the
+    errors are over training draws alone; NaN where G = 1.
     """
-    return _errors(self.group_values, self.query_group_values)
+    return _errors(self.replicate_values, self.query_replicate_values)
 
   def by_group(self) -> "Scores":
     """Scores of the M groups of training examples: sums over the examples of each.
 
-    The groups become the train_ids, in ascending order. Groups of draws stay apart, so that the
+    The groups become the train_ids, in ascending order. Replicates of draws stay apart, so that the
     standard errors are those of the sums: examples share their draws, and their noise with them.
 
     Raises:
@@ -112,12 +112,12 @@ class Scores:
     if self.train_groups is None:
       raise ValueError("Scores summed over groups need train_groups, whose each example is.")
     groups, members = np.unique(self.train_groups, return_inverse=True)
-    of_queries = self.query_group_values
+    of_queries = self.query_replicate_values
     summed = lambda values: _sums(values, members, len(groups))
     return dataclasses.replace(
       self,
-      group_values=summed(self.group_values),
-      query_group_values=None if of_queries is None else summed(of_queries),
+      replicate_values=summed(self.replicate_values),
+      query_replicate_values=None if of_queries is None else summed(of_queries),
       train_ids=groups,
       train_groups=None,
       num_examples=self._num_examples,
@@ -133,7 +133,7 @@ class Scores:
       ids: of train_ids; one that comes twice counts once.
 
     Returns:
-      Changes [Q] and their standard errors [Q] over draws, NaN where draws are in one group. The
+      Changes [Q] and their standard errors [Q] over draws, NaN where draws are one replicate. The
       errors are those of the sum, since examples share draws.
 
     Raises:
@@ -149,19 +149,21 @@ class Scores:
       )
     removed = np.array([identity in asked for identity in known])
     change = lambda values: values[..., removed].sum(axis=-1, dtype=float) / self._num_examples
-    of_queries = self.query_group_values
-    groups = change(self.group_values)
-    errors = _errors(groups, None if of_queries is None else change(of_queries))
-    return groups.mean(axis=0), errors
+    of_queries = self.query_replicate_values
+    replicates = change(self.replicate_values)
+    errors = _errors(replicates, None if of_queries is None else change(of_queries))
+    return replicates.mean(axis=0), errors
 
   def size(self) -> str:
-    """How many queries, training examples and groups of draws there are, in words."""
-    num_groups, num_queries, num_train = self.group_values.shape
-    text = f"{num_queries} queries × {num_train} training examples, {num_groups} groups of draws"
+    """How many queries, training examples and replicates of draws there are, in words."""
+    num_replicates, num_queries, num_train = self.replicate_values.shape
+    text = (
+      f"{num_queries} queries × {num_train} training examples, {num_replicates} replicates of draws"
+    )
     return (
       text
-      if self.query_group_values is None
-      else f"{text}, {len(self.query_group_values)} of query draws"
+      if self.query_replicate_values is None
+      else f"{text}, {len(self.query_replicate_values)} of query draws"
     )
 
   def summary(self) -> str:
@@ -209,9 +211,9 @@ class Scores:
     )
 
 
-def _errors(groups: np.ndarray, query_replicates: np.ndarray | None) -> np.ndarray:
-  """Standard errors of numbers [G, …] and [A, …] over groups; see `Scores.std_errors`."""
-  _, errors = mean_and_error(groups, axis=0)
+def _errors(replicates: np.ndarray, query_replicates: np.ndarray | None) -> np.ndarray:
+  """Standard errors of numbers [G, …] and [A, …] over replicates; see `Scores.std_errors`."""
+  _, errors = mean_and_error(replicates, axis=0)
   if query_replicates is None or len(query_replicates) < 2:
     return errors
   return np.hypot(errors, mean_and_error(query_replicates, axis=0)[1])

@@ -1,16 +1,17 @@
 """How far down its list the order of a query's training examples can be trusted.
 
-Split halves, without assumptions on the noise: the groups of draws form two disjoint halves, and
-each half ranks the examples. h_i, the scores of half i, is the mean over its ⌊G/2⌋ groups of
-training draws; where there are groups of query draws,
+Split halves, without assumptions on the noise: the replicates of draws form two disjoint halves,
+and each half ranks the examples. h_i, the scores of half i, is the mean over its ⌊G/2⌋ replicates
+of training draws; where there are replicates of query draws,
 
-  h_i = mean of training groups in half i + (mean of query groups in half i − mean of all query
-        groups),
+  h_i = mean of training replicates in half i + (mean of query replicates in half i − mean of all
+  query
+        replicates),
 
 to first order the scores from that half of the query draws and that half of the training draws.
 All is averaged over splits. It is conservative, for two reasons: the scores themselves have twice
 the draws of a half, and h_i lacks the product of both noises, so that with much noise on both sides
-halves agree too little (nothing but noise: a correlation of −⅓ instead of 0). Without groups of
+halves agree too little (nothing but noise: a correlation of −⅓ instead of 0). Without replicates of
 query draws (None or A = 1) the noise of query gradients is not counted.
 
 Equal scores are no agreement, because nothing orders them. Their ranks are averages, so that scores
@@ -29,7 +30,7 @@ from jaxinf.core.checks import checked_count, checked_seed
 from jaxinf.scores.scores import Scores
 from jaxinf.scores.statistics import spearman
 
-Halving = tuple[tuple[int, ...], tuple[int, ...]]  # groups in the first half, in the second
+Halving = tuple[tuple[int, ...], tuple[int, ...]]  # replicates in the first half, in the second
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ class RankStability:
     """[Q] correlation to expect between these scores and those of as many fresh draws.
 
     Spearman and Brown's 2r / (1 + r) of the correlation r of halves, 0 where r < 0. With an odd
-    number of groups a half has less than half the draws, and the truth is a little higher.
+    number of replicates a half has less than half the draws, and the truth is a little higher.
     """
     correlation = np.maximum(self.correlation, 0)
     return 2 * correlation / (1 + correlation)
@@ -87,22 +88,22 @@ def rank_stability(scores: Scores, *, seed: int = 0, num_splits: int = 20) -> Ra
   """Compares the rankings of two halves of the draws, at all depths.
 
   Args:
-    scores: of Q queries and N ≥ 2 training examples, in G ≥ 2 groups of training draws.
+    scores: of Q queries and N ≥ 2 training examples, in G ≥ 2 replicates of training draws.
     seed: of the splits, where there are more than num_splits.
     num_splits: to average over; all distinct ones where there are fewer.
 
   Raises:
-    ValueError: there is one group of draws only, or one training example.
+    ValueError: there is one replicate of draws only, or one training example.
   """
-  weights = split_weights(*num_groups(scores), seed=seed, num_splits=num_splits)
-  _, num_queries, num_train = scores.group_values.shape
+  weights = split_weights(*num_replicates(scores), seed=seed, num_splits=num_splits)
+  _, num_queries, num_train = scores.replicate_values.shape
   if num_train < 2:
     raise ValueError("Ranks need at least two training examples; the scores are of one.")
   depths = _depths(num_train // 2)
   shared = np.zeros((num_queries, len(depths)))
   correlation = np.zeros(num_queries)
   for query in range(num_queries):
-    for halves in split_halves(groups_of(scores, query), weights):
+    for halves in split_halves(replicates_of(scores, query), weights):
       ordered = np.sort(halves)
       for column, k in enumerate(depths):
         shared[query, column] += _num_shared(halves, ordered[:, -k], k)
@@ -117,31 +118,31 @@ def top_overlap(scores: Scores, k: int, *, seed: int = 0, num_splits: int = 20) 
   """[Q] |top-k(h₁) ∩ top-k(h₂)| / k, mean over splits: `rank_stability` at one depth, faster.
 
   Raises:
-    ValueError: there is one group of draws only, or k is not in 1…N.
+    ValueError: there is one replicate of draws only, or k is not in 1…N.
   """
-  weights = split_weights(*num_groups(scores), seed=seed, num_splits=num_splits)
-  _, num_queries, num_train = scores.group_values.shape
+  weights = split_weights(*num_replicates(scores), seed=seed, num_splits=num_splits)
+  _, num_queries, num_train = scores.replicate_values.shape
   if not 1 <= k <= num_train:
     raise ValueError(f"k must lie in 1…{num_train}, the number of training examples; got {k}.")
   shared = np.zeros(num_queries)
   for query in range(num_queries):
-    for halves in split_halves(groups_of(scores, query), weights):
+    for halves in split_halves(replicates_of(scores, query), weights):
       shared[query] += _num_shared(halves, np.partition(halves, -k)[:, -k], k)
   return shared / (len(weights) * k)
 
 
-def num_groups(scores: Scores) -> tuple[int, int]:
-  """(G, A) groups of training draws and of query draws; A = 0 where these do not split."""
-  of_queries = scores.query_group_values
+def num_replicates(scores: Scores) -> tuple[int, int]:
+  """(G, A) replicates of training draws and of query draws; A = 0 where these do not split."""
+  of_queries = scores.query_replicate_values
   num_query = 0 if of_queries is None else len(of_queries)
-  return len(scores.group_values), num_query if num_query > 1 else 0
+  return len(scores.replicate_values), num_query if num_query > 1 else 0
 
 
 def split_weights(num_train: int, num_query: int, *, seed: int, num_splits: int) -> np.ndarray:
-  """[S, 2, G + A] weights of groups of draws in the two halves of S distinct splits.
+  """[S, 2, G + A] weights of replicates of draws in the two halves of S distinct splits.
 
-  Training groups come first, then query groups. Of an odd number of groups a split leaves one out.
-  Swapping both halves gives the same split.
+  Training replicates come first, then query replicates. Of an odd number of replicates a split
+  leaves one out. Swapping both halves gives the same split.
 
   Args:
     num_train: G.
@@ -149,12 +150,12 @@ def split_weights(num_train: int, num_query: int, *, seed: int, num_splits: int)
     seed, num_splits: as of `rank_stability`.
 
   Raises:
-    ValueError: there is one group of training draws only, or num_splits < 1.
+    ValueError: there is one replicate of training draws only, or num_splits < 1.
   """
   if num_train < 2:
     raise ValueError(
-      "Halves of the draws need at least 2 groups of training draws; the scores have 1. Compute "
-      "them with Draws(…, replicates=5), or with 2 or more."
+      "Halves of the draws need at least 2 replicates of training draws; the scores have 1. "
+      "Compute them with Draws(…, replicates=5), or with 2 or more."
     )
   num_splits, seed = checked_count(num_splits, "num_splits"), checked_seed(seed)
   if _num_halvings(num_train) * _num_halvings(num_query) // 2 <= num_splits:
@@ -171,22 +172,22 @@ def split_weights(num_train: int, num_query: int, *, seed: int, num_splits: int)
   for rows, (train, query) in zip(weights, splits, strict=True):
     for row, train_half, query_half in zip(rows, train, query, strict=True):
       row[list(train_half)] = 1 / len(train_half)
-      row[[num_train + group for group in query_half]] += 1 / max(len(query_half), 1)
+      row[[num_train + replicate for replicate in query_half]] += 1 / max(len(query_half), 1)
   return weights
 
 
-def groups_of(scores: Scores, query: int) -> np.ndarray:
-  """[G + A, N] float64 scores of one query, of groups of training draws and of query draws."""
-  groups, of_queries = scores.group_values[:, query], scores.query_group_values
+def replicates_of(scores: Scores, query: int) -> np.ndarray:
+  """[G + A, N] float64 scores of one query, of replicates of training draws and of query draws."""
+  replicates, of_queries = scores.replicate_values[:, query], scores.query_replicate_values
   if of_queries is not None and len(of_queries) > 1:
-    groups = np.concatenate([groups, of_queries[:, query]])
-  return groups.astype(np.float64)
+    replicates = np.concatenate([replicates, of_queries[:, query]])
+  return replicates.astype(np.float64)
 
 
-def split_halves(groups: np.ndarray, weights: np.ndarray) -> Iterator[np.ndarray]:
-  """Yields (h₁, h₂) [2, N] float32 of groups [G + A, N] for each split of weights [S, 2, G + A]."""
+def split_halves(replicates: np.ndarray, weights: np.ndarray) -> Iterator[np.ndarray]:
+  """Yields (h₁, h₂) [2, N] float32 of replicates [G + A, N] for each of S splits [S, 2, G + A]."""
   for pair in weights:
-    yield (pair @ groups).astype(np.float32)
+    yield (pair @ replicates).astype(np.float32)
 
 
 def _num_shared(halves: np.ndarray, last: np.ndarray, k: int) -> float:
@@ -208,9 +209,9 @@ def _num_halvings(num: int) -> int:
 
 
 def _halvings(num: int) -> Iterator[Halving]:
-  """All ordered pairs of disjoint halves of `num` groups."""
+  """All ordered pairs of disjoint halves of `num` replicates."""
   for first in itertools.combinations(range(num), num // 2):
-    rest = [group for group in range(num) if group not in first]
+    rest = [replicate for replicate in range(num) if replicate not in first]
     for second in itertools.combinations(rest, num // 2):
       yield first, second
 

@@ -2,7 +2,7 @@
 
 Is the mean score of a query's k most supporting training examples above that of k random others?
 Asked of the scores that chose the k, the answer is always yes, even for pure noise (the winner's
-curse). So the draws are split: one half of the draw groups chooses, the other half answers.
+curse). So the draws are split: one half of the replicates chooses, the other half answers.
 
 What is alike in both halves looks like signal to this check, as the rounding of compressed query
 gradients does. Where the settings of the scores hold their rank correlation with uncompressed ones,
@@ -24,31 +24,31 @@ class SupportCheck:
 
   Attributes:
     k: examples chosen, and random examples they are compared with.
-    group_differences: d [G, Q] float64, in units of the scores.
+    replicate_differences: d [G, Q] float64, in units of the scores.
     compression_spearman: Spearman's rank correlation of the scores with those of uncompressed
       queries, mean over queries; None where it is not known, or nothing is compressed.
   """
 
   k: int
-  group_differences: np.ndarray
+  replicate_differences: np.ndarray
   compression_spearman: float | None = None
 
   @property
   def differences(self) -> np.ndarray:
-    """[Q] mean of d over groups; 0 in expectation where scores are noise."""
-    return self.group_differences.mean(axis=0)
+    """[Q] mean of d over replicates; 0 in expectation where scores are noise."""
+    return self.replicate_differences.mean(axis=0)
 
   @property
   def std_errors(self) -> np.ndarray:
-    """[Q] standard errors over groups of draws, std(d, ddof=1) / √G.
+    """[Q] standard errors over replicates of draws, std(d, ddof=1) / √G.
 
-    With few groups they are rough: z then has the tails of Student's t with G − 1 degrees.
+    With few replicates they are rough: z then has the tails of Student's t with G − 1 degrees.
     """
-    return mean_and_error(self.group_differences, axis=0)[1]
+    return mean_and_error(self.replicate_differences, axis=0)[1]
 
   @property
   def z(self) -> np.ndarray:
-    """[Q] difference / standard error (±inf or NaN where all groups agree exactly)."""
+    """[Q] difference / standard error (±inf or NaN where all replicates agree exactly)."""
     with np.errstate(divide="ignore", invalid="ignore"):
       return self.differences / self.std_errors
 
@@ -73,16 +73,16 @@ class SupportCheck:
   @property
   def chance_of_clear(self) -> float:
     """The probability that a query is clear by chance: that of t > 2, with G − 1 degrees."""
-    return float(stats.t.sf(2, len(self.group_differences) - 1))
+    return float(stats.t.sf(2, len(self.replicate_differences) - 1))
 
   @property
   def repeats(self) -> bool:
-    """Whether the mean difference over groups and queries is clearly above 0.
+    """Whether the mean difference over replicates and queries is clearly above 0.
 
-    It must pass Student's t test at 97.5 % over groups, as queries share their draws, and over
-    queries, as groups share the queries; over groups alone where there is one query.
+    It must pass Student's t test at 97.5 % over replicates, as queries share their draws, and over
+    queries, as replicates share the queries; over replicates alone where there is one query.
     """
-    means = [self.group_differences.mean(axis=axis) for axis in (0, 1)]
+    means = [self.replicate_differences.mean(axis=axis) for axis in (0, 1)]
     return all(_is_positive(values) for values in means if len(values) > 1)
 
   def compression_note(self) -> str:
@@ -114,46 +114,46 @@ class SupportCheck:
 def support_check(scores: Scores, *, k: int = 10, seed: int = 0) -> SupportCheck | None:
   """Compares each query's k most supporting examples with k random others, on held-out draws.
 
-  The groups of draws form two folds, the even and the odd ones. The mean score over one fold
+  The replicates of draws form two folds, the even and the odd ones. The mean score over one fold
   chooses a query's k highest training examples, T, and R are k random ones of the others. For each
-  group g of the other fold, which had no say in the choice,
+  replicate g of the other fold, which had no say in the choice,
 
     d_g = mean_{n∈T} scores_g[n] − mean_{n∈R} scores_g[n].
 
-  Every group is held out once, so there are G differences. Their mean over g is the difference,
+  Every replicate is held out once, so there are G differences. Their mean over g is the difference,
   std(d_g, ddof=1) / √G its standard error. That error is over training draws alone: the query's
-  gradient, the curvature and R (fixed within a fold) are the same for all groups of a fold. For
+  gradient, the curvature and R (fixed within a fold) are the same for all replicates of a fold. For
   pure noise the two folds' differences are correlated at order 1/N, which it leaves out.
 
   A positive difference says that the ranking repeats under fresh draws. It does not say that
   removing the chosen examples changes the query: that takes retraining.
 
   Args:
-    scores: of Q queries and N training examples in G groups of draws.
+    scores: of Q queries and N training examples in G replicates of draws.
     k: 1 to N / 2.
     seed: of the random examples.
 
   Returns:
-    The check, or None where G < 2: one group of draws leaves none to hold out.
+    The check, or None where G < 2: one replicate of draws leaves none to hold out.
 
   Raises:
     ValueError: k is out of range.
   """
-  groups = scores.group_values
-  num_groups, num_queries, num_train = groups.shape
+  replicates = scores.replicate_values
+  num_replicates, num_queries, num_train = replicates.shape
   if not 1 <= k <= num_train // 2:
     raise ValueError(
       f"k must lie in 1…{num_train // 2}, so that {num_train} training examples hold k chosen and "
       f"k other ones; got {k}."
     )
-  if num_groups < 2:
+  if num_replicates < 2:
     return None
   rng = np.random.default_rng(seed)
-  differences = np.empty((num_groups, num_queries))
+  differences = np.empty((num_replicates, num_queries))
   for fold in (0, 1):
-    order = np.argsort(-groups[1 - fold :: 2].mean(axis=0), axis=1, kind="stable")
+    order = np.argsort(-replicates[1 - fold :: 2].mean(axis=0), axis=1, kind="stable")
     others = rng.permuted(order[:, k:], axis=1)[:, :k]
-    held_out = groups[fold::2]
+    held_out = replicates[fold::2]
     differences[fold::2] = _mean_at(held_out, order[:, :k]) - _mean_at(held_out, others)
   check = scores.settings.get("check") or {}
   return SupportCheck(k, differences, check.get("spearman"))
@@ -165,7 +165,7 @@ def _is_positive(values: np.ndarray) -> bool:
   return bool(mean > stats.t.ppf(0.975, len(values) - 1) * error)
 
 
-def _mean_at(groups: np.ndarray, positions: np.ndarray) -> np.ndarray:
-  """[G, Q] means of groups [G, Q, N] at positions [Q, k]."""
-  picked = np.take_along_axis(groups, positions[None], axis=2)
+def _mean_at(replicates: np.ndarray, positions: np.ndarray) -> np.ndarray:
+  """[G, Q] means of replicates [G, Q, N] at positions [Q, k]."""
+  picked = np.take_along_axis(replicates, positions[None], axis=2)
   return picked.mean(axis=2, dtype=np.float64)

@@ -19,7 +19,7 @@ class Sweep(tuple[Scores, ...]):
 
   Raises:
     ValueError: there are none, a damping comes twice or is missing, or the scores have other ids,
-      groups of draws or settings (but "damping" and "check", which are each damping's own).
+      replicates of draws or settings (but "damping" and "check", which are each damping's own).
   """
 
   __slots__ = ()
@@ -69,12 +69,14 @@ def _of_parts(parts: Sequence[Scores]) -> Scores:
   """The scores of all queries, from those of parts of them."""
   if len(parts) == 1:
     return parts[0]
-  of_queries = [part.query_group_values for part in parts if part.query_group_values is not None]
+  of_queries = [
+    part.query_replicate_values for part in parts if part.query_replicate_values is not None
+  ]
   return dataclasses.replace(
     parts[0],
-    group_values=np.concatenate([part.group_values for part in parts], axis=1),
+    replicate_values=np.concatenate([part.replicate_values for part in parts], axis=1),
     query_ids=np.concatenate([part.query_ids for part in parts]),
-    query_group_values=np.concatenate(of_queries, axis=1) if of_queries else None,
+    query_replicate_values=np.concatenate(of_queries, axis=1) if of_queries else None,
   )
 
 
@@ -88,7 +90,7 @@ def _check_alike(scores: Scores, first: Scores) -> None:
   same = {
     "query ids": np.array_equal(scores.query_ids, first.query_ids),
     "training ids": np.array_equal(scores.train_ids, first.train_ids),
-    "groups of draws": _shapes(scores) == _shapes(first),
+    "replicates of draws": _shapes(scores) == _shapes(first),
     "settings": shared_settings(scores) == shared_settings(first),
   }
   if not all(same.values()):
@@ -100,5 +102,5 @@ def _check_alike(scores: Scores, first: Scores) -> None:
 
 
 def _shapes(scores: Scores) -> list[tuple[int, ...] | None]:
-  both = scores.group_values, scores.query_group_values
+  both = scores.replicate_values, scores.query_replicate_values
   return [None if groups is None else groups.shape for groups in both]

@@ -51,7 +51,9 @@ class Ledger:
       ValueError: there is none, or it is damaged.
     """
     if not _path(folder).exists():
-      raise ValueError(f"{folder} holds no store: it has no index.json. Run the stage index.")
+      raise ValueError(
+        f"{folder} holds no store: it has no index.json. Build one: build_index, or stage index."
+      )
     fields = read_sealed(_path(folder))
     if key is not None:
       refuse_stale(folder, fields["key"], key, "folder")
@@ -119,7 +121,7 @@ class Ledger:
     pairs = zip(ids.tolist(), places, hashes.tolist(), strict=True)
     if other := [i for i, n, h in pairs if n not in deleted and self.hashes[n] != h]:
       raise ValueError(
-        f"The store holds other images under {len(other)} of the {len(ids)} ids, such as "
+        f"The store holds other examples under {len(other)} of the {len(ids)} ids, such as "
         f"{other[0]!r}: use another folder, or delete these examples and append them again."
       )
     return True
@@ -136,17 +138,19 @@ class Ledger:
       if not all(map(np.array_equal, expected, (ids, hashes))):
         raise ValueError(
           f"The store still lacks the rows of {len(self.waiting)} examples, "
-          f"{self.waiting[0].item()!r} …: go on with the same images before others are added, or "
+          f"{self.waiting[0].item()!r} …: go on with the same examples before others are added, or "
           "delete its folder."
         )
       return self
     if len(self.ids) and self.ids.dtype.kind != ids.dtype.kind:
       kinds = [_KINDS[array.dtype.kind] for array in (self.ids, ids)]
-      raise ValueError(f"The ids of the store are {kinds[0]}; those of the new images, {kinds[1]}.")
+      raise ValueError(
+        f"The ids of the store are {kinds[0]}; those of the new examples, {kinds[1]}."
+      )
     if taken := sorted(set(self.ids[self.kept].tolist()) & set(ids.tolist())):
       raise ValueError(
         f"{len(taken)} of {len(ids)} ids are in the store already, such as {taken[0]!r}: append "
-        "only images that are new."
+        "only examples that are new."
       )
     joined = lambda old, new: np.concatenate([old, new]) if len(old) else new
     return dataclasses.replace(

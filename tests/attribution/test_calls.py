@@ -154,7 +154,7 @@ def test_a_store_splits_draws_as_influence_does_by_default(problem, tmp_path):
     for name in ("replicates", "query_replicates"):
       assert found.settings[name] == expected.settings[name]
     if compression is None:
-      assert_close(found.group_values, expected.group_values, 1e-5)
+      assert_close(found.replicate_values, expected.replicate_values, 1e-5)
     ranks = stats.spearmanr(found.values.ravel(), expected.values.ravel()).statistic
     assert ranks > (0.99999 if compression is None else 0.99)
 
@@ -178,4 +178,4 @@ def test_global_flags_of_the_user_change_no_number(problem, scores, settings, fl
       curvature, queries=problem["queries"], train=train, **settings, compute=Compute(6)
     )
   # Sums of float32 in another order, conditioned by the damping.
-  assert_close(found.group_values, scores.group_values, 1e-4)
+  assert_close(found.replicate_values, scores.replicate_values, 1e-4)

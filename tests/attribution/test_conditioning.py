@@ -71,8 +71,8 @@ def test_a_label_stays_with_its_example_whatever_the_order_batches_or_devices(
     train=problem["train"].take(order), **SETTINGS,
     compute=Compute(batch_size=6, devices=devices),
   )  # fmt: skip
-  expected = scores.group_values[:, ::-1][:, :, order]
-  assert_close(permuted.group_values, expected, 1e-5)  # sums of float32 in another order
+  expected = scores.replicate_values[:, ::-1][:, :, order]
+  assert_close(permuted.replicate_values, expected, 1e-5)  # sums of float32 in another order
 
 
 @pytest.mark.parametrize(

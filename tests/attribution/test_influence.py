@@ -112,8 +112,8 @@ def test_scores_do_not_depend_on_batches_order_padding_or_devices(
     problem["curvature"], queries=queries.take(back), train=train.take(order), **settings,
     compute=Compute(batch_size=6, devices=devices),
   )  # fmt: skip
-  expected = scores.group_values[:, ::-1][:, :, order]
-  assert_close(permuted.group_values, expected, 1e-5)  # sums of float32 in another order
+  expected = scores.replicate_values[:, ::-1][:, :, order]
+  assert_close(permuted.replicate_values, expected, 1e-5)  # sums of float32 in another order
   np.testing.assert_array_equal(permuted.train_ids, order)
   np.testing.assert_array_equal(permuted.query_ids, back)
 

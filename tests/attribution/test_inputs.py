@@ -95,7 +95,7 @@ def test_latents_are_scored_as_the_same_problem_with_data_of_another_scale():
   other = DiffusionModel(rescaled, model.params, Process.epsilon(of_x))
   _, found = scores_of(model, Examples(queries), Examples(train))
   _, expected = scores_of(other, Examples(queries / 4), Examples(train / 4))
-  assert_close(found.group_values, expected.group_values, 1e-4)  # float32, twice
+  assert_close(found.replicate_values, expected.replicate_values, 1e-4)  # float32, twice
 
 
 class OnDisk:

@@ -24,7 +24,7 @@ def test_standard_errors_over_training_draws_are_calibrated(problem, design):
   num = repetitions * replicates
   scores = score(problem, Draws(4 * num, num, **design, seed=5), Draws(40, 1, **design, seed=5))
   truth = scores.values
-  split = scores.group_values.reshape(repetitions, replicates, *truth.shape)
+  split = scores.replicate_values.reshape(repetitions, replicates, *truth.shape)
   repeated = [jaxinf.Scores(part, scores.query_ids, scores.train_ids, {}) for part in split]
   errors = np.stack([r.std_errors for r in repeated])
   z = (np.stack([r.values for r in repeated]) - truth) / errors
@@ -41,7 +41,7 @@ def test_standard_errors_count_the_draws_of_queries(problem):
   runs = [score(problem, Draws(40, 5, seed=seed), Draws(4, 2, seed=seed)) for seed in range(12)]
   spread = np.var([r.values for r in runs], axis=0, ddof=1).mean()
   said = np.mean([r.std_errors**2 for r in runs])
-  train_alone = np.mean([r.group_values.var(axis=0, ddof=1) / 5 for r in runs])
+  train_alone = np.mean([r.replicate_values.var(axis=0, ddof=1) / 5 for r in runs])
   # Two replicates of queries leave one degree of freedom, shared by all 11 training images: the
   # mean over 3 queries and 12 seeds has a relative error of √(2 / 36) = 0.24.
   assert 0.4 < said / spread < 2
@@ -60,12 +60,12 @@ def test_rounds_stop_when_the_top_is_stable_and_say_so(problem, caplog):
   num = scores.settings["draws"]
   assert 16 <= num <= 1600 and num % 16 == 0
   assert top_overlap(scores, 3).mean() >= 0.7 or num == 1600
-  assert len(scores.group_values) == 4
+  assert len(scores.replicate_values) == 4
   assert f"after {num} draws" in caplog.text
   # The rounds are the draws that as many at once would be, replicate by replicate.
   at_once = score(problem, Draws(num, num // 4, seed=5), Draws(64, seed=5))
-  rounds = at_once.group_values.reshape(-1, 4, *scores.values.shape).mean(axis=0)
-  assert_close(scores.group_values, rounds, 1e-5)  # float32 sums in another order
+  rounds = at_once.replicate_values.reshape(-1, 4, *scores.values.shape).mean(axis=0)
+  assert_close(scores.replicate_values, rounds, 1e-5)  # float32 sums in another order
 
 
 def test_rounds_end_at_the_most_and_say_that_they_fell_short(problem, caplog):

@@ -44,8 +44,8 @@ def exact(sweep):
 
 def assert_equal(found, expected):
   for ours, theirs in zip(found, expected, strict=True):
-    np.testing.assert_array_equal(ours.group_values, theirs.group_values)
-    np.testing.assert_array_equal(ours.query_group_values, theirs.query_group_values)
+    np.testing.assert_array_equal(ours.replicate_values, theirs.replicate_values)
+    np.testing.assert_array_equal(ours.query_replicate_values, theirs.query_replicate_values)
 
 
 def without_check(scores):
@@ -61,7 +61,7 @@ def test_a_sweep_equals_separate_calls(problem, whole):
     )
     assert without_check(scores) == without_check(alone)
     # A product with more query rows may sum in another order: float32 rounding.
-    assert_close(scores.group_values, alone.group_values, 1e-6)
+    assert_close(scores.replicate_values, alone.replicate_values, 1e-6)
   # And dampings do matter here: no scores are mistaken for others.
   assert not np.allclose(whole[0].values, whole[2].values, rtol=0.1)
 
@@ -70,7 +70,7 @@ def test_a_sweep_does_not_depend_on_batches_or_devices(sweep, exact, devices):
   """Batches so small that queries are preconditioned in several parts."""
   again = sweep(compute=Compute(batch_size=4, devices=devices), compression=None)
   for ours, expected in zip(again, exact, strict=True):
-    assert_close(ours.group_values, expected.group_values, 1e-5)
+    assert_close(ours.replicate_values, expected.replicate_values, 1e-5)
 
 
 def test_gradients_are_computed_once_however_many_dampings(sweep, monkeypatch):
@@ -98,7 +98,7 @@ def test_queries_in_parts_give_the_same_scores(sweep, whole, chunk):
     sweep(compute=dataclasses.replace(COMPUTE, query_chunk=chunk)), whole, strict=True
   ):
     # A product with fewer rows may sum in another order: float32 rounding.
-    assert_close(ours.group_values, theirs.group_values, 1e-6)
+    assert_close(ours.replicate_values, theirs.replicate_values, 1e-6)
 
 
 @pytest.mark.parametrize("every", [1, 2])

@@ -165,7 +165,7 @@ def test_one_model_has_the_same_scores_however_its_process_is_spelled(family):
       curvature, queries=queries, train=train, damping=1e-3, draws=Draws(8, 2, seed=3),
       compression=None, compute=Compute(batch_size=8),
     )  # fmt: skip
-    found.append(scores.group_values)
+    found.append(scores.replicate_values)
   for scores in found[1:]:
     # Rounding of x_t − b ε̂ and of levels in float32, with factors up to 10 between them.
     assert_close(scores, found[0], 1e-4)

@@ -52,7 +52,7 @@ def test_the_image_itself_comes_first(metric):
   assert ranking.ids[:, 0].tolist() == ["e", "b"]
   best = {"cosine": 1, "l2": 0}[metric]
   np.testing.assert_allclose(ranking.values[:, 0], best, atol=1e-6)  # cancellation, float32
-  assert found.group_values.shape == (1, 2, 6) and np.isnan(found.std_errors).all()
+  assert found.replicate_values.shape == (1, 2, 6) and np.isnan(found.std_errors).all()
   assert found.settings == {"method": "pixel", "metric": metric}
 
 

@@ -106,7 +106,7 @@ def test_scores_equal_a_dense_float64_twin(sweep, of_loss, dim, kind):
   for found, damping in zip(sweep(projection=projection), DAMPINGS, strict=True):
     expected = twin(query, trained, damping)
     assert_close(found.values, expected, 1e-4)
-    assert_close(found.query_group_values.mean(axis=0), expected, 1e-4)
+    assert_close(found.query_replicate_values.mean(axis=0), expected, 1e-4)
     assert found.settings["damping"] == damping and found.settings["projection"] == kind
 
 
@@ -123,8 +123,8 @@ def test_dtrak_measures_the_squared_norm_of_the_output_on_both_sides(model, exam
 def test_one_damping_is_one_of_a_sweep(model, examples, scores):
   """And the number of dimensions is a projection with the seed of the draws."""
   alone = trak(model, **examples, damping=DAMPINGS[1], projection=40, draws=DRAWS, compute=SMALL)
-  np.testing.assert_array_equal(alone.group_values, scores[1].group_values)
-  np.testing.assert_array_equal(alone.query_group_values, scores[1].query_group_values)
+  np.testing.assert_array_equal(alone.replicate_values, scores[1].replicate_values)
+  np.testing.assert_array_equal(alone.query_replicate_values, scores[1].query_replicate_values)
 
 
 def test_scores_do_not_depend_on_batches_blocks_order_or_devices(sweep, examples, scores, devices):
@@ -135,8 +135,10 @@ def test_scores_do_not_depend_on_batches_blocks_order_or_devices(sweep, examples
     queries=examples["queries"].take(back), train=examples["train"].take(order), compute=small
   )
   for ours, reference in zip(permuted, scores, strict=True):
-    expected = reference.group_values[:, ::-1][:, :, order]
-    assert_close(ours.group_values, expected, 1e-4)  # float32 sums in another order, conditioned
+    expected = reference.replicate_values[:, ::-1][:, :, order]
+    assert_close(
+      ours.replicate_values, expected, 1e-4
+    )  # float32 sums in another order, conditioned
     np.testing.assert_array_equal(ours.train_ids, order)
 
 
@@ -144,7 +146,9 @@ def test_scores_of_several_models_are_means_each_with_its_projection(model, swee
   other = DiffusionModel(net, nets.random_params(SHAPES, seed=1), model.process)
   alone = sweep(other, projection=Projection(40, 6))
   for ours, first, second in zip(sweep((model, other)), scores, alone, strict=True):
-    assert_close(ours.group_values, (first.group_values + second.group_values) / 2, 1e-6)
+    assert_close(
+      ours.replicate_values, (first.replicate_values + second.replicate_values) / 2, 1e-6
+    )
     assert ours.settings["num_checkpoints"] == 1
 
 
@@ -200,9 +204,9 @@ def test_replicates_average_to_the_scores_of_all_draws(sweep):
     for of in (dataclasses.replace(DRAWS, replicates=num) for num in (1, 4))
   )
   for one, four in zip(whole, parts, strict=True):
-    assert four.group_values.shape == four.query_group_values.shape[:1] + one.values.shape
+    assert four.replicate_values.shape == four.query_replicate_values.shape[:1] + one.values.shape
     assert_close(four.values, one.values, 1e-4)
-    assert_close(four.query_group_values.mean(axis=0), one.values, 1e-4)
+    assert_close(four.query_replicate_values.mean(axis=0), one.values, 1e-4)
     assert np.isnan(one.std_errors).all() and (four.std_errors > 0).all()
 
 
@@ -218,8 +222,8 @@ def test_an_interrupted_pass_goes_on_from_its_features(sweep, scores, tmp_path):
   again = sweep(compute=compute)
   assert [path.stat().st_mtime_ns for path in kept[:2]] == stamps
   for ours, before, reference in zip(again, first, scores, strict=True):
-    np.testing.assert_allclose(ours.group_values, before.group_values, rtol=1e-4)
-    assert_close(ours.group_values, reference.group_values, 1e-4)
+    np.testing.assert_allclose(ours.replicate_values, before.replicate_values, rtol=1e-4)
+    assert_close(ours.replicate_values, reference.replicate_values, 1e-4)
   with pytest.raises(StaleArtifact, match="seed"):
     sweep(compute=compute, draws=dataclasses.replace(DRAWS, seed=6))
 
@@ -243,7 +247,7 @@ def test_das_equals_a_dense_float64_twin(model, examples):
     changes = query @ inverse @ trained.T * residuals / (1 - leverages)
     # As for trak, and 1 − h_n is as small as 0.01.
     assert_close(found.values, NUM_TRAIN * np.square(changes), 1e-3)
-    assert_close(found.query_group_values.mean(axis=0), NUM_TRAIN * np.square(changes), 1e-3)
+    assert_close(found.query_replicate_values.mean(axis=0), NUM_TRAIN * np.square(changes), 1e-3)
 
 
 def test_a_leverage_is_what_leaving_an_example_out_does():
@@ -295,12 +299,12 @@ def test_journey_trak_measures_the_loss_at_its_step_of_the_example_predicted_the
     model, queries=Examples(states), train=examples["train"], timesteps=(step,), **settings
   )
   state, t = jnp.asarray(states[:, process.num_steps - 1 - step]), jnp.full(NUM_QUERIES, step)
-  predicted = np.clip(process.image(state, t, net(model.params, state, t)), -1, 1)
+  predicted = np.clip(process.clean(state, t, net(model.params, state, t)), -1, 1)
   expected = trak(
     model, queries=Examples(predicted), train=examples["train"],
     measurement=f"loss_at_timestep({step})", **settings,
   )  # fmt: skip
-  assert_close(ours.group_values, expected.group_values, 1e-5)
+  assert_close(ours.replicate_values, expected.replicate_values, 1e-5)
   assert ours.settings["measurement"] == f"journey_loss({step})"
 
 

@@ -3,8 +3,8 @@
   make bench-draws                     # the digits run of `make demo`, which must be finished
   make bench-draws ARGS="--examples=64 --reference_draws=1000"
 
-For every design, many independent groups of the same number of draws score some training images for
-some samples; each group is one attempt at that cost. The reference has many uniform draws, each
+For every design, many independent replicates of the same number of draws score some training images
+for some samples; each group is one attempt at that cost. The reference has many uniform draws, each
 image's own. All share the query rows, so that what differs is the training draws.
 
   relative variance   the variance of a score over groups, ÷ the variance of reference scores over
@@ -62,7 +62,7 @@ def main(_) -> None:
   run = runs.Run(typed(_CONFIG.value), Path(_WORKDIR.value))
   problem = Problem(run)
   began = time.perf_counter()
-  reference = problem.group_values(UNIFORM, _REFERENCE.value, 50).mean(axis=0)
+  reference = problem.replicate_values(UNIFORM, _REFERENCE.value, 50).mean(axis=0)
   print(
     f"{run.dataset.name}: {_EXAMPLES.value} images, {_QUERIES.value} samples, "
     f"λ = {_DAMPING.value}; reference of {_REFERENCE.value} draws in "
@@ -73,7 +73,7 @@ def main(_) -> None:
   found = []
   for size in _DRAWS.value:
     for name, design in DESIGNS.items():
-      groups = problem.group_values(design, _ATTEMPTS.value * size, _ATTEMPTS.value)
+      groups = problem.replicate_values(design, _ATTEMPTS.value * size, _ATTEMPTS.value)
       row = {"draws": size, "design": name} | quality(groups, reference)
       found.append(row)
       print(
@@ -94,8 +94,8 @@ class Problem:
     samples = artifacts.read(run.folder("sample")).arrays["images"]
     self._queries = Examples(samples[: _QUERIES.value])
 
-  def group_values(self, design: dict[str, Any], draws: int, groups: int) -> np.ndarray:
-    """[G, Q, N] scores of independent groups of draws."""
+  def replicate_values(self, design: dict[str, Any], draws: int, groups: int) -> np.ndarray:
+    """[G, Q, N] scores of independent replicates of draws."""
     scores = influence(
       self._curvature,
       queries=self._queries,
@@ -106,7 +106,7 @@ class Problem:
       compression=None,
       compute=Compute(_BATCH.value),
     )
-    return scores.group_values
+    return scores.replicate_values
 
 
 def quality(groups: np.ndarray, reference: np.ndarray) -> dict[str, float]:

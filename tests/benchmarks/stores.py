@@ -7,7 +7,7 @@ For each compression of the rows, a store of some training images is built in a 
 and samples are scored from it. Scores are compared with those of `influence`, which computes the
 training gradients anew, with float32 queries, the same draws and the same dampings.
 
-  MiB           of an image, all groups of draws together
+  MiB           of an image, all replicates of draws together
   rank          Spearman's correlation over training images: mean over samples, and the least
   error         largest difference of scores, of the largest score
 """

@@ -104,7 +104,7 @@ def test_a_verdict_says_what_was_measured_and_what_to_do():
   check = measured(0.62, 0.405)
   assert verdict(check, INT8, damping=1e-8) == (
     "At damping 1e-08, int8 query gradients changed the order of the scores: rank correlation with "
-    "unrounded scores 0.620, least 0.405, over 4 queries and 32 training images. Below 0.99 the "
+    "unrounded scores 0.620, least 0.405, over 4 queries and 32 training examples. Below 0.99 the "
     'order is not safe. Take compression="int16", or a larger damping.'
   )
   both = verdict(check, COMPRESSIONS["int16"], precision="bfloat16")

@@ -310,7 +310,7 @@ def test_weightings_are_finite_and_not_negative(name, num_steps):
   assert np.isfinite(weights).all() and (weights >= 0).all()
 
 
-IMAGES = [name for name in NAMES if measurement_named(name).of == "images"]
+IMAGES = [name for name in NAMES if measurement_named(name).of == "examples"]
 CASES = [
   *(("epsilon", name, np.uint8) for name in IMAGES),
   *(("v_zero_snr", name, np.float32) for name in NAMES),

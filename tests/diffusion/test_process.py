@@ -93,7 +93,7 @@ def test_data_and_noise_follow_from_x_t_and_the_target(process):
   # which the table's ends have 7 and 30.
   of_image = 1e-6 * (1 + column(b, data)) / np.maximum(column(a, data), 0.02)
   of_noise = 1e-6 * (1 + column(a, data) / column(b, data))
-  assert (np.abs(process.image(x_t, t, target) - data) <= of_image).all()
+  assert (np.abs(process.clean(x_t, t, target) - data) <= of_image).all()
   assert (np.abs(process.noise(x_t, t, target) - noise) <= of_noise).all()
 
 
@@ -106,8 +106,8 @@ def test_an_error_of_the_output_is_one_of_the_noise_scaled(process):
   # A difference of float32 numbers, which are large where b is small.
   np.testing.assert_allclose(slope[:, 0] ** 2, process.noise_error_scale(t), rtol=1e-4, atol=1e-6)
   if process.is_discrete:
-    image = process.image(x_t, t, x_t + 1) - process.image(x_t, t, x_t)
-    exact = process.exact_image_error_scales[np.asarray(t)]
+    image = process.clean(x_t, t, x_t + 1) - process.clean(x_t, t, x_t)
+    exact = process.exact_clean_error_scales[np.asarray(t)]
     np.testing.assert_allclose(image[:, 0] ** 2, exact, rtol=1e-4, atol=1e-6)
 
 

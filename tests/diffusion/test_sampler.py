@@ -60,7 +60,7 @@ def test_a_deterministic_step_is_eulers_of_the_ode(name):
   x_t, output = np.float32(np.random.default_rng(0).normal(size=(2, 1, 4)))
   for i in (1, 10, 18):
     t = jnp.full(1, steps.t[i])
-    image, noise = process.image(x_t, t, output), process.noise(x_t, t, output)
+    image, noise = process.clean(x_t, t, output), process.noise(x_t, t, output)
     slope = output if process.name == "flow" else (x_t - image) / times[i]
     expected = x_t + (times[i + 1] - times[i]) * slope
     found = deterministic_step(at(steps, i), x_t, image, noise, None)
@@ -74,7 +74,7 @@ def test_ddim_keeps_the_noise_and_changes_its_level():
   for i in range(6):
     t, s = (jnp.full(1, time) for time in times[i : i + 2])
     x_t = process.noised(image, t, noise)
-    found = deterministic_step(at(steps, i), x_t, process.image(x_t, t, noise), noise, None)
+    found = deterministic_step(at(steps, i), x_t, process.clean(x_t, t, noise), noise, None)
     # Float32 numbers of size 1, of which x̂_0 loses 50 times that at the noisiest.
     np.testing.assert_allclose(found, process.noised(image, s, noise), rtol=0, atol=1e-5)
 

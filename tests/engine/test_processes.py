@@ -107,7 +107,7 @@ def test_all_processes_know_what_rounding_does_to_the_queries_of_the_first(
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    ((None, 2, 0), "--coordinator=HOST:PORT, --num_processes and --process_id together"),
+    ((None, 2, 0), r"coordinator \(HOST:PORT\), num_processes and process_id together"),
     (("localhost:1234", 2, None), "together"),
     (("localhost", 2, 0), "coordinator must be HOST:PORT; got 'localhost'"),
     (("localhost:1234", 0, 0), "num_processes must be at least 1; got 0"),
@@ -207,7 +207,7 @@ def test_two_processes_write_the_store_that_one_writes(finished):
   np.testing.assert_array_equal(answers[1].train_ids, answers[0].train_ids)
   # Eigenvectors have free signs, so that the rows are rounded to int8 otherwise: by 1/254 of the
   # largest of 64 numbers each.
-  theirs, ours = (answer.group_values for answer in answers)
+  theirs, ours = (answer.replicate_values for answer in answers)
   np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-2 * np.abs(theirs).max())
 
 

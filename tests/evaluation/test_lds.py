@@ -46,7 +46,7 @@ def test_predictions_are_sums_over_removed_examples():
 @pytest.mark.parametrize("sign", [1, -1])
 def test_scores_that_retraining_confirms_have_lds_of_their_sign(sign):
   scores, subsets, retrained = world()
-  signed = dataclasses.replace(scores, group_values=sign * scores.group_values)
+  signed = dataclasses.replace(scores, replicate_values=sign * scores.replicate_values)
   found = lds(signed, subsets, retrained, **FAST)
   assert (found.per_query == sign).all() and found.mean == sign and found.std_error == 0
   np.testing.assert_allclose(found.interval + found.interval_both, sign, atol=1e-6)  # float32
@@ -79,7 +79,7 @@ def test_ids_may_come_in_any_order():
   rng = np.random.default_rng(1)
   q, n = rng.permutation(NUM_QUERIES), rng.permutation(NUM_TRAIN)
   shuffled = dataclasses.replace(
-    scores, group_values=scores.group_values[:, q][:, :, n],
+    scores, replicate_values=scores.replicate_values[:, q][:, :, n],
     query_ids=scores.query_ids[q], train_ids=scores.train_ids[n],
   )  # fmt: skip
   again = lds(shuffled, subsets, retrained, **FAST)
@@ -168,10 +168,10 @@ def test_noise_ceiling_is_the_lds_of_a_perfect_predictor():
 
 
 def noisy(scores, noise):
-  values = scores.group_values + noise * np.random.default_rng(99).normal(
-    size=scores.group_values.shape
+  values = scores.replicate_values + noise * np.random.default_rng(99).normal(
+    size=scores.replicate_values.shape
   )
-  return dataclasses.replace(scores, group_values=values.astype(np.float32))
+  return dataclasses.replace(scores, replicate_values=values.astype(np.float32))
 
 
 def test_methods_are_compared_on_the_same_resamples():
@@ -214,7 +214,7 @@ def test_best_damping_and_default_are_told_apart():
 
 def test_equal_predictions_count_as_0_and_are_said():
   scores, subsets, retrained = world()
-  scores.group_values[:, 2] = 0.1  # every subset lacks as many examples
+  scores.replicate_values[:, 2] = 0.1  # every subset lacks as many examples
   found = lds(scores, subsets, retrained, **FAST)
   assert found.per_query[2] == 0 and (found.resampled[:, 2] == 0).all()
   assert found.summary().endswith("1 queries with equal predictions for all subsets count as 0")
@@ -231,7 +231,7 @@ def test_what_does_not_belong_together_is_refused():
     lds(other, subsets, retrained)
   with refuse("There are 3 subsets but measurements of 24"):
     lds(scores, first_of(subsets, 3), retrained)
-  broken = dataclasses.replace(scores, group_values=scores.group_values * np.nan)
+  broken = dataclasses.replace(scores, replicate_values=scores.replicate_values * np.nan)
   with refuse("not finite"):
     lds(broken, subsets, retrained)
   fewer = dataclasses.replace(retrained, values=retrained.values[:5])

@@ -423,10 +423,10 @@ def _array(values: Any) -> np.ndarray | None:
 
 
 def _scores(name: str, found: Sequence[Any]) -> Arrays:
-  """Values of the groups of draws at each damping."""
-  arrays = {f"{name}/groups": np.stack([scores.group_values for scores in found])}
-  if found[0].query_group_values is not None:
-    arrays[f"{name}/query-groups"] = np.stack([scores.query_group_values for scores in found])
+  """Values of the replicates of draws at each damping."""
+  arrays = {f"{name}/groups": np.stack([scores.replicate_values for scores in found])}
+  if found[0].query_replicate_values is not None:
+    arrays[f"{name}/query-groups"] = np.stack([scores.query_replicate_values for scores in found])
   return arrays
 
 

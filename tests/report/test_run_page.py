@@ -148,7 +148,7 @@ def test_one_group_of_draws_shows_no_errors_and_says_what_is_missing(tmp_path):
   text = write(tmp_path, dataset, scores_of(dataset, num_groups=1)).text
   assert "±" not in text and "nan" not in text.lower()
   assert "attribute.replicates ≥ 2" in text
-  assert "it has one group of draws only" in text
+  assert "it has one replicate of draws only" in text
 
 
 def test_errors_are_of_the_draws_that_had_groups(tmp_path):
@@ -157,7 +157,7 @@ def test_errors_are_of_the_draws_that_had_groups(tmp_path):
   alone, both = "(those of the sample itself are not in it)", "and for the sample itself;"
   text = write(tmp_path / "train", dataset, scores).text
   assert alone in text and both not in text
-  grouped = dataclasses.replace(scores, query_group_values=scores.group_values[:2])
+  grouped = dataclasses.replace(scores, query_replicate_values=scores.replicate_values[:2])
   text = write(tmp_path / "both", dataset, grouped).text
   assert both in text and alone not in text
 
@@ -165,9 +165,9 @@ def test_errors_are_of_the_draws_that_had_groups(tmp_path):
 def test_the_check_says_whether_the_ranking_repeats(tmp_path):
   dataset = dataset_of()
   noise = scores_of(dataset)
-  values = noise.group_values.copy()
+  values = noise.replicate_values.copy()
   values[:, :, :10] += 1e-2  # a hundred standard deviations
-  planted = dataclasses.replace(noise, group_values=values)
+  planted = dataclasses.replace(noise, replicate_values=values)
   assert "does not clearly repeat" in write(tmp_path / "noise", dataset, noise).text
   text = write(tmp_path / "planted", dataset, planted).text
   assert "So the ranking repeats under fresh draws" in text
@@ -277,7 +277,9 @@ def test_wrong_inputs_are_named(tmp_path):
     write(tmp_path, dataset.take(range(29)), scores)
   with pytest.raises(ValueError, match="Got 1 samples and scores of 2 samples"):
     write(tmp_path, dataset, scores, samples=samples_of(dataset)[:1])
-  broken = dataclasses.replace(scores, group_values=scores.group_values * np.float32(np.nan))
+  broken = dataclasses.replace(
+    scores, replicate_values=scores.replicate_values * np.float32(np.nan)
+  )
   with pytest.raises(ValueError, match="NaN or infinity"):
     write(tmp_path, dataset, broken)
   assert not list(tmp_path.iterdir())
@@ -317,7 +319,7 @@ def test_numbers_share_a_power_of_ten_and_two_digits_of_the_error(largest, error
     values = values[:1]
   else:
     values += np.array([1, -1], np.float32)[:, None, None] * np.float32(error)
-  scores = dataclasses.replace(scores_of(dataset), group_values=values)
+  scores = dataclasses.replace(scores_of(dataset), replicate_values=values)
   rows = explained_rows(
     dataset, samples=samples_of(dataset), scores=scores, num_queries=NUM_QUERIES, top_k=TOP_K
   )

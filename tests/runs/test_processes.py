@@ -145,10 +145,49 @@ def test_measurements_that_the_process_lacks_are_refused_before_anything_begins(
     ({"prediction": "epsilon", "time": "logit_normal"}, "diffusion.time is read where .* is flow"),
     ({"prediction": "edm", "weight": "p2"}, "diffusion.weight is read where .* flow; it is edm"),
     ({"prediction": "flow", "sigma_data": 0.6}, "diffusion.sigma_data is read where .* is edm"),
-    ({"prediction": "flow", "time": "beta"}, "Unknown law of time 'beta'; there are: "),
-    ({"prediction": "v", "weight": "snr"}, "Unknown loss weight 'snr'; there are: min_snr, p2"),
+    ({"prediction": "flow", "time": "beta"}, "Unknown diffusion.time 'beta'; there are: "),
+    ({"prediction": "v", "weight": "snr"}, "'snr'; there are: min_snr, p2, table"),
+    ({"prediction": "v", "weight_gamma": 3.0}, "weight_gamma is read where diffusion.weight is mi"),
+    ({"prediction": "flow", "time_std": 2.0}, "time_std is read where diffusion.time is logit_n"),
+    ({"prediction": "v", "raw": True}, "diffusion.raw is read where .* is edm; it is v"),
+    ({"table": (0.1, 0.2)}, "diffusion.table is read where diffusion.schedule is betas or alpha"),
+    ({"schedule": "betas"}, "needs diffusion.table with 1000 numbers, .*; it has 0"),
+    ({"weight": "table", "weight_table": (1.0,)}, "diffusion.weight_table with 1000 numbers"),
   ],
 )
 def test_fields_that_do_not_fit_together_are_refused(fields, message):
   with pytest.raises(ValueError, match=message):
     process_of(DiffusionConfig(**fields))
+
+
+@pytest.mark.parametrize(
+  ("fields", "expected"),
+  [
+    (
+      {"schedule": "betas", "table": (0.1, 0.2)},
+      Process.epsilon(Schedule.from_betas([0.1, 0.2])),
+    ),
+    (
+      {"prediction": "v", "schedule": "alpha_bars", "table": (0.5, 0.0)},
+      Process.v(Schedule.from_alpha_bars([0.5, 0.0])),
+    ),
+    (
+      {"prediction": "v", "weight": "min_snr", "weight_gamma": 3.0, "beta_end": 0.5},
+      Process.v(Schedule.linear(2, 1e-4, 0.5), MinSNR(3.0)),
+    ),
+    (
+      {"prediction": "sample", "weight": "table", "weight_table": (1.0, 3.0)},
+      Process.sample(Schedule.linear(2, 1e-4, 0.02), [1.0, 3.0]),
+    ),
+    (
+      {"prediction": "flow", "time": "logit_normal", "time_mean": 0.5},
+      Process.flow(LogitNormal(0.5, 1.0)),
+    ),
+    (
+      {"prediction": "edm", "raw": True, "time_mean": -0.4, "time_std": 1.0},
+      Process.edm(0.5, -0.4, 1.0, raw=True),
+    ),
+  ],
+)
+def test_every_process_can_be_said_in_a_config(fields, expected):
+  assert process_of(DiffusionConfig(num_steps=2, **fields)) == expected

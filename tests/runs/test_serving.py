@@ -146,7 +146,7 @@ def test_a_finished_store_is_reused_and_a_missing_one_is_made_again(copy, monkey
   assert not made
   before = RowStore.open(serving.store_folder(copy)).read(0, NUM_TRAIN)
   shutil.rmtree(serving.store_folder(copy))
-  with pytest.raises(ValueError, match=r"holds no store.*Run the stage index"):
+  with pytest.raises(ValueError, match=r"holds no store.*or stage index"):
     serving.verify(copy)
   perform(copy, "index")
   assert made

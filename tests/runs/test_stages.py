@@ -72,8 +72,8 @@ def test_eight_devices_give_the_same_scores_and_the_same_store(finished, tmp_pat
   ours = load_scores(run_of(tmp_path))
   theirs = load_scores(finished)
   # The model is the same here: rounding may move a number by one int16 step.
-  atol = 1e-4 * np.abs(theirs.group_values).max()
-  np.testing.assert_allclose(ours.group_values, theirs.group_values, rtol=0, atol=atol)
+  atol = 1e-4 * np.abs(theirs.replicate_values).max()
+  np.testing.assert_allclose(ours.replicate_values, theirs.replicate_values, rtol=0, atol=atol)
   samples = artifacts.read(finished.folder("sample")).arrays["images"]
   answer = serving.load_store(run_of(tmp_path)).query(
     Examples(samples, theirs.query_ids), damping=1e-4, draws=Draws(4)
@@ -90,7 +90,7 @@ def test_the_artefacts_hold_what_they_say(finished):
   np.testing.assert_array_equal(trajectories[:, -1], sample.arrays["images"])
   scores = load_scores(finished)
   assert scores.values.shape == scores.std_errors.shape == (3, 24)
-  assert np.isfinite(scores.group_values).all() and scores.group_values.shape[0] == 2
+  assert np.isfinite(scores.replicate_values).all() and scores.replicate_values.shape[0] == 2
   np.testing.assert_array_equal(scores.train_ids, finished.dataset.ids)
   steps = [json.loads(s)["step"] for s in (finished.folder("train") / "metrics.jsonl").open()]
   assert steps == [5, 10, 15, 20]
@@ -187,10 +187,10 @@ def test_a_sweep_recommends_a_damping_and_the_report_says_so(finished, tmp_path)
   scores = load_scores(run)
   assert scores.settings["damping"] == 1e-4
   perform(alone, "attribute")
-  expected = load_scores(alone).group_values
+  expected = load_scores(alone).replicate_values
   # The same products with more rows, which may sum in another order.
   atol = 1e-5 * np.abs(expected).max()
-  np.testing.assert_allclose(scores.group_values, expected, rtol=0, atol=atol)
+  np.testing.assert_allclose(scores.replicate_values, expected, rtol=0, atol=atol)
   perform(run, "report")
   page = (run.folder("report") / "index.html").read_text()
   assert "is recommended" in page and "How far down the order" in page

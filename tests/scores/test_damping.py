@@ -18,14 +18,15 @@ DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 EIGENVALUES = 1 / np.arange(1, 31) ** 2.0  # Λ: gradients are N(0, Λ) before noise
 
 
-def scores_of(group_values, damping) -> Scores:
-  num_queries, num_train = group_values.shape[1:]
+def scores_of(replicate_values, damping) -> Scores:
+  num_queries, num_train = replicate_values.shape[1:]
   ids = np.arange(num_queries), np.arange(num_train)
-  return Scores(np.asarray(group_values, np.float32), *ids, {"damping": damping})
+  return Scores(np.asarray(replicate_values, np.float32), *ids, {"damping": damping})
 
 
 def toy_sweep(*, train_noise, query_noise=0.0, num_queries=20, num_train=300, seed=0):
-  """Scores Σ_i q_i g_ni / (Λ_i + λ) in 4 + 4 groups of draws, and the noise-free ones [L, Q, N].
+  """Scores Σ_i q_i g_ni / (Λ_i + λ) in 4 + 4 replicates of draws, and the noise-free ones [L, Q,
+  N].
 
   Every entry of a group's gradients is off by N(0, noise²).
   """
@@ -43,7 +44,7 @@ def toy_sweep(*, train_noise, query_noise=0.0, num_queries=20, num_train=300, se
       dataclasses.replace(
         scores_of(by_train, damping),
         settings={"damping": damping, "draws": 8},
-        query_group_values=by_query if query_noise else None,
+        query_replicate_values=by_query if query_noise else None,
       )
     )
     truths.append(product(queries, examples))
@@ -137,7 +138,7 @@ def test_the_recommended_damping_is_the_truly_best(noise):
 
 def test_noise_of_queries_counts_where_their_draws_are_grouped():
   sweep, truths = toy_sweep(train_noise=0.01, query_noise=0.3)
-  ungrouped = [dataclasses.replace(scores, query_group_values=None) for scores in sweep]
+  ungrouped = [dataclasses.replace(scores, query_replicate_values=None) for scores in sweep]
   truth = dict(zip(DAMPINGS, true_fidelity(sweep, truths).mean(axis=1), strict=True))
   assert truth[DAMPINGS[0]] < 0.8 * max(truth.values())
   assert truth[recommend_damping(sweep).recommended] > 0.95 * max(truth.values())
@@ -207,7 +208,7 @@ def noise_sweep(rng, *, num_groups=5, num_query_groups=2, num_directions=30, sig
   by_train = queries.mean(axis=0) @ np.swapaxes(examples, 1, 2)
   by_query = (queries @ examples.mean(axis=0).T).astype(np.float32)
   scores = dataclasses.replace(
-    scores_of(by_train, 0.1), query_group_values=by_query if num_query_groups > 1 else None
+    scores_of(by_train, 0.1), query_replicate_values=by_query if num_query_groups > 1 else None
   )
   return [scores, dataclasses.replace(scores, settings={"damping": 0.2})]
 
@@ -237,7 +238,8 @@ def test_noise_with_shared_draws_is_refused(options):
     (dict(num_query_groups=1), 1.0, 2.6),
     (dict(num_query_groups=2), 1.0, 2.6),
     (dict(num_query_groups=1, signal=1.0), 0.7, 1.4),
-    # The squared difference of two groups of query draws, which agreement lacks, has its chance.
+    # The squared difference of two replicates of query draws, which agreement lacks, has its
+    # chance.
     (dict(num_query_groups=2, signal=1.0), 0.4, 1.4),
   ],
 )
@@ -257,13 +259,19 @@ def test_errors_of_agreement_hold_where_queries_share_their_draws(options, low, 
 
 def test_a_sweep_needs_two_dampings_in_three_groups_of_draws():
   sweep, _ = toy_sweep(train_noise=0.01, num_queries=2, num_train=20)
-  fewer = [dataclasses.replace(scores, group_values=scores.group_values[:2]) for scores in sweep]
+  fewer = [
+    dataclasses.replace(scores, replicate_values=scores.replicate_values[:2]) for scores in sweep
+  ]
   found = weigh_dampings(fewer)
   assert (found.agreement > 0.9).all() and np.isnan(found.fidelity_errors).all()
-  with pytest.raises(TooFewDraws, match="from 3 groups of training draws on"):
+  with pytest.raises(TooFewDraws, match="from 3 replicates of training draws on"):
     recommend_damping(fewer)
-  alone = [dataclasses.replace(scores, group_values=scores.group_values[:1]) for scores in sweep]
-  with pytest.raises(ValueError, match="at least 2 groups of training draws; the scores have 1"):
+  alone = [
+    dataclasses.replace(scores, replicate_values=scores.replicate_values[:1]) for scores in sweep
+  ]
+  with pytest.raises(
+    ValueError, match="at least 2 replicates of training draws; the scores have 1"
+  ):
     weigh_dampings(alone)
   with pytest.raises(ValueError, match="at least two dampings"):
     recommend_damping(Sweep(sweep[:1]))

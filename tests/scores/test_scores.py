@@ -21,7 +21,7 @@ def bilinear_scores(*, noise, num_groups=4, num_query_groups=3, num_repeats=40_0
   product = lambda a, b: np.sum(a * b, axis=-1, keepdims=True).astype(np.float32)
   scores = Scores(
     product(examples, queries.mean(axis=0)), np.arange(num_repeats), np.arange(1), {},
-    query_group_values=product(queries, examples.mean(axis=0)),
+    query_replicate_values=product(queries, examples.mean(axis=0)),
   )  # fmt: skip
   return scores, query, example
 
@@ -43,22 +43,22 @@ def test_std_errors_are_as_large_as_the_deviations_from_the_truth(noise):
 
 
 def test_values_and_errors_of_groups_in_closed_form():
-  # Training groups 1, 3: variance 2, mean 2. Query groups 0, 2, 4: variance 4, mean 2.
+  # Training replicates 1, 3: variance 2, mean 2. Query groups 0, 2, 4: variance 4, mean 2.
   column = lambda *values: np.array(values, np.float32).reshape(-1, 1, 1)
   scores = Scores(column(1, 3), np.arange(1), np.arange(1), {}, column(0, 2, 4))
   assert scores.values.item() == 2
   # One rounding of float32 or two.
   assert scores.std_errors.item() == pytest.approx(np.sqrt(2 / 2 + 4 / 3), rel=3e-7)
   for ungrouped in (None, column(2)):
-    alone = dataclasses.replace(scores, query_group_values=ungrouped)
+    alone = dataclasses.replace(scores, query_replicate_values=ungrouped)
     assert alone.std_errors.item() == 1  # over training draws alone
-  one_group = dataclasses.replace(scores, group_values=column(2))
+  one_group = dataclasses.replace(scores, replicate_values=column(2))
   assert np.isnan(one_group.std_errors).all() and one_group.std_errors.shape == (1, 1)
   assert scores.top(1).std_errors == scores.std_errors
 
 
 def grouped_scores(*, num_query_groups=3) -> Scores:
-  """Scores of 2 queries for 6 examples of 3 artists, in 4 groups of draws."""
+  """Scores of 2 queries for 6 examples of 3 artists, in 4 replicates of draws."""
   rng = np.random.default_rng(0)
   draw = lambda num: rng.normal(size=(num, 2, 6)).astype(np.float32)
   return Scores(
@@ -76,12 +76,12 @@ def test_scores_by_group_are_sums_over_its_examples():
   summed = scores.by_group()
   assert summed.train_ids.tolist() == ["arp", "klee", "miro"]
   for column, members in enumerate(([3], [1, 4], [0, 2, 5])):
-    for name in ("group_values", "query_group_values"):
+    for name in ("replicate_values", "query_replicate_values"):
       expected = getattr(scores, name)[..., members].astype(np.float64).sum(axis=-1)
       # Rounded to float32 once.
       np.testing.assert_allclose(getattr(summed, name)[..., column], expected, rtol=1e-7)
-  assert summed.query_group_values.shape == (3, 2, 3) and summed.train_groups is None
-  assert grouped_scores(num_query_groups=0).by_group().query_group_values is None
+  assert summed.query_replicate_values.shape == (3, 2, 3) and summed.train_groups is None
+  assert grouped_scores(num_query_groups=0).by_group().query_replicate_values is None
   with pytest.raises(ValueError, match="need train_groups"):
     summed.by_group()
 
@@ -102,12 +102,12 @@ def test_errors_of_sums_are_right_whether_or_not_examples_share_their_draws(shar
 def test_removal_is_the_sum_of_scores_over_n_with_the_error_of_the_sum(num_query_groups):
   scores = grouped_scores(num_query_groups=num_query_groups)
   change, errors = scores.removal([15, 10, 12, 10])
-  groups = scores.group_values[..., [0, 2, 5]].astype(np.float64).sum(axis=-1) / 6
+  groups = scores.replicate_values[..., [0, 2, 5]].astype(np.float64).sum(axis=-1) / 6
   # Sums of float32 numbers in float64, on both sides.
   np.testing.assert_allclose(change, groups.mean(axis=0), rtol=1e-12)
   variance = groups.var(axis=0, ddof=1) / 4
   if num_query_groups == 3:
-    parts = scores.query_group_values[..., [0, 2, 5]].astype(np.float64).sum(axis=-1) / 6
+    parts = scores.query_replicate_values[..., [0, 2, 5]].astype(np.float64).sum(axis=-1) / 6
     variance = variance + parts.var(axis=0, ddof=1) / 3
   np.testing.assert_allclose(errors, np.sqrt(variance), rtol=1e-12)
   # A group is removed by its name, and N still counts examples; sums are rounded to float32.
@@ -123,12 +123,12 @@ def test_removal_is_the_sum_of_scores_over_n_with_the_error_of_the_sum(num_query
 @pytest.mark.parametrize(
   "change, message",
   [
-    (dict(group_values=np.zeros((2, 6))), "got shape (2, 6)"),
-    (dict(group_values=np.zeros((0, 2, 6))), "G ≥ 1 groups"),
+    (dict(replicate_values=np.zeros((2, 6))), "got shape (2, 6)"),
+    (dict(replicate_values=np.zeros((0, 2, 6))), "G ≥ 1 replicates"),
     (dict(query_ids=np.arange(3)), "query_ids must be 2"),
-    (dict(train_ids=np.arange(2)), "train_ids must be 6, as group_values (4, 2, 6) has them"),
+    (dict(train_ids=np.arange(2)), "train_ids must be 6, as replicate_values (4, 2, 6) has them"),
     (dict(train_groups=np.arange(5)), "train_groups must be 6"),
-    (dict(query_group_values=np.zeros((3, 6, 2))), "scores [A, 2, 6]"),
+    (dict(query_replicate_values=np.zeros((3, 6, 2))), "scores [A, 2, 6]"),
   ],
 )
 def test_shapes_that_do_not_agree_are_refused(change, message):
@@ -138,6 +138,6 @@ def test_shapes_that_do_not_agree_are_refused(change, message):
 
 def test_scores_are_shown_in_a_line():
   scores = grouped_scores()
-  said = "2 queries × 6 training examples, 4 groups of draws, 3 of query draws"
+  said = "2 queries × 6 training examples, 4 replicates of draws, 3 of query draws"
   assert repr(scores) == f"Scores({said}; λ = 0.1)"
   assert scores.summary().startswith(f"{said}; damping 0.1, root mean square ")

@@ -11,12 +11,12 @@ from jaxinf.scores.scores import Scores
 from jaxinf.scores.stability import rank_stability, split_weights, top_overlap
 
 
-def scores_of(group_values, query_group_values=None) -> Scores:
+def scores_of(replicate_values, query_replicate_values=None) -> Scores:
   single = lambda x: None if x is None else np.asarray(x, np.float32)
-  num_queries, num_train = np.shape(group_values)[1:]
+  num_queries, num_train = np.shape(replicate_values)[1:]
   return Scores(
-    single(group_values), np.arange(num_queries), np.arange(num_train), {},
-    query_group_values=single(query_group_values),
+    single(replicate_values), np.arange(num_queries), np.arange(num_train), {},
+    query_replicate_values=single(query_replicate_values),
   )  # fmt: skip
 
 
@@ -124,14 +124,14 @@ def test_order_of_examples_does_not_matter():
 
 
 def test_noise_of_queries_counts_as_that_of_training_examples():
-  """Where training groups agree exactly, groups of query draws take their place."""
+  """Where training replicates agree exactly, replicates of query draws take their place."""
   noisy = normal(4, 3, 60)
   still = np.repeat(noisy.mean(axis=0, keepdims=True), 4, axis=0)
   assert (rank_stability(scores_of(still)).correlation == 1).all()
   assert (rank_stability(scores_of(still, noisy[:1])).correlation == 1).all()  # one group is none
   ours, theirs = (rank_stability(scores_of(*x)) for x in ((still, noisy), (noisy,)))
   for name in ("overlap", "correlation"):
-    # Still training groups leave the splits of the query groups, each once in either order.
+    # Still training replicates leave the splits of the query replicates, each once in either order.
     np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), rtol=1e-12, atol=1e-15)
   assert (ours.correlation < 0.5).all()
 

@@ -10,10 +10,10 @@ from jaxinf.scores.scores import Scores
 from jaxinf.scores.support import support_check
 
 
-def scores_of(group_values) -> Scores:
-  group_values = np.asarray(group_values, np.float32)
-  _, num_queries, num_train = group_values.shape
-  return Scores(group_values, np.arange(num_queries), np.arange(num_train), settings={})
+def scores_of(replicate_values) -> Scores:
+  replicate_values = np.asarray(replicate_values, np.float32)
+  _, num_queries, num_train = replicate_values.shape
+  return Scores(replicate_values, np.arange(num_queries), np.arange(num_train), settings={})
 
 
 def noise(num_groups=6, num_queries=1500, num_train=400) -> np.ndarray:
@@ -25,7 +25,7 @@ def test_closed_form_where_all_but_the_chosen_score_alike():
   values = np.ones((3, 1, 8))
   values[:, 0, :2] = np.array([5, 6, 10])[:, None]
   check = support_check(scores_of(values), k=2)
-  np.testing.assert_array_equal(check.group_differences[:, 0], [4, 5, 9])
+  np.testing.assert_array_equal(check.replicate_differences[:, 0], [4, 5, 9])
   assert check.differences[0] == 6
   # Variance of 4, 5, 9: (4 + 1 + 9) / 2 = 7.
   assert check.std_errors[0] == pytest.approx(math.sqrt(7 / 3), rel=1e-12)
@@ -48,7 +48,7 @@ def test_equals_a_loop_where_the_others_leave_no_choice(num_groups):
       mean = lambda ids, g=g, q=q: sum(float(values[g, q, n]) for n in ids) / k
       expected = mean(chosen) - mean(set(range(2 * k)) - chosen)
       # Both in float64, up to the order of four summands.
-      assert check.group_differences[g, q] == pytest.approx(expected, rel=1e-12, abs=1e-12)
+      assert check.replicate_differences[g, q] == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
 def test_noise_has_no_difference_and_calibrated_z():
@@ -99,8 +99,8 @@ def test_noise_rarely_passes_for_a_repeating_ranking_even_where_queries_are_alik
 def test_the_same_seed_gives_the_same_check_and_another_seed_other_random_images():
   scores = scores_of(noise(4, 3, 50))
   first, again, other = (support_check(scores, k=5, seed=seed) for seed in (1, 1, 2))
-  np.testing.assert_array_equal(first.group_differences, again.group_differences)
-  assert not np.array_equal(first.group_differences, other.group_differences)
+  np.testing.assert_array_equal(first.replicate_differences, again.replicate_differences)
+  assert not np.array_equal(first.replicate_differences, other.replicate_differences)
 
 
 def test_one_group_of_draws_allows_no_check():

@@ -42,8 +42,8 @@ def test_a_method_without_damping_gives_a_sweep_of_one():
     (dict(settings={"damping": 0.1}), "each damping once; got [0.1, 0.1]"),
     (dict(query_ids=np.arange(1, 3)), "at 0.2 have other query ids than those at 0.1"),
     (dict(train_ids=np.arange(9)[::-1]), "other training ids"),
-    (dict(group_values=np.zeros((3, 2, 9))), "other groups of draws"),
-    (dict(query_group_values=np.zeros((3, 2, 9))), "other groups of draws"),
+    (dict(replicate_values=np.zeros((3, 2, 9))), "other replicates of draws"),
+    (dict(query_replicate_values=np.zeros((3, 2, 9))), "other replicates of draws"),
     (dict(settings={"damping": 0.2, "seed": 1}), "other settings"),
   ],
 )

@@ -151,7 +151,7 @@ def assert_scores(found, expected, tolerance=ROUNDING):
   assert list(found.query_ids) == list(expected.query_ids)
   assert list(found.train_ids) == list(expected.train_ids)
   atol = tolerance * np.abs(expected.values).max()
-  for field in ("values", "group_values", "query_group_values", "std_errors"):
+  for field in ("values", "replicate_values", "query_replicate_values", "std_errors"):
     actual, wanted = getattr(found, field), getattr(expected, field)
     assert actual.shape == wanted.shape and actual.dtype == wanted.dtype
     np.testing.assert_allclose(actual, wanted, rtol=0, atol=atol, err_msg=field)
@@ -219,7 +219,7 @@ def test_the_same_draws_split_alike_for_influence_and_for_a_store(problem, tmp_p
   found = build(problem, tmp_path, draws=draws).query(problem.queries, damping=1e-3, draws=draws)
   wanted = scores_of(problem, dampings=[1e-3], draws=draws, query_draws=None)
   assert_scores(found, wanted[0])
-  assert (len(found.group_values), len(found.query_group_values)) == (3, 2)
+  assert (len(found.replicate_values), len(found.query_replicate_values)) == (3, 2)
   for name in ("draws", "replicates", "query_draws", "query_replicates", "seed", "design"):
     assert found.settings[name] == wanted[0].settings[name]
 
@@ -229,9 +229,9 @@ def test_without_groups_there_are_no_standard_errors(problem, tmp_path):
   store = build(problem, tmp_path, draws=one)
   found = store.query(problem.queries, damping=1e-3, draws=one, compute=COMPUTE)
   wanted = scores_of(problem, dampings=[1e-3], draws=one, query_draws=one)[0]
-  assert found.query_group_values is None and np.isnan(found.std_errors).all()
+  assert found.query_replicate_values is None and np.isnan(found.std_errors).all()
   atol = ROUNDING * np.abs(wanted.values).max()
-  np.testing.assert_allclose(found.group_values, wanted.group_values, rtol=0, atol=atol)
+  np.testing.assert_allclose(found.replicate_values, wanted.replicate_values, rtol=0, atol=atol)
 
 
 # Of the largest score. int: numbers are off by half a step, 1/254 of the largest of 64 for int8,
@@ -312,7 +312,7 @@ def test_a_query_of_some_layers_sums_over_those_alone(problem, built, terms, pat
 def test_single_layers_sum_to_the_whole(problem, built, terms):
   ask = lambda layers: built.query(problem.queries, damping=1e-3, layers=layers, **ASKED)
   whole, parts = ask(None), [ask([f"^{name}$"]) for name in terms]
-  for field in ("group_values", "query_group_values"):
+  for field in ("replicate_values", "query_replicate_values"):
     total = sum(getattr(part, field) for part in parts)
     atol = ROUNDING * max(np.abs(getattr(part, field)).max() for part in parts)
     np.testing.assert_allclose(total, getattr(whole, field), rtol=0, atol=atol)

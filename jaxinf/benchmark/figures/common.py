@@ -121,7 +121,7 @@ def truth_of(run: Run, names: Sequence[str]) -> Truth:
 
 def image_measurements(run: Run) -> list[str]:
   """The config's true measurements that are of images, not of trajectories."""
-  return [m for m in run.config.measure.measurements if measurement_named(m).of == "images"]
+  return [m for m in run.config.measure.measurements if measurement_named(m).of == "examples"]
 
 
 def dampings_of(sweep: Sequence[Scores]) -> np.ndarray:

@@ -31,7 +31,7 @@ def few_memory_maps():
   """
   yield
   maps = pathlib.Path("/proc/self/maps")
-  if maps.exists() and len(maps.read_bytes().splitlines()) > 30_000:
+  if maps.exists() and len(maps.read_bytes().splitlines()) > 25_000:
     jax.clear_caches()
 
 

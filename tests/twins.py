@@ -60,7 +60,9 @@ def in_float64(function: Callable, *args: PyTree) -> PyTree:
 def fit_pairs(model: DiffusionModel, train: Examples, draws: int, seed: int = 0) -> Noised:
   """The pairs [N · draws], example-major, that a fit goes over."""
   rows = Rows.of(train, draws)
-  return curvature_pairs(model.process, seed, rows.padded_batch(0, len(rows)), train.random_flip)[0]
+  return curvature_pairs(model.process, seed, rows.padded_batch(0, len(rows)), train.augmentation)[
+    0
+  ]
 
 
 def twin_gradients(
@@ -251,7 +253,7 @@ def pairs_of(model, examples, name: str, draws: Draws, measurement: Measurement 
   return [
     measurement.pairs(
       model.process, row(examples.data, i), keys[i][None], row(examples.conditioning, i), draws,
-      examples.random_flip,
+      examples.augmentation,
     )
     for i in range(len(examples))
   ]  # fmt: skip

@@ -123,7 +123,7 @@ class DAS:
     features = {}
     for name, examples, of in ((TRAIN, train, draws), (QUERY, queries, asked)):
       layers = all_layers(model, examples)
-      kernel = OutputKernel(layers, model.process, Replicate.of(of, examples.random_flip))
+      kernel = OutputKernel(layers, model.process, Replicate.of(of, examples.augmentation))
       features[name] = features_of(
         kernel,
         model,
@@ -158,7 +158,7 @@ def _residuals(
 ) -> np.ndarray:
   """[N] mean over draws of root mean squared errors, divided by their norm over the draws."""
   errors = map_batches(
-    ErrorKernel(model.apply_fn, model.process, Replicate.of(draws, train.random_flip)),
+    ErrorKernel(model.apply_fn, model.process, Replicate.of(draws, train.augmentation)),
     row_operands(model.params, draws, TRAIN),
     Rows.of(train, draws.replicates),
     batch_size=compute.rows(draws),
@@ -212,5 +212,5 @@ def _pairs(process: Process, replicate: Replicate, origin: PyTree, batch: Batch)
   """The pairs of one replicate of draws of each example, those of `GradientKernel`."""
   keys = replicate.keys(origin, batch)
   return LOSS.pairs(
-    process, batch.data, keys, batch.conditioning, replicate.draws, replicate.random_flip
+    process, batch.data, keys, batch.conditioning, replicate.draws, replicate.augmentation
   )

@@ -264,7 +264,7 @@ def settings_of_projected(
     "query_seed": asked.seed,
     "design": draws.design,
     "query_design": asked.design,
-    "random_flip": train.random_flip,
+    **train.augmentation.settings,
     "projection": projection.kind,
     "projection_dim": projection.dim,
     "projection_seed": projection.seed,

@@ -273,7 +273,7 @@ class _Question:
       "query_seed": self.asked.seed,
       "design": self.draws.design,
       "query_design": self.asked.design,
-      "random_flip": self.train.random_flip,
+      **self.train.augmentation.settings,
       "compression": self.compression.description,
       "precision": self.precision,
     }

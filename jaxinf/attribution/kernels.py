@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinf.compression.compression import Compression
+from jaxinf.core.augmentation import PLAIN, Augmentation
 from jaxinf.core.draws import Draws
 from jaxinf.core.random import draw_keys, fold_in_each, stream_number, stream_of
 from jaxinf.core.types import Array, Batch, Matrices, Params, PyTree
@@ -30,16 +31,16 @@ class Replicate:
 
   Attributes:
     draws: of which size and design count.
-    random_flip: whether each draw mirrors its image at random.
+    augmentation: what each draw does to its example.
   """
 
   draws: Draws
-  random_flip: bool = False
+  augmentation: Augmentation = PLAIN
 
   @classmethod
-  def of(cls, draws: Draws, random_flip: bool = False) -> "Replicate":
+  def of(cls, draws: Draws, augmentation: Augmentation = PLAIN) -> "Replicate":
     """One of the replicates of `draws`."""
-    return cls(Draws(draws.size, 1, **draws.design), random_flip)
+    return cls(Draws(draws.size, 1, **draws.design), augmentation)
 
   def keys(self, origin: PyTree, batch: Batch) -> jax.Array:
     """Keys [B, S] of (example, replicate) rows; `origin` is that of `row_operands`."""
@@ -81,7 +82,7 @@ class GradientKernel:
       keys=self.replicate.keys(origin, batch),
       conditioning=batch.conditioning,
       draws=self.replicate.draws,
-      random_flip=self.replicate.random_flip,
+      augmentation=self.replicate.augmentation,
     )
 
 

@@ -126,7 +126,7 @@ def gradient_kernel(
   )
   if layers.layers != curvature.layers:
     raise ValueError("The curvature has other layers than the model: fit it for this model.")
-  replicate = Replicate.of(draws, examples.random_flip)
+  replicate = Replicate.of(draws, examples.augmentation)
   return GradientKernel(layers, measurement, model.process, replicate)
 
 

@@ -192,7 +192,7 @@ class TRAK:
     """[n, G, k] float32 features of queries or of training examples, as `stream` says."""
     (model,) = _checked_models(self.model)
     of = self.train_measurement if stream == TRAIN else self.measurement
-    measured, replicate = measurement_named(of), Replicate.of(draws, examples.random_flip)
+    measured, replicate = measurement_named(of), Replicate.of(draws, examples.augmentation)
     layers = all_layers(model, examples, measured.axes)
     kernel = FlatGradients(GradientKernel(layers, measured, model.process, replicate))
     return features_of(

@@ -172,7 +172,7 @@ def train_models(
     steps = group[0].steps
     if steps not in engines:
       engines[steps] = Retraining(
-        run.model, run.process, run.dataset, train_config(run, steps), run.devices
+        run.model, run.process, run.train, train_config(run, steps), run.devices
       )
     with measured() as cost:
       state, loss = _train_group(run, engines[steps], todo, stage, f"{stage} {num_done}/{total}")

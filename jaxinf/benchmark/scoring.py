@@ -188,7 +188,7 @@ def answered(run: Run, row: Row, method: Attribution, sums: pathlib.Path) -> Swe
   found = [
     method.scores(
       queries=queries.take(rows) if len(parts) > 1 else queries,
-      train=run.dataset.examples,
+      train=run.train,
       draws=draws,
       compute=compute.within(f"part-{number:03d}") if len(parts) > 1 else compute,
     )

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -82,3 +83,10 @@ def _native(rows: Any) -> np.ndarray:
   """Rows in memory, in this machine's byte order."""
   rows = np.asarray(rows)
   return rows if rows.dtype.isnative else rows.astype(rows.dtype.newbyteorder("="))
+
+
+def as_float(data: Any) -> jax.Array:
+  """Data as float32: uint8 0…255 is mapped to [-1, 1], other numbers keep their value."""
+  if data.dtype == jnp.uint8:
+    return data.astype(jnp.float32) / 127.5 - 1
+  return data.astype(jnp.float32)

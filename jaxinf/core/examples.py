@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxinf.core.arrays import as_array, blocks, converted, is_floating, read_rows
+from jaxinf.core.augmentation import Augmentation, ConditioningDropout, Constants
+from jaxinf.core.moments import LatentForm, Moments
 from jaxinf.core.random import example_numbers
-from jaxinf.core.types import Array, PyTree
+from jaxinf.core.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -23,6 +24,7 @@ class Examples:
       as the model takes them), latents, series [N, L, C], vectors [N, D] or volumes. Measurements
       of sampling trajectories take [N, K, …], K states each. Any array that gives rows: NumPy's, a
       memory map, zarr's or h5py's. It is read a few rows at a time and never copied as a whole.
+      Or `Moments` of latents.
     ids: [N] different integers in [0, 2³²) or strings, which random keys follow: an example keeps
       its draws whatever else is beside it. 0 … N − 1 where None.
     conditioning: pytree of arrays [N, …], what the model is also given, such as labels [N] or text
@@ -31,6 +33,9 @@ class Examples:
       over them.
     random_flip: whether training mirrored images left to right at random. It belongs to training
       examples; queries are measured as they are.
+    conditioning_dropout: the share of draws in which training left the conditioning out, as it does
+      for classifier-free guidance; likewise of training examples only.
+    null_conditioning: one row of the conditioning, what the model was given instead.
 
   Raises:
     ValueError: data are no array [N, …] of finite numbers, or the rest does not fit them.
@@ -41,6 +46,8 @@ class Examples:
   conditioning: PyTree = None
   groups: Any = None
   random_flip: bool = False
+  conditioning_dropout: float = 0.0
+  null_conditioning: PyTree = None
 
   def __post_init__(self):
     set_field = lambda name, value: object.__setattr__(self, name, value)
@@ -54,19 +61,41 @@ class Examples:
           f"groups must say of each of the {len(self)} examples whose it is; got {groups.shape}."
         )
       set_field("groups", groups)
-    if self.random_flip and len(self.data.shape) != 4:
-      raise ValueError(
-        "random_flip mirrors images [N, H, W, C]; the data have shape "
-        f"{tuple(self.data.shape)}. Leave it out."
-      )
+    if self.random_flip:
+      self._check_flips()
+    set_field("null_conditioning", self._checked_null())
 
   def __len__(self) -> int:
     return self.data.shape[0]
 
   def __repr__(self) -> str:
-    shape = " × ".join(map(str, self.data.shape))
+    shape = " × ".join(map(str, (len(self), *self.shape)))
     given = "" if self.conditioning is None else ", with conditioning"
-    return f"Examples({shape} {np.dtype(self.data.dtype)}{given})"
+    kind = "moments" if self.latents else np.dtype(self.data.dtype)
+    return f"Examples({shape} {kind}{given})"
+
+  @property
+  def latents(self) -> LatentForm | None:
+    """How rows become latents where the data are `Moments`; None otherwise."""
+    return self.data.form if isinstance(self.data, Moments) else None
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """The shape of an example: of its latent, where the data are moments."""
+    return self.augmentation.shape(tuple(self.data.shape[1:]))
+
+  @functools.cached_property
+  def augmentation(self) -> Augmentation:
+    """What each draw does to an example."""
+    dropout = None
+    if self.conditioning_dropout:
+      null = jax.tree.map(
+        lambda x, struct: np.asarray(x, struct.dtype),
+        self.null_conditioning,
+        self.conditioning_structs,
+      )
+      dropout = ConditioningDropout(float(self.conditioning_dropout), Constants(null))
+    return Augmentation(bool(self.random_flip), self.latents, dropout)
 
   @functools.cached_property
   def numbers(self) -> np.ndarray:
@@ -76,12 +105,15 @@ class Examples:
   def take(self, rows: np.ndarray) -> "Examples":
     """The examples with these row numbers, in memory."""
     rows = np.asarray(rows)
+    data = read_rows(self.data, rows)
     return Examples(
-      read_rows(self.data, rows),
+      data if self.latents is None else Moments(data, **dataclasses.asdict(self.latents)),
       self.ids[rows],
       jax.tree.map(lambda leaf: read_rows(leaf, rows), self.conditioning),
       None if self.groups is None else self.groups[rows],
       self.random_flip,
+      self.conditioning_dropout,
+      self.null_conditioning,
     )
 
   def arrays(self, name: str) -> dict[str, Any]:
@@ -89,7 +121,14 @@ class Examples:
     leaves = jax.tree.leaves(self.conditioning)
     found = {f"{name}_data": self.data, f"{name}_ids": self.ids}
     found |= {f"{name}_conditioning_{i}": leaf for i, leaf in enumerate(leaves)}
-    return found | ({f"{name}_flips": np.ones(1, bool)} if self.random_flip else {})
+    found |= {f"{name}_flips": np.ones(1, bool)} if self.random_flip else {}
+    if self.latents is not None:
+      found[f"{name}_latents"] = np.array(dataclasses.astuple(self.latents), np.float64)
+    if self.conditioning_dropout:
+      nulls = jax.tree.leaves(self.null_conditioning)
+      found[f"{name}_dropout"] = np.array([self.conditioning_dropout])
+      found |= {f"{name}_null_{i}": np.asarray(null)[None] for i, null in enumerate(nulls)}
+    return found
 
   @property
   def conditioning_structs(self) -> PyTree:
@@ -99,6 +138,42 @@ class Examples:
       self.conditioning,
     )
 
+  def _check_flips(self) -> None:
+    shape = tuple(self.data.shape)
+    if self.latents is None and len(shape) != 4:
+      raise ValueError(
+        f"random_flip mirrors images [N, H, W, C]; the data have shape {shape}. Leave it out."
+      )
+    if self.latents is not None and shape[1] == 1:
+      raise ValueError(
+        "random_flip mirrors pixels before they are encoded: the moments of the mirror images are "
+        "missing. Encode these too (Moments.of(…, mirrored=…)), or leave random_flip out."
+      )
+
+  def _checked_null(self) -> PyTree:
+    """The null conditioning as a pytree of arrays; ValueError unless it and the dropout fit."""
+    rate, null = self.conditioning_dropout, self.null_conditioning
+    if not (isinstance(rate, int | float) and 0 <= rate < 1):
+      raise ValueError(f"conditioning_dropout must be a share in [0, 1); got {rate!r}.")
+    if null is None:
+      if rate:
+        raise ValueError(
+          "conditioning_dropout needs null_conditioning: one row of what the model is given where "
+          "the conditioning is left out."
+        )
+      return None
+    null = jax.tree.map(np.asarray, null)
+    rows = jax.tree.map(lambda x: x[None], null)
+    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.bool_), null)
+    own = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.bool_), self.conditioning_structs)
+    if structs != own:
+      raise ValueError(
+        "null_conditioning must be like one row of the conditioning; got rows "
+        f"{jax.tree.map(np.shape, null)}, and {self.conditioning_structs} of the conditioning."
+      )
+    checked_conditioning(rows, 1, "null_conditioning")
+    return null
+
 
 def check_alike(queries: Examples, train: Examples, axes: int = 0) -> None:
   """Raises ValueError unless queries and training examples are inputs of the same network.
@@ -107,11 +182,12 @@ def check_alike(queries: Examples, train: Examples, axes: int = 0) -> None:
     queries, train: both.
     axes: how many axes queries have more, for states of trajectories.
   """
-  shapes = tuple(queries.data.shape[1 + axes :]), tuple(train.data.shape[1:])
-  if shapes[0] != shapes[1] or len(queries.data.shape) != len(train.data.shape) + axes:
+  if axes and queries.latents is not None:
+    raise ValueError("Moments have no sampling trajectories: give the states themselves.")
+  if queries.shape[axes:] != train.shape:
     raise ValueError(
-      f"Queries of shape {tuple(queries.data.shape[1:])} do not match training examples of shape "
-      f"{shapes[1]}" + (", which have several states each." if axes else ".")
+      f"Queries of shape {queries.shape} do not match training examples of shape "
+      f"{train.shape}" + (", which have several states each." if axes else ".")
     )
   ours, theirs = queries.conditioning_structs, train.conditioning_structs
   if ours != theirs:
@@ -119,8 +195,14 @@ def check_alike(queries: Examples, train: Examples, axes: int = 0) -> None:
       "The conditioning of queries and of training examples must be None or pytrees of one form, "
       f"the same in shape and type of every row; got rows {ours} and {theirs}."
     )
-  if queries.random_flip:
-    raise ValueError("A query is measured as it is: leave random_flip out of the queries.")
+  check_queries(queries)
+
+
+def check_queries(queries: Examples) -> None:
+  """Raises ValueError where queries have what belongs to training."""
+  for name in ("random_flip", "conditioning_dropout"):
+    if getattr(queries, name):
+      raise ValueError(f"A query is measured as it is: leave {name} out of the queries.")
 
 
 def checked_data(data: Any) -> Any:
@@ -210,13 +292,6 @@ def _check_finite(array: Any, name: str) -> None:
     if bad.any():
       raise ValueError(f"{name} must be finite; row {row + int(np.argmax(bad))} is not.")
     row += len(block)
-
-
-def as_float(data: Array) -> jax.Array:
-  """Data as float32: uint8 0…255 is mapped to [-1, 1], other numbers keep their value."""
-  if data.dtype == jnp.uint8:
-    return data.astype(jnp.float32) / 127.5 - 1
-  return data.astype(jnp.float32)
 
 
 def _plain(ids: Any) -> Sequence[Any]:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxinf.core.arrays import fingerprint
+from jaxinf.core.augmentation import Augmentation
 from jaxinf.core.checks import checked_count
 from jaxinf.core.draws import Draws
 from jaxinf.core.examples import Examples
@@ -122,7 +123,7 @@ class Fit:
       "kind": settings_of(self.kind),
       "draws": self.draws.num,
       "seed": self.draws.seed,
-      "random_flip": self.train.random_flip,
+      **self.train.augmentation.settings,
       "conditional": self.train.conditioning is not None,
       "selection": self.selection.as_dict(),
     }
@@ -160,6 +161,7 @@ class Fit:
       self.rows.padded_batch(0, 1),
       num_pairs=num_pairs,
       batch_size=math.ceil(min(self.compute.batch_size, num_pairs) / devices),
+      augmentation=self.train.augmentation,
     )
 
   def _part_bases(self, layers: Registration, part: str) -> tuple[dict[str, Eigenbasis], dict]:
@@ -205,8 +207,8 @@ class Fit:
 
   @property
   def _targets(self) -> "Targets":
-    flips = self.train.random_flip
-    return Targets(self.model.process, self.kind.fisher, self.kind.samples, flips)
+    own = self.train.augmentation
+    return Targets(self.model.process, self.kind.fisher, self.kind.samples, own)
 
   def _reduce(self, kernel: Kernel, operands: tuple, label: str, part: str) -> PyTree:
     partial, checkpoint = None, self.compute.checkpoint
@@ -241,10 +243,10 @@ class Targets:
   process: Process
   fisher: str
   samples: int
-  random_flip: bool
+  augmentation: Augmentation
 
   def __call__(self, seed, batch: Batch) -> tuple[Noised, Cotangents]:
-    pairs, keys = curvature_pairs(self.process, seed, batch, self.random_flip)
+    pairs, keys = curvature_pairs(self.process, seed, batch, self.augmentation)
     return pairs, FISHERS[self.fisher](keys, pairs, self.samples)
 
 

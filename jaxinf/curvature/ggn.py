@@ -132,7 +132,7 @@ class GGN:
       model.apply_fn,
       model.process,
       self._covered,
-      random_flip=train.random_flip,
+      augmentation=train.augmentation,
       x64=self._dtype == np.float64,
     )
 

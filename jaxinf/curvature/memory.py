@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinf.core.augmentation import PLAIN, Augmentation
 from jaxinf.core.types import Batch, PyTree
 from jaxinf.curvature.kinds import Kind
 from jaxinf.curvature.targets import curvature_pairs
@@ -46,6 +47,7 @@ def layer_memory(
   kind: Kind,
   *,
   batch_size: int,
+  augmentation: Augmentation = PLAIN,
 ) -> tuple[LayerMemory, ...]:
   """The bytes of every layer, from shapes alone.
 
@@ -55,19 +57,22 @@ def layer_memory(
     row: a batch of one example, of which shapes count.
     kind: of the curvature.
     batch_size: (example, draw) pairs at a time on one device.
+    augmentation: of the examples.
   """
   struct: Any = jax.ShapeDtypeStruct
   rows = lambda x: struct((batch_size, *np.shape(x)[1:]), x.dtype)
   batch = jax.tree.map(rows, row)
-  num = math.prod(row.data.shape[1:]) if kind.fisher == "exact" else kind.samples
+  num_outputs = math.prod(augmentation.shape(row.data.shape[1:]))
+  num = num_outputs if kind.fisher == "exact" else kind.samples
+  make = lambda batch: curvature_pairs(model.process, 0, batch, augmentation)[0]
 
   def sums(params, batch):
-    pairs, _ = curvature_pairs(model.process, 0, batch)
+    pairs = make(batch)
     cotangents = lambda out: jnp.broadcast_to(out, (num, *out.shape))
     return layers.factor_sums(params, pairs, cotangents, jnp.ones(batch_size), approx=kind.approx)
 
   shapes = jax.eval_shape(sums, model.params, batch)
-  pairs = jax.eval_shape(lambda batch: curvature_pairs(model.process, 0, batch)[0], batch)
+  pairs = jax.eval_shape(make, batch)
   positions = layers.positions(model.params, pairs)
   return tuple(
     _of_layer(

@@ -7,6 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from jaxinf.core.augmentation import PLAIN, Augmentation
 from jaxinf.core.types import ApplyFn, Array, Batch
 from jaxinf.curvature.targets import curvature_pairs
 from jaxinf.diffusion.process import Process
@@ -23,20 +24,20 @@ class ProductKernel:
   Attributes:
     apply_fn, process: of the model.
     covered: positions of leaves.
-    random_flip: whether training mirrored images.
+    augmentation: what training does to its examples.
     x64: whether v is float64.
   """
 
   apply_fn: ApplyFn
   process: Process
   covered: tuple[int, ...]
-  random_flip: bool = False
+  augmentation: Augmentation = PLAIN
   x64: bool = False
 
   def __call__(self, operands, batch: Batch) -> list[Array]:
     params, vector, seed = operands
     dtype = vector[0].dtype
-    pairs, _ = curvature_pairs(self.process, seed, batch, self.random_flip)
+    pairs, _ = curvature_pairs(self.process, seed, batch, self.augmentation)
     cast = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
     params, pairs = jax.tree.map(cast, (params, pairs))
     leaves, structure = jax.tree.flatten(params)

@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf.core.examples import as_float
+from jaxinf.core.augmentation import PLAIN, Augmentation
 from jaxinf.core.random import fold_in_each, stream, substreams
 from jaxinf.core.types import Batch
 from jaxinf.diffusion.model import DiffusionModel
-from jaxinf.diffusion.noise import Noised, flipped, losses, noised, predict
+from jaxinf.diffusion.noise import Noised, losses, noised, predict
 from jaxinf.diffusion.process import Process
 from jaxinf.engine.kernels import numerics
 from jaxinf.layers.register import Cotangents, Registration
@@ -66,20 +66,19 @@ def _root_weights(pairs: Noised) -> jax.Array:
 
 
 def curvature_pairs(
-  process: Process, seed: int | jax.Array, batch: Batch, random_flip: bool = False
+  process: Process, seed: int | jax.Array, batch: Batch, augmentation: Augmentation = PLAIN
 ) -> tuple[Noised, jax.Array]:
   """The pairs of (example, draw) rows, and their keys [B]: the same for every kind of curvature.
 
-  With random_flip each pair's image is mirrored with probability ½: augmentation is part of the
-  expectation over data (paper, Appendix J.8).
+  Augmentation is part of the expectation over data (paper, Appendix J.8): each pair has its own.
 
   In float32 whatever JAX's mode: under x64 the same keys would give other numbers.
   """
   with jax.enable_x64(False):
     keys = fold_in_each(fold_in_each(stream(seed, "curvature"), batch.ids), batch.draws)
-    data = as_float(batch.data)
-    pairs = noised(process, flipped(data, keys) if random_flip else data, keys)
-  return pairs._replace(conditioning=batch.conditioning), keys
+    pairs = noised(process, batch.data, keys, augmentation)
+    conditioning = augmentation.conditioning(batch.conditioning, keys)
+  return pairs._replace(conditioning=conditioning), keys
 
 
 FISHERS: dict[str, Callable[[jax.Array, Noised, int], Cotangents]] = {
@@ -90,7 +89,13 @@ FISHERS: dict[str, Callable[[jax.Array, Noised, int], Cotangents]] = {
 
 
 def check_exact(
-  model: DiffusionModel, layers: Registration, row: Batch, *, num_pairs: int, batch_size: int
+  model: DiffusionModel,
+  layers: Registration,
+  row: Batch,
+  *,
+  num_pairs: int,
+  batch_size: int,
+  augmentation: Augmentation = PLAIN,
 ) -> None:
   """Raises ValueError where back-propagating every output takes too long or too much memory.
 
@@ -100,10 +105,12 @@ def check_exact(
     row: a batch of one example, of which shapes count.
     num_pairs: pairs in all.
     batch_size: pairs on a device at a time.
+    augmentation: of the examples.
   """
-  num_outputs = math.prod(row.data.shape[1:])
-  flops = 2 * _forward_flops(model, row) * num_pairs * num_outputs
-  pairs = jax.eval_shape(lambda batch: curvature_pairs(model.process, 0, batch)[0], row)
+  num_outputs = math.prod(augmentation.shape(row.data.shape[1:]))
+  flops = 2 * _forward_flops(model, row, augmentation) * num_pairs * num_outputs
+  make = lambda batch: curvature_pairs(model.process, 0, batch, augmentation)[0]
+  pairs = jax.eval_shape(make, row)
   positions = layers.positions(model.params, pairs)
   numbers = num_outputs + sum(positions[x.name] * x.matrix_rows for x in layers.layers)
   each = 4 * num_outputs * numbers
@@ -125,11 +132,11 @@ def check_exact(
     )
 
 
-def _forward_flops(model: DiffusionModel, row: Batch) -> float:
+def _forward_flops(model: DiffusionModel, row: Batch, augmentation: Augmentation) -> float:
   """Operations of the network for one pair, by XLA's count."""
 
   def forward(params, batch):
-    pairs, _ = curvature_pairs(model.process, 0, batch)
+    pairs, _ = curvature_pairs(model.process, 0, batch, augmentation)
     return predict(model.apply_fn, params, pairs)
 
   with numerics():

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinf.core.augmentation import PLAIN, Augmentation
 from jaxinf.core.draws import Draws
-from jaxinf.diffusion.noise import Noised, draw_flips, draw_integers
+from jaxinf.diffusion.noise import Noised, draw_augmentations, draw_integers
 from jaxinf.diffusion.process import Process
 from jaxinf.diffusion.schedule import Schedule
 
@@ -94,7 +95,7 @@ def draw_transitions(
   trajectories: jax.Array,
   keys: jax.Array,
   draws: Draws,
-  random_flip: bool = False,
+  augmentation: Augmentation = PLAIN,
 ) -> Noised:
   """S steps of each trajectory: t by the design, and the target at which μ equals x_{t-1}.
 
@@ -106,7 +107,7 @@ def draw_transitions(
     trajectories: [B, T + 1, …], all states of DDPM sampling, from noise to data.
     keys: [B, S].
     draws: the design.
-    random_flip: whether each draw mirrors its images.
+    augmentation: of each draw, which can mirror its images.
   """
   schedule = discrete_schedule(process)
   num_steps = schedule.num_steps
@@ -119,8 +120,7 @@ def draw_transitions(
   t = draw_integers(num_steps, keys, draws)
   rows = jnp.repeat(jnp.arange(len(trajectories)), keys.shape[1])
   states = [trajectories[rows, num_steps - 1 - t + step] for step in (0, 1)]
-  if random_flip:
-    states = [draw_flips(state, keys, draws) for state in states]
+  states = [augmentation.mirrored(x, draw_augmentations(keys, draws)) for x in states]
   x_t, x_next = states
   betas, before, remains = schedule.exact_betas, _before(schedule), 1 - schedule.exact_alpha_bars
   column = lambda table: jnp.asarray(table, jnp.float32)[t].reshape(-1, *[1] * (x_t.ndim - 1))

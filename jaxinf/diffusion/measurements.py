@@ -32,8 +32,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinf.core.arrays import as_float
+from jaxinf.core.augmentation import PLAIN, Augmentation
 from jaxinf.core.draws import INDEPENDENT, Draws
-from jaxinf.core.examples import as_float
 from jaxinf.core.registry import named
 from jaxinf.core.types import ApplyFn, Array, Params, PyTree
 from jaxinf.diffusion.likelihood import (
@@ -47,6 +48,7 @@ from jaxinf.diffusion.likelihood import (
 )
 from jaxinf.diffusion.noise import (
   Noised,
+  draw_augmentations,
   draw_integers,
   draw_noised,
   draw_pairs,
@@ -67,8 +69,8 @@ class Measurement:
   """The mean over draws of value(output of the network on a pair, pair), of (example, key).
 
   Attributes:
-    draw: (process, data [B, …], keys [B, S], draws, random_flip) → B · S pairs, example-major, to
-      which conditioning is added after.
+    draw: (process, data [B, …], keys [B, S], draws, augmentation) → B · S pairs, example-major,
+      to which conditioning is added after.
     value: (process, network outputs [B, …], pairs) → [B].
     constant: (process, data) → [B], the part that does not depend on the model; None for none.
     of: "examples", of any shape; or "trajectories" (states of sampling) or
@@ -77,7 +79,7 @@ class Measurement:
     requires: (process) → None, raising ValueError where a process has no such measurement.
   """
 
-  draw: Callable[[Process, jax.Array, jax.Array, Draws, bool], Noised]
+  draw: Callable[[Process, jax.Array, jax.Array, Draws, Augmentation], Noised]
   value: Value
   constant: Callable[[Process, jax.Array], jax.Array] | None = None
   of: str = "examples"
@@ -105,7 +107,7 @@ class Measurement:
     keys: jax.Array,
     conditioning: PyTree = None,
     draws: Draws = INDEPENDENT,
-    random_flip: bool = False,
+    augmentation: Augmentation = PLAIN,
   ) -> Noised:
     """The B · S pairs of data [B, …] and keys [B, S], example-major.
 
@@ -114,8 +116,10 @@ class Measurement:
     """
     self.check(process)
     repeat = lambda rows: jnp.repeat(rows, keys.shape[1], axis=0)
-    pairs = self.draw(process, as_float(data), keys, draws, random_flip)
-    return pairs._replace(conditioning=jax.tree.map(repeat, conditioning))
+    pairs = self.draw(process, as_float(data), keys, draws, augmentation)
+    given = jax.tree.map(repeat, conditioning)
+    given = augmentation.conditioning(given, draw_augmentations(keys, draws))
+    return pairs._replace(conditioning=given)
 
   def cotangents(
     self, process: Process, pairs: Noised, draws: int
@@ -157,12 +161,12 @@ def loss_at_timestep(timestep: int) -> Measurement:
     _check_timesteps(name, process, [timestep])
 
   def draw(
-    process: Process, data: jax.Array, keys: jax.Array, draws: Draws, random_flip: bool
+    process: Process, data: jax.Array, keys: jax.Array, draws: Draws, augmentation: Augmentation
   ) -> Noised:
     requires(process)
     data = jnp.repeat(data, keys.shape[1], axis=0)
     t = jnp.full(len(data), timestep, jnp.int32)
-    return draw_noised(process, data, t, keys, draws, random_flip)
+    return draw_noised(process, data, t, keys, draws, augmentation)
 
   return Measurement(draw, _losses, name=name, requires=requires)
 
@@ -184,12 +188,12 @@ def loss_at_time(time: float) -> Measurement:
       raise ValueError(f"{name}: times of {process} must lie in {what}.")
 
   def draw(
-    process: Process, data: jax.Array, keys: jax.Array, draws: Draws, random_flip: bool
+    process: Process, data: jax.Array, keys: jax.Array, draws: Draws, augmentation: Augmentation
   ) -> Noised:
     requires(process)
     data = jnp.repeat(data, keys.shape[1], axis=0)
     t = jnp.full(len(data), time, jnp.float32)
-    return draw_noised(process, data, t, keys, draws, random_flip)
+    return draw_noised(process, data, t, keys, draws, augmentation)
 
   return Measurement(draw, _losses, name=name, requires=requires)
 
@@ -231,7 +235,7 @@ def journey_loss(timesteps: Sequence[int]) -> Measurement:
     _check_timesteps(name, process, timesteps)
 
   def draw(
-    process: Process, data: jax.Array, keys: jax.Array, draws: Draws, random_flip: bool
+    process: Process, data: jax.Array, keys: jax.Array, draws: Draws, augmentation: Augmentation
   ) -> Noised:
     requires(process)
     if data.ndim < 3 or data.shape[1] != len(timesteps):
@@ -242,7 +246,7 @@ def journey_loss(timesteps: Sequence[int]) -> Measurement:
     k = draw_integers(len(timesteps), keys, draws)
     rows = jnp.repeat(jnp.arange(len(data)), keys.shape[1])
     t = jnp.array(timesteps, jnp.int32)[k]
-    return draw_noised(process, data[rows, k], t, keys, draws, random_flip)
+    return draw_noised(process, data[rows, k], t, keys, draws, augmentation)
 
   return Measurement(draw, _losses, of="predictions", name=name, requires=requires)
 

@@ -3,8 +3,7 @@
 How the draws of a replicate depend on each other is a design (core/draws.py). Every design is
 unbiased: the draws of a replicate together have t by the process's law and ε standard normal.
 
-Training that mirrors images at random has the mean over both as its loss (paper, Appendix J.8):
-then draws are of (flip, t, ε).
+What training does to an example at random is drawn too: see core/augmentation.py.
 """
 
 from typing import NamedTuple
@@ -13,8 +12,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from jaxinf.core.augmentation import PLAIN, Augmentation
 from jaxinf.core.draws import INDEPENDENT, Draws
-from jaxinf.core.examples import as_float
 from jaxinf.core.random import substreams
 from jaxinf.core.types import ApplyFn, Params, PyTree
 from jaxinf.diffusion.process import Process, index_of
@@ -59,12 +58,14 @@ def losses(outputs: jax.Array, pairs: Noised) -> jax.Array:
   return pairs.weights * squared_errors(outputs, pairs)
 
 
-def noised(process: Process, data: jax.Array, keys: jax.Array) -> Noised:
+def noised(
+  process: Process, data: jax.Array, keys: jax.Array, augmentation: Augmentation = PLAIN
+) -> Noised:
   """One draw of (t, ε) for each example [B, …] from its key [B], t by the law of the process.
 
   Draws do not depend on conditioning: `noised(…)._replace(conditioning=…)` adds it.
   """
-  return draw_pairs(process, data, keys[:, None])
+  return draw_pairs(process, data, keys[:, None], augmentation=augmentation)
 
 
 def draw_pairs(
@@ -72,22 +73,22 @@ def draw_pairs(
   data: jax.Array,
   keys: jax.Array,
   draws: Draws = INDEPENDENT,
-  random_flip: bool = False,
+  augmentation: Augmentation = PLAIN,
 ) -> Noised:
   """One replicate of S draws for each example.
 
   Args:
     process: how data are noised.
-    data: [B, …] floats, or uint8 pixels.
+    data: [B, …] floats, uint8 pixels, or what `augmentation` makes data of.
     keys: [B, S], one a draw.
     draws: the design of the replicate; its numbers of draws are not read.
-    random_flip: whether each draw mirrors its image [H, W, C] with probability ½.
+    augmentation: what each draw does to its example.
 
   Returns:
     The B · S pairs, example-major, without conditioning.
   """
   data = jnp.repeat(data, keys.shape[1], axis=0)
-  return draw_noised(process, data, draw_times(process, keys, draws), keys, draws, random_flip)
+  return draw_noised(process, data, draw_times(process, keys, draws), keys, draws, augmentation)
 
 
 def draw_times(process: Process, keys: jax.Array, draws: Draws) -> jax.Array:
@@ -113,32 +114,22 @@ def draw_noised(
   t: jax.Array,
   keys: jax.Array,
   draws: Draws,
-  random_flip: bool = False,
+  augmentation: Augmentation = PLAIN,
 ) -> Noised:
   """The pairs of examples [B · S, …] and times [B · S] with the noise of keys [B, S]."""
-  data = as_float(data)
+  data = augmentation.data(data, draw_augmentations(keys, draws))
   normal = jax.vmap(lambda key: jax.random.normal(key, data.shape[1:], jnp.float32))
   noise = _both(normal(substreams(_firsts(keys, draws).reshape(-1), "noise")), keys, draws)
   if draws.antithetic:
     signs = jnp.tile(1.0 - 2.0 * (jnp.arange(keys.shape[1]) % 2), len(keys))
     noise *= signs.reshape(-1, *[1] * (noise.ndim - 1))
-  if random_flip:
-    data = draw_flips(data, keys, draws)
   inputs, time = process.inputs(process.noised(data, t, noise), t)
   return Noised(inputs, time, process.target(data, noise, t), process.weights(t), t)
 
 
-def draw_flips(images: jax.Array, keys: jax.Array, draws: Draws) -> jax.Array:
-  """Images [B · S, H, W, C], each mirrored with probability ½ as keys [B, S] say."""
-  return flipped(images, _both(_firsts(keys, draws).reshape(-1), keys, draws))
-
-
-def flipped(data: jax.Array, keys: jax.Array) -> jax.Array:
-  """Images [B, H, W, C], each mirrored left to right with probability ½ as its key [B] says."""
-  if data.ndim != 4:
-    raise ValueError(f"random_flip mirrors images [B, H, W, C]; got data of shape {data.shape}.")
-  flips = jax.vmap(jax.random.bernoulli)(substreams(keys, "flip"))
-  return jnp.where(flips[:, None, None, None], data[:, :, ::-1], data)
+def draw_augmentations(keys: jax.Array, draws: Draws) -> jax.Array:
+  """Keys [B · S] of what is done to examples, from keys [B, S] of draws: one for both of a pair."""
+  return _both(_firsts(keys, draws).reshape(-1), keys, draws)
 
 
 def _uniforms(keys: jax.Array, draws: Draws) -> jax.Array:

@@ -192,7 +192,7 @@ def _gradients(curvature: Curvature, examples: Examples, draws: Draws) -> Gradie
   """The kernel of such examples' gradients."""
   model = curvature.model
   layers = layers_of(model, examples, curvature.selection)
-  return GradientKernel(layers, LOSS, model.process, Replicate.of(draws, examples.random_flip))
+  return GradientKernel(layers, LOSS, model.process, Replicate.of(draws, examples.augmentation))
 
 
 def _round_trip(compression: Compression, rows: Matrices, curvature: Curvature) -> Matrices:

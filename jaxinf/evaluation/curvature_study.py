@@ -174,7 +174,7 @@ class _Gradients:
     """Layer name → [n, …], or what a second kernel makes of them."""
     model = self.curvature.model
     layers = layers_of(model, examples, self.curvature.selection)
-    replicate = Replicate.of(self.draws, examples.random_flip)
+    replicate = Replicate.of(self.draws, examples.augmentation)
     return map_batches(
       GradientKernel(layers, LOSS, model.process, replicate),
       row_operands(model.params, self.draws, stream),

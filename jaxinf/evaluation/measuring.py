@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinf.attribution.kernels import Replicate, row_operands
+from jaxinf.core.arrays import as_float
 from jaxinf.core.draws import Draws
-from jaxinf.core.examples import Examples, as_float
+from jaxinf.core.examples import Examples
 from jaxinf.core.types import ApplyFn, Batch, Params, PyTree
 from jaxinf.diffusion.measurements import Measurement
 from jaxinf.diffusion.model import DiffusionModel

@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from jaxinf.core.augmentation import PLAIN, Augmentation
 from jaxinf.core.draws import INDEPENDENT, Draws
 from jaxinf.core.types import Matrices, Params, PyTree
 from jaxinf.diffusion.measurements import Measurement
@@ -26,7 +27,7 @@ def example_gradients(
   keys: jax.Array,
   conditioning: PyTree = None,
   draws: Draws = INDEPENDENT,
-  random_flip: bool = False,
+  augmentation: Augmentation = PLAIN,
 ) -> Matrices:
   """Gradients of each example's measurement over its draws.
 
@@ -39,7 +40,7 @@ def example_gradients(
     keys: [B, S], one a draw.
     conditioning: pytree of arrays [B, …], or None.
     draws: the design by which the S draws of an example depend on each other.
-    random_flip: whether each draw mirrors its image at random.
+    augmentation: what each draw does to its example.
 
   Returns:
     Layer name → [B, d_out, d_in].
@@ -56,10 +57,10 @@ def example_gradients(
       keys=keys[row][None],
       conditioning=jax.tree.map(lambda x: x[row][None], conditioning),
       draws=draws,
-      random_flip=random_flip,
+      augmentation=augmentation,
     )
     return jax.tree.map(lambda *x: jnp.concatenate(x), *map(alone, range(num)))
-  pairs = measurement.pairs(process, data, keys, conditioning, draws, random_flip)
+  pairs = measurement.pairs(process, data, keys, conditioning, draws, augmentation)
   cotangents = measurement.cotangents(process, pairs, draws=size)
   grads = layers.gradients(params, pairs, cotangents, rows=num)
   chex.assert_tree_shape_prefix(grads, (num,))

@@ -205,7 +205,7 @@ def layers_of(
     ValueError: the network does not take such examples, its output for one of them depends on the
       others of a batch, or a parameter is in no layer.
   """
-  shape = tuple(examples.data.shape[1 + axes :])
+  shape = examples.shape[axes:]
   structs = examples.conditioning_structs
   leaves, structure = jax.tree.flatten(structs)
   # Another network, or parameters of other shapes, have layers of their own. What is kept holds on

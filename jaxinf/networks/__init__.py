@@ -57,8 +57,8 @@ def apply_fn_of(network: nn.Module, process: Process) -> Callable[..., jax.Array
   """
   scale = 1 if process.is_discrete else 1_000
 
-  def apply_fn(params: Params, inputs: jax.Array, time: jax.Array, **how: Any) -> Any:
-    return network.apply({"params": params}, inputs, scale * time, **how)
+  def apply_fn(params: Params, inputs: jax.Array, time: jax.Array, *given: Any, **how: Any) -> Any:
+    return network.apply({"params": params}, inputs, scale * time, *given, **how)
 
   return apply_fn
 

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinf import engine
-from jaxinf.data.dataset import Dataset
+from jaxinf.core.arrays import read_rows
+from jaxinf.core.examples import Examples
 from jaxinf.diffusion.process import Process
 from jaxinf.engine import rehearsal
 from jaxinf.engine.progress import Progress
@@ -57,7 +58,7 @@ class Retraining:
   Args:
     network: a module of jaxinf.networks.
     process: how examples are noised, what the network predicts, and the weights of its loss.
-    dataset: all examples; they are put on every device.
+    train: all examples; they are put on every device.
     config: optimisation settings of every model.
     devices: local devices; all of them where None.
 
@@ -69,24 +70,25 @@ class Retraining:
     self,
     network: nn.Module,
     process: Process,
-    dataset: Dataset,
+    train: Examples,
     config: TrainConfig,
     devices: Sequence[jax.Device] | None = None,
   ):
-    self._network, self._dataset, self._config = network, dataset, config
+    self._network, self._train, self._config = network, train, config
     self._devices = engine.local_devices(devices)
     self._starts: dict[int, TrainState] = {}  # of the last seed
 
-    def step(state, images, examples, weights, seed):
+    def step(state, rows, examples, weights, seed):
       sums, update = train_step(
-        network, process, config, random_flip=dataset.random_flip, seed=seed
+        network, process, config, augmentation=train.augmentation, seed=seed
       )
       places = jnp.arange(config.batch_size, dtype=jnp.uint32)
 
       def one(state, examples, weights):
         own = None if weights is None else weights[examples]
-        rows = TrainRows(images[examples], places, jnp.ones(config.batch_size), own)
-        return update(state, sums(state, rows))
+        data, given = jax.tree.map(lambda x: x[examples], rows)
+        batch = TrainRows(data, places, jnp.ones(config.batch_size), own, given)
+        return update(state, sums(state, batch))
 
       if len(examples) > 1:
         together = jax.vmap(one, in_axes=(_MODELS, 0, 0), out_axes=(_MODELS, 0))
@@ -100,7 +102,9 @@ class Retraining:
       return TrainState(after.step, *trees), with_axis(metrics)
 
     self._step = engine.on_all(step, self._devices, donate=True)
-    self._images = engine.replicate(dataset.images, self._devices)
+    every = np.arange(len(train))
+    rows = jax.tree.map(lambda x: read_rows(x, every), (train.data, train.conditioning))
+    self._rows = engine.replicate(rows, self._devices)
 
   def fit(
     self,
@@ -113,7 +117,7 @@ class Retraining:
   ) -> TrainState:
     """Trains one model a member for config.steps steps, all at once.
 
-    Each equals `training.fit` with this seed on `dataset.take(member.examples)`, up to rounding,
+    Each equals `training.fit` with this seed on `train.take(member.examples)`, up to rounding,
     where it has no weights.
 
     Args:
@@ -142,7 +146,7 @@ class Retraining:
       state = self.start(len(members), seed)
     weights = None
     if any(member.weights is not None for member in members):
-      even = np.ones(len(self._dataset), np.float32)
+      even = np.ones(len(self._train), np.float32)
       weights = [even if m.weights is None else m.weights.astype(np.float32) for m in padded]
       weights = by_device(np.stack(weights))
     seeds = np.full(num_devices, seed, np.uint32)
@@ -155,7 +159,7 @@ class Retraining:
         order = {n: each.examples(step, places) for n, each in batches.items()}
         examples = np.stack([m.examples[order[len(m.examples)]] for m in padded])
         state, metrics = self._step(
-          state, self._images, by_device(examples.astype(np.int32)), weights, seeds
+          state, self._rows, by_device(examples.astype(np.int32)), weights, seeds
         )
         recent.append(metrics)
         done = step + 1
@@ -177,9 +181,7 @@ class Retraining:
   def start(self, num_members: int, seed: int) -> TrainState:
     """The states [D, V, …] that so many models begin from, all alike."""
     if seed not in self._starts:
-      self._starts = {
-        seed: init_state(self._network, self._dataset.image_shape, self._config, seed)
-      }
+      self._starts = {seed: init_state(self._network, self._train, self._config, seed)}
     one, devices = self._starts[seed], len(self._devices)
     num_each = math.ceil(num_members / devices)
     copies = lambda x: np.broadcast_to(x, (devices, num_each, *np.shape(x)))

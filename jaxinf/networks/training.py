@@ -17,11 +17,12 @@ import numpy as np
 import optax
 
 from jaxinf import engine
-from jaxinf.core.examples import as_float
+from jaxinf.core.arrays import read_rows
+from jaxinf.core.augmentation import PLAIN, Augmentation
+from jaxinf.core.examples import Examples
 from jaxinf.core.random import fold_in_each, stream
-from jaxinf.core.types import Array, Params
-from jaxinf.data.dataset import Dataset
-from jaxinf.diffusion.noise import flipped, losses, noised, predict
+from jaxinf.core.types import Array, Params, PyTree
+from jaxinf.diffusion.noise import losses, noised, predict
 from jaxinf.diffusion.process import Process
 from jaxinf.engine import processes, rehearsal
 from jaxinf.engine.progress import Progress
@@ -79,6 +80,7 @@ class TrainRows:
   places: Array  # [B] uint32
   mask: Array  # [B]
   weights: Array | None = None  # [B] of the examples in the loss; None: 1
+  conditioning: PyTree = None  # of arrays [B, …]; None where the network takes nothing else
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
@@ -111,12 +113,12 @@ def ema_decay(step: jax.Array, max_decay: float, power: float) -> jax.Array:
   return jnp.minimum(max_decay, 1 - (1.0 + step) ** -power)
 
 
-def init_state(network: nn.Module, shape: tuple, config: TrainConfig, seed: int) -> TrainState:
+def init_state(network: nn.Module, train: Examples, config: TrainConfig, seed: int) -> TrainState:
   """Initial parameters from the seed; the EMA starts there.
 
   Args:
     network: a module of jaxinf.networks.
-    shape: of one example.
+    train: the training examples, of which shapes and types count.
     config: settings of the optimisation.
     seed: of the parameters.
 
@@ -124,8 +126,7 @@ def init_state(network: nn.Module, shape: tuple, config: TrainConfig, seed: int)
     ValueError: impossible settings.
   """
   _check_counts(config)
-  inputs, time = jnp.zeros((1, *shape)), jnp.zeros(1, jnp.int32)
-  variables = jax.jit(network.init)(stream(seed, "init"), inputs, time)
+  variables = jax.jit(network.init)(stream(seed, "init"), *example_inputs(train))
   params = variables["params"]
   return TrainState(
     step=jnp.zeros((), jnp.int32),
@@ -135,12 +136,21 @@ def init_state(network: nn.Module, shape: tuple, config: TrainConfig, seed: int)
   )
 
 
+def example_inputs(train: Examples) -> tuple:
+  """Zeros in the shapes of what a network is given of an example: data, time, conditioning."""
+  inputs = jnp.zeros((1, *train.shape)), jnp.zeros(1, jnp.int32)
+  if train.conditioning is None:
+    return inputs
+  zeros = lambda struct: jnp.zeros((1, *struct.shape), struct.dtype)
+  return *inputs, jax.tree.map(zeros, train.conditioning_structs)
+
+
 def train_step(
   network: nn.Module,
   process: Process,
   config: TrainConfig,
   *,
-  random_flip: bool,
+  augmentation: Augmentation = PLAIN,
   seed: int | jax.Array,
 ) -> tuple[Callable, Callable]:
   """The two halves of a step: sums over rows, and the update from their totals.
@@ -154,15 +164,14 @@ def train_step(
   def total_loss(params, step, rows):
     key = jax.random.fold_in(stream(seed, "train"), step)
     keys = fold_in_each(key, rows.places)
-    data = as_float(rows.data)
-    if random_flip:
-      data = flipped(data, keys)
     dropout = {"dropout": jax.random.fold_in(stream(seed, "dropout"), step)}
 
-    def apply_fn(params, inputs, time):
-      return own(params, inputs, time, dropout_ids=rows.places, rngs=dropout)
+    def apply_fn(params, inputs, time, *given):
+      return own(params, inputs, time, *given, dropout_ids=rows.places, rngs=dropout)
 
-    pairs = noised(process, data, keys)
+    pairs = noised(process, rows.data, keys, augmentation)
+    given = augmentation.conditioning(rows.conditioning, keys)
+    pairs = pairs._replace(conditioning=given)
     each = losses(predict(apply_fn, params, pairs), pairs)
     return jnp.sum(rows.mask * each if rows.weights is None else rows.mask * rows.weights * each)
 
@@ -198,7 +207,7 @@ class Hooks:
 def fit(
   network: nn.Module,
   process: Process,
-  dataset: Dataset,
+  train: Examples,
   config: TrainConfig,
   *,
   seed: int,
@@ -212,7 +221,7 @@ def fit(
   Args:
     network: a module of jaxinf.networks.
     process: how examples are noised, what the network predicts, and the weights of its loss.
-    dataset: the training examples.
+    train: the training examples.
     config: optimisation settings.
     seed: of initialisation, batches, draws, flips and dropout.
     state: where to go on from.
@@ -225,20 +234,20 @@ def fit(
     NonFiniteLoss: with the step; states saved before it are sound.
     ValueError: a number of steps or examples in `config` is below 1.
   """
-  state = init_state(network, dataset.image_shape, config, seed) if state is None else state
-  halves = train_step(network, process, config, random_flip=dataset.random_flip, seed=seed)
+  state = init_state(network, train, config, seed) if state is None else state
+  halves = train_step(network, process, config, augmentation=train.augmentation, seed=seed)
   step_fn = engine.parallel_step(*halves, devices=devices)
   start = int(state.step)
   end = config.steps if stop_after is None else min(config.steps, stop_after)
   num_devices = engine.num_step_devices(devices)
-  batches = Batches(len(dataset), config.batch_size, seed)
+  batches = Batches(len(train), config.batch_size, seed)
   replicated = engine.replicate(state, devices)
   recent: list[Any] = []  # metrics not yet looked at, so that the host need not wait each step
   trial = rehearsal.trial("train", None, end - start)
 
   with Progress(processes.label("train"), config.steps, "steps", start) as progress:
     for step in trial.few(range(start, end)):
-      rows = engine.shard_of_step(batches.rows(dataset, step, num_devices), devices)
+      rows = engine.shard_of_step(batches.rows(train, step, num_devices), devices)
       replicated, metrics = step_fn(replicated, rows)
       recent.append(metrics)
       if len(recent) > _MOST_AHEAD:
@@ -292,13 +301,15 @@ class Batches:
       examples[here] = self._order(int(epoch))[offsets[here]]
     return examples
 
-  def rows(self, dataset: Dataset, step: int, num_devices: int = 1) -> TrainRows:
+  def rows(self, train: Examples, step: int, num_devices: int = 1) -> TrainRows:
     """The rows of a step, padded to as many for each of the devices."""
     places = np.arange(-(-self.batch_size // num_devices) * num_devices)
+    examples = self.examples(step, places)
     return TrainRows(
-      data=dataset.images[self.examples(step, places)],
+      data=read_rows(train.data, examples),
       places=places.astype(np.uint32),
       mask=(places < self.batch_size).astype(np.float32),
+      conditioning=jax.tree.map(lambda x: read_rows(x, examples), train.conditioning),
     )
 
   def _order(self, epoch: int) -> np.ndarray:

@@ -283,8 +283,10 @@ def eigenbases_bytes(subject: Subject) -> int:
 
 def memory_of(subject: Subject) -> tuple[LayerMemory, ...]:
   """What the curvature of each layer takes."""
-  config, train = subject.run.config.curvature, subject.run.dataset.examples
+  config, train = subject.run.config.curvature, subject.run.train
   each = math.ceil(config.batch_size / subject.num_devices)
   row = Rows.of(train, 1).padded_batch(0, 1)
   kind, model = kind_of_config(config), fresh_model(subject.run)
-  return layer_memory(subject.layers, model, row, kind, batch_size=each)
+  return layer_memory(
+    subject.layers, model, row, kind, batch_size=each, augmentation=train.augmentation
+  )

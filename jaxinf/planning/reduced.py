@@ -74,7 +74,7 @@ class Subject:
     config = self.run.config.curvature
     asked = Selection(config.skip, config.diagonal, config.only)
     selection = kind_of_config(config).selection(asked)
-    return layers_of(fresh_model(self.run), self.run.dataset.examples, selection)
+    return layers_of(fresh_model(self.run), self.run.train, selection)
 
   @property
   def num_devices(self) -> int:
@@ -88,8 +88,7 @@ class Subject:
   def state_bytes(self) -> int:
     """Of training: parameters, their EMA, and two moments of Adam."""
     run = self.run
-    shape, config = run.dataset.image_shape, run.config.train
-    begin = lambda: training.init_state(run.model, shape, config, run.config.seed)
+    begin = lambda: training.init_state(run.model, run.train, run.config.train, run.config.seed)
     return num_bytes(jax.eval_shape(begin))
 
   @property

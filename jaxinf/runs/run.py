@@ -10,11 +10,11 @@ from typing import Any
 import flax.linen as nn
 import flax.traverse_util
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxinf import data, networks
 from jaxinf.core.draws import Draws
+from jaxinf.core.examples import Examples
 from jaxinf.core.registry import named
 from jaxinf.core.types import ApplyFn, Params
 from jaxinf.curvature.curvature import Curvature
@@ -26,6 +26,7 @@ from jaxinf.diffusion.model import DiffusionModel
 from jaxinf.diffusion.process import Process
 from jaxinf.engine import artifacts
 from jaxinf.engine.compute import Compute
+from jaxinf.networks.training import example_inputs
 from jaxinf.runs.config import settings
 from jaxinf.runs.process import process_of
 from jaxinf.runs.sections import Config, CurvatureConfig, DrawConfig
@@ -64,6 +65,11 @@ class Run:
     return data.load(self.config.data)
 
   @functools.cached_property
+  def train(self) -> Examples:
+    """What the model is trained on."""
+    return self.dataset.examples
+
+  @functools.cached_property
   def data_content(self) -> str:
     """Hash of the training images and their ids."""
     return self.dataset.fingerprint()
@@ -72,7 +78,7 @@ class Run:
   def model(self) -> nn.Module:
     """The denoiser, without parameters."""
     section = self.config.model
-    return networks.build(section.name, dict(section.fields), self.dataset.image_shape[-1])
+    return networks.build(section.name, dict(section.fields), self.train.shape[-1])
 
   @property
   def process(self) -> Process:
@@ -91,7 +97,7 @@ class Run:
       config=dataclasses.replace(self.config, curvature=section),
       folders={**self.folders, "curvature": folder},
     )
-    shared = ("dataset", "data_content", "model", "apply_fn", "found")
+    shared = ("dataset", "train", "data_content", "model", "apply_fn", "found")
     vars(other).update({name: getattr(self, name) for name in shared})
     return other
 
@@ -162,8 +168,7 @@ def load_model(run: Run) -> DiffusionModel:
 
 def fresh_model(run: Run) -> DiffusionModel:
   """The model of a run with parameters of zero, for what depends on shapes alone."""
-  inputs = jnp.zeros((1, *run.dataset.image_shape)), jnp.zeros(1, jnp.int32)
-  shapes = jax.eval_shape(run.model.init, jax.random.key(0), *inputs)["params"]
+  shapes = jax.eval_shape(run.model.init, jax.random.key(0), *example_inputs(run.train))["params"]
   params = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
   return DiffusionModel(run.apply_fn, params, run.process)  # zeros say nothing of the network
 
@@ -172,7 +177,7 @@ def load_curvature(run: Run, model: DiffusionModel) -> Curvature:
   """The fitted curvature of a run, for its model."""
   artifact = artifacts.read(run.folder("curvature"))
   compute = run.compute(run.config.curvature.batch_size)
-  return curvature_from(artifact.arrays, artifact.notes, model, run.dataset.examples, compute)
+  return curvature_from(artifact.arrays, artifact.notes, model, run.train, compute)
 
 
 def kind_of_config(config: CurvatureConfig) -> Kind:

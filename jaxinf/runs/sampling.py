@@ -72,7 +72,7 @@ def _generated(run: Run) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   kernel = SampleKernel(
     model.apply_fn,
     model.process,
-    run.dataset.image_shape,
+    run.train.shape,
     config.sampler,
     config.num_steps,
     config.keep_trajectory,

@@ -33,7 +33,7 @@ def index(run: Run) -> Outcome:
   store = build_store(
     store_folder(run),
     load_curvature(run, load_model(run)),
-    train=run.dataset.examples,
+    train=run.train,
     draws=run.draws(config.draws, config.replicates, config.design),
     compression=compression_named(config.compression, config.compression_size),
     reserve_bytes=config.reserve_mib * _MIB,

@@ -44,7 +44,7 @@ _LOG = logging.getLogger("jaxinf")
 def train(run: Run) -> Outcome:
   """Trains the model, from its last checkpoint on; the arrays are its EMA parameters."""
   config, folder = run.config.train, run.folder("train")
-  state = training.init_state(run.model, run.dataset.image_shape, config, run.config.seed)
+  state = training.init_state(run.model, run.train, config, run.config.seed)
   checkpoints = artifacts.Checkpoints(folder / "checkpoints")
   step = checkpoints.latest()
   if step is not None:
@@ -116,7 +116,7 @@ def _trained(run: Run, state: training.TrainState, hooks: training.Hooks) -> tra
   return training.fit(
     run.model,
     run.process,
-    run.dataset,
+    run.train,
     run.config.train,
     seed=run.config.seed,
     state=state,
@@ -130,7 +130,7 @@ def _fitted(run: Run) -> Curvature:
   kept = Checkpointing(run.folder("curvature") / "sums", config.checkpoint_every)
   return fit_curvature(
     load_model(run),
-    run.dataset.examples,
+    run.train,
     kind_of_config(config),
     draws=Draws(config.draws, seed=run.config.seed),
     skip=config.skip,
@@ -154,7 +154,7 @@ def _scores(run: Run) -> Sweep:
   return influence_sweep(
     load_curvature(run, model),
     queries=_queries(run),
-    train=run.dataset.examples,
+    train=run.train,
     dampings=(config.damping, *config.sweep),
     draws=draws,
     query_draws=query_draws,

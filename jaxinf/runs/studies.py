@@ -29,12 +29,12 @@ from jaxinf.runs.sections import CompressStudyConfig
 def curvature_memory(run: Run) -> str:
   """What the curvature would take, as a table; needs no trained model and computes nothing."""
   config, model, kind = run.config.curvature, fresh_model(run), kind_of_config(run.config.curvature)
-  train, devices = run.dataset.examples, num_devices(run.devices)
+  train, devices = run.train, num_devices(run.devices)
   selection = kind.selection(Selection(config.skip, config.diagonal, config.only))
   layers = layers_of(model, train, selection)
   each = math.ceil(config.batch_size / devices)
   row = Rows.of(train, 1).padded_batch(0, 1)
-  memory = layer_memory(layers, model, row, kind, batch_size=each)
+  memory = layer_memory(layers, model, row, kind, batch_size=each, augmentation=train.augmentation)
   table = memory_table(memory, partition(layers.layers, config.partitions))
   return (
     f"{layers.coverage.summary()}\nMiB a layer, each on every one of {devices} devices but for "

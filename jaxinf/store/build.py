@@ -72,9 +72,9 @@ def build_store(
       "replicates": draws.replicates,
       "design": draws.design,
       "seed": draws.seed,
-      "random_flip": train.random_flip,
+      **train.augmentation.settings,
       "compression": settings_of(compression),
-      "shape": list(train.data.shape[1:]),
+      "shape": list(train.shape),
     }
   }
   if processes.is_primary():

@@ -18,7 +18,7 @@ from jaxinf.attribution.queries import gradient_batches, gradient_kernel
 from jaxinf.core.arrays import blocks
 from jaxinf.core.checks import checked_damping
 from jaxinf.core.draws import Draws
-from jaxinf.core.examples import Examples
+from jaxinf.core.examples import Examples, check_queries
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.diffusion.measurements import LOSS, Measurement, measurement_named
 from jaxinf.engine import processes
@@ -87,11 +87,14 @@ class Store:
     Raises:
       ValueError: ids are taken, or the rows do not fit on the disk: what is written stays.
     """
-    if train.random_flip != self.settings["random_flip"]:
-      raise ValueError(
-        f"The store was made with random_flip={self.settings['random_flip']}: give the examples "
-        "the same."
-      )
+    ours = train.augmentation.settings
+    names = ("random_flip", "latents", "conditioning_dropout")
+    for name in names:
+      if ours.get(name) != self.settings.get(name):
+        raise ValueError(
+          f"The store was made with {name}={self.settings.get(name)}, these examples have "
+          f"{ours.get(name)}: give them the same."
+        )
     store, draws = self.rows, self.draws
     # What cannot be computed is refused before the store waits for it.
     kernel = self._gradients(train, LOSS, draws)
@@ -202,8 +205,7 @@ class Store:
   ) -> Search:
     """The query vectors, to be compared with the rows."""
     checked_damping(damping)
-    if queries.random_flip:
-      raise ValueError("A query is measured as it is: leave random_flip out of the queries.")
+    check_queries(queries)
     self.rows.refresh()
     names = matching_layers(self.packing.shapes, layers)
     grads = gradient_batches(
@@ -227,9 +229,9 @@ class Store:
     self, examples: Examples, measurement: Measurement, draws: Draws
   ) -> GradientKernel:
     """The gradient kernel for such examples."""
-    shape, expected = examples.data.shape[1 + measurement.axes :], tuple(self.settings["shape"])
-    if tuple(shape) != expected:
-      raise ValueError(f"The store is of examples {expected}; got {tuple(shape)}. Resize them.")
+    shape, expected = examples.shape[measurement.axes :], tuple(self.settings["shape"])
+    if shape != expected:
+      raise ValueError(f"The store is of examples {expected}; got {shape}. Resize them.")
     return gradient_kernel(self.curvature, examples, measurement, draws)
 
   def _packed(

@@ -40,7 +40,7 @@ def minimal_loop(run: Run, config, examples: np.ndarray):
   batches = jnp.asarray(
     np.stack([order.permutation(len(examples))[: config.batch_size] for _ in range(config.steps)])
   )
-  start = training.init_state(model, run.dataset.image_shape, config, 1)
+  start = training.init_state(model, run.train, config, 1)
 
   @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
   def step(params, ema, opt_state, images, batch, key, number):
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
   )
   num = len(run.dataset)
   half = lambda seed: np.sort(np.random.default_rng(seed).permutation(num)[: num // 2])
-  engine = Retraining(run.model, run.process, run.dataset, config, run.devices)
+  engine = Retraining(run.model, run.process, run.train, config, run.devices)
   sizes = [int(size) for size in AT_ONCE.value]
   minimal = minimal_loop(run, config, half(0))
 

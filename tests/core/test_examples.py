@@ -10,7 +10,8 @@ import pytest
 
 from jaxinf import Examples
 from jaxinf.core import arrays
-from jaxinf.core.examples import as_float, check_alike, checked_conditioning
+from jaxinf.core.arrays import as_float
+from jaxinf.core.examples import check_alike, checked_conditioning
 from jaxinf.core.random import example_numbers
 from jaxinf.engine.worklist import Rows
 from tests.stored import Stored, Zarr

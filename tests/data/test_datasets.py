@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from jaxinf.core import arrays
-from jaxinf.core.examples import as_float
+from jaxinf.core.arrays import as_float
 from jaxinf.data import DATASETS, DataConfig, Dataset, load
 from jaxinf.data.dataset import stratified_positions
 from tests.stored import Stored

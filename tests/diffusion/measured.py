@@ -21,6 +21,6 @@ def random_examples(
   measurement: Measurement, num: int, num_steps: int, shape=(4, 4, 1), seed: int = 0
 ) -> np.ndarray:
   """Data [num, …], or trajectories or predictions [num, K, …], in [-1, 1]."""
-  several = {"images": (), "trajectories": (num_steps + 1,), "predictions": (3,)}
+  several = {"examples": (), "trajectories": (num_steps + 1,), "predictions": (3,)}
   shape = (*several[measurement.of], *shape)
   return nets.random_images(num, shape, seed)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from jaxinf.core.arrays import as_float
 from jaxinf.core.draws import INDEPENDENT, Draws
-from jaxinf.core.examples import as_float
 from jaxinf.core.random import draw_keys, fold_in_each, stream
 from jaxinf.diffusion import measurements
 from jaxinf.diffusion.measurements import (

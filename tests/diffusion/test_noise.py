@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinf.core.augmentation import Augmentation
 from jaxinf.core.draws import INDEPENDENT, Draws
 from jaxinf.core.random import draw_keys, fold_in_each, stream
 from jaxinf.diffusion.measurements import LOSS
-from jaxinf.diffusion.noise import Noised, draw_pairs, flipped, losses, noised, squared_errors
+from jaxinf.diffusion.noise import Noised, draw_pairs, losses, noised, squared_errors
 from tests.processes import PROCESSES
 
 EPSILON = PROCESSES["epsilon"]
@@ -164,7 +165,9 @@ def test_flips_mirror_half_of_the_images_and_change_no_draw(draws, size=5):
   images = jnp.asarray(np.random.default_rng(0).normal(size=(400, 2, 3, 1)), jnp.float32)
   ids = draws.numbers(jnp.arange(400))
   keys = jax.vmap(lambda key: draw_keys(key, size))(fold_in_each(stream(0, "test"), ids))
-  pairs, plain = (draw_pairs(EPSILON, images, keys, draws, flip) for flip in (True, False))
+  pairs, plain = (
+    draw_pairs(EPSILON, images, keys, draws, Augmentation(flip)) for flip in (True, False)
+  )
   np.testing.assert_array_equal(pairs.t, plain.t)
   np.testing.assert_array_equal(pairs.target, plain.target)
   repeated = jnp.repeat(images, size, axis=0)
@@ -186,7 +189,7 @@ def test_flips_mirror_half_of_the_images_and_change_no_draw(draws, size=5):
 def test_flips_are_of_images_alone():
   message = r"random_flip mirrors images \[B, H, W, C\]; got data of shape \(3, 5\)"
   with pytest.raises(ValueError, match=message):
-    flipped(jnp.zeros((3, 5)), keys_of(3, 1)[:, 0])
+    Augmentation(random_flip=True).data(jnp.zeros((3, 5)), keys_of(3, 1)[:, 0])
 
 
 def test_the_papers_design_draws_each_pair_by_itself():

@@ -44,6 +44,7 @@ from jaxinf.attribution.kernels import Replicate
 from jaxinf.benchmark import counterfactuals, evaluating
 from jaxinf.benchmark.measuring import retrained
 from jaxinf.core import random as keys_of
+from jaxinf.core.augmentation import Augmentation
 from jaxinf.core.draws import TIMESTEPS
 from jaxinf.core.types import Batch
 from jaxinf.curvature.targets import FISHERS, curvature_pairs
@@ -204,7 +205,7 @@ def _designs() -> Arrays:
         origin = np.uint32(SEED), np.uint32(keys_of.stream_number("train_gradients"))
         batch = Batch(images, ids, np.array([1, 1], np.int32), np.ones(2, np.float32))
         drawn = Replicate.of(draws).keys(origin, batch)
-        pairs = noise.draw_pairs(process, images, drawn, draws, random_flip=True)
+        pairs = noise.draw_pairs(process, images, drawn, draws, Augmentation(random_flip=True))
         named = f"{timesteps}-antithetic-{antithetic}-shared-{shared}"
         found |= {f"design/{named}/{x}": y for x, y in _noised(pairs).items()}
   return found

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxinf import DiffusionModel, Draws, Process, Schedule
+from jaxinf.core.augmentation import Augmentation
 from jaxinf.core.random import draw_keys, fold_in_each, stream
 from jaxinf.diffusion.measurements import LOSS, measurement_named
 from jaxinf.layers.coverage import Selection
@@ -118,7 +119,9 @@ def test_with_flips_the_gradient_is_the_mean_of_an_images_and_its_mirror_images(
 
   images = jnp.broadcast_to(jnp.asarray(image, jnp.float32).reshape(1, *shape), (num, *shape))
   draws = Draws(DRAWS, antithetic=antithetic, shared=False)
-  _, grads = tapped_gradients(model, LOSS, images, draw_keys_of(num), draws=draws, random_flip=True)
+  _, grads = tapped_gradients(
+    model, LOSS, images, draw_keys_of(num), draws=draws, augmentation=Augmentation(random_flip=True)
+  )
   grads = np.float64(grads["linear"])
   both = (expected(image) + expected(image[::-1])) / 2
   # Examples are independent: five standard errors, of twelve means.

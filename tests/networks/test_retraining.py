@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinf.core.examples import as_float
+from jaxinf.core.augmentation import Augmentation
 from jaxinf.core.random import fold_in_each, stream
-from jaxinf.diffusion.noise import flipped, noised
+from jaxinf.diffusion.noise import noised
 from jaxinf.networks import training
 from jaxinf.networks.retraining import Member, Retraining
 from jaxinf.networks.training import TrainConfig
@@ -26,7 +26,7 @@ MEMBERS = [Member(np.array(e)) for e in ([0, 2, 3, 5, 8], [1, 2, 4, 6, 9], [0, 1
 
 @pytest.fixture(scope="module")
 def together(mlp, dataset):
-  return Retraining(mlp, PROCESS, dataset, CONFIG, jax.local_devices()[:1])
+  return Retraining(mlp, PROCESS, dataset.examples, CONFIG, jax.local_devices()[:1])
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def assert_close(a, b):
 @pytest.mark.parametrize("i", [0, 2])
 def test_a_member_is_the_model_trained_alone_on_its_examples(mlp, dataset, states, i):
   alone = training.fit(
-    mlp, PROCESS, dataset.take(MEMBERS[i].examples), CONFIG, seed=3,
+    mlp, PROCESS, dataset.examples.take(MEMBERS[i].examples), CONFIG, seed=3,
     devices=jax.local_devices()[:1],
   )  # fmt: skip
   together = member(states, i)
@@ -59,7 +59,7 @@ def test_a_member_is_the_model_trained_alone_on_its_examples(mlp, dataset, state
 
 def test_members_do_not_depend_on_devices_or_company(mlp, dataset, states):
   """Three models on two devices: two each, the last place a repetition."""
-  on_two = Retraining(mlp, PROCESS, dataset, CONFIG, jax.local_devices()[:2])
+  on_two = Retraining(mlp, PROCESS, dataset.examples, CONFIG, jax.local_devices()[:2])
   found = on_two.fit([MEMBERS[2], MEMBERS[0], MEMBERS[1]], seed=3, label=None)
   for i, j in enumerate((2, 0, 1)):
     assert_close(member(found, i).ema_params, member(states, j).ema_params)
@@ -86,13 +86,13 @@ def test_weights_weigh_losses_and_gradients_but_not_their_number(mlp, dataset):
   mask = np.array([1, 1, 0, 1, 1], np.float32)  # one place pads the batch
   weights = np.array([1, 0.5, 1, 0, 2], np.float32)
   places = np.arange(5, dtype=np.uint32)
-  state = training.init_state(mlp, dataset.image_shape, CONFIG, seed=3)
+  state = training.init_state(mlp, dataset.examples, CONFIG, seed=3)
   keys = fold_in_each(jax.random.fold_in(stream(3, "train"), 0), places)
 
   @jax.jit
   def loss_of(params, image, key):
     """The process's loss of one example, at its place's flip, t and ε."""
-    pair = noised(PROCESS, flipped(as_float(image[None]), key[None]), key[None])
+    pair = noised(PROCESS, Augmentation(random_flip=True).data(image[None], key[None]), key[None])
     errors = (mlp.apply({"params": params}, pair.inputs, pair.time) - pair.target) ** 2
     return PROCESS.weights(pair.t)[0] * jnp.mean(errors)
 
@@ -104,7 +104,9 @@ def test_weights_weigh_losses_and_gradients_but_not_their_number(mlp, dataset):
     float(w) * np.float64(part) for w, part in zip(mask * weights, parts, strict=True)
   )
   loss, gradients = jax.tree.map(by_hand, *alone)
-  sums, _ = training.train_step(mlp, PROCESS, CONFIG, random_flip=True, seed=3)
+  sums, _ = training.train_step(
+    mlp, PROCESS, CONFIG, augmentation=Augmentation(random_flip=True), seed=3
+  )
   rows = training.TrainRows(dataset.images[:5], places, mask, weights)
   found, total, count = sums(state, rows)
   assert count == 4
@@ -134,4 +136,4 @@ def test_bad_input_is_refused(together):
 def test_a_member_that_diverges_stops_all(mlp, dataset):
   config = dataclasses.replace(CONFIG, learning_rate=1e38, clip_norm=1e9)
   with pytest.raises(training.NonFiniteLoss):
-    Retraining(mlp, PROCESS, dataset, config).fit(MEMBERS, seed=0, label=None)
+    Retraining(mlp, PROCESS, dataset.examples, config).fit(MEMBERS, seed=0, label=None)

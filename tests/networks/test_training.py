@@ -8,9 +8,11 @@ import pytest
 
 from configs.base import get_config
 from jaxinf import networks
+from jaxinf.core.augmentation import Augmentation
+from jaxinf.core.examples import Examples
 from jaxinf.core.random import fold_in_each, stream
 from jaxinf.data import Dataset
-from jaxinf.diffusion.noise import flipped, noised
+from jaxinf.diffusion.noise import noised
 from jaxinf.engine.artifacts import Checkpoints
 from jaxinf.networks import modules, training
 from jaxinf.networks.training import TrainConfig
@@ -61,7 +63,7 @@ class Dropping(nn.Module):
 
 @pytest.fixture(scope="module")
 def start():
-  return training.init_state(Dropping(), SHAPE, settings(), seed=3)
+  return training.init_state(Dropping(), Examples(np.zeros((1, *SHAPE))), settings(), seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,14 @@ def run(dataset, start):
   def fit(num_devices, state=start, **options):
     devices = jax.local_devices()[:num_devices]
     return training.fit(
-      Dropping(), PROCESS, dataset, settings(), seed=3, state=state, devices=devices, **options
+      Dropping(),
+      PROCESS,
+      dataset.examples,
+      settings(),
+      seed=3,
+      state=state,
+      devices=devices,
+      **options,
     )
 
   return fit
@@ -112,13 +121,13 @@ def test_a_batch_that_devices_do_not_divide_weighs_every_example_once(mlp, datas
   """A step's gradient is the mean over the batch of 5, whose padding to 6 counts nothing."""
   config = settings(steps=1, warmup_steps=0, clip_norm=1e9)
   saved = Saved()
-  start = training.init_state(mlp, SHAPE, config, seed=0)
+  start = training.init_state(mlp, dataset.examples, config, seed=0)
   training.fit(
-    mlp, PROCESS, dataset, config, seed=0, state=start, hooks=saved.hooks, devices=devices
+    mlp, PROCESS, dataset.examples, config, seed=0, state=start, hooks=saved.hooks, devices=devices
   )
-  rows = training.Batches(len(dataset), 5, seed=0).rows(dataset, 0)
+  rows = training.Batches(len(dataset), 5, seed=0).rows(dataset.examples, 0)
   keys = fold_in_each(jax.random.fold_in(stream(0, "train"), 0), jnp.arange(5, dtype=jnp.uint32))
-  images = flipped(rows.data / np.float32(127.5) - 1, keys)
+  images = Augmentation(random_flip=True).mirrored(rows.data / np.float32(127.5) - 1, keys)
   pairs = noised(PROCESS, images, keys)
 
   def loss(params):
@@ -165,7 +174,7 @@ def test_a_warm_up_that_does_not_end_in_the_run_is_refused(warmup):
 @pytest.mark.parametrize("field", ["steps", "batch_size", "checkpoint_every", "log_every"])
 def test_counts_below_one_are_refused_by_name(mlp, dataset, field):
   with pytest.raises(ValueError, match=f"train.{field} must be at least 1; got 0"):
-    training.fit(mlp, PROCESS, dataset, settings(**{field: 0}), seed=0)
+    training.fit(mlp, PROCESS, dataset.examples, settings(**{field: 0}), seed=0)
 
 
 def test_the_ema_decay_warms_up_to_its_maximum():
@@ -181,8 +190,8 @@ def mlp_run(mlp, dataset):
   """(initial state, the states after each of 6 steps, metrics)."""
   saved = Saved()
   config = settings(checkpoint_every=1)
-  start = training.init_state(mlp, SHAPE, config, seed=0)
-  training.fit(mlp, PROCESS, dataset, config, seed=0, state=start, hooks=saved.hooks)
+  start = training.init_state(mlp, dataset.examples, config, seed=0)
+  training.fit(mlp, PROCESS, dataset.examples, config, seed=0, state=start, hooks=saved.hooks)
   return start, saved.states, saved.metrics
 
 
@@ -190,7 +199,7 @@ def test_an_interrupted_run_stops_in_the_state_that_others_pass_through(mlp, dat
   start, states, _ = mlp_run
   config, saved = settings(checkpoint_every=1), Saved()
   stopped = training.fit(
-    mlp, PROCESS, dataset, config, seed=0, state=start, hooks=saved.hooks, stop_after=4
+    mlp, PROCESS, dataset.examples, config, seed=0, state=start, hooks=saved.hooks, stop_after=4
   )
   assert list(saved.states) == [1, 2, 3, 4]
   assert_identical(stopped, states[4])
@@ -211,7 +220,7 @@ def test_states_are_saved_and_metrics_logged_at_the_declared_steps(mlp, dataset,
   _, _, every_step = mlp_run
   saved = Saved()
   config = settings(steps=7, checkpoint_every=3, log_every=2, decay="constant")
-  state = training.fit(mlp, PROCESS, dataset, config, seed=0, hooks=saved.hooks)
+  state = training.fit(mlp, PROCESS, dataset.examples, config, seed=0, hooks=saved.hooks)
   assert list(saved.states) == [3, 6, 7]  # the last step as well
   assert list(saved.metrics) == [2, 3, 4, 6, 7]  # saving looks at the metrics too
   assert_identical(saved.states[7], state)
@@ -225,7 +234,7 @@ def decoded(batches, step, num_devices=1):
   num = batches.num_examples
   images = np.broadcast_to(np.arange(num, dtype=np.uint8)[:, None, None, None], (num, 1, 1, 1))
   dataset = Dataset("numbers", images, np.arange(num).astype(str))
-  rows = batches.rows(dataset, step, num_devices)
+  rows = batches.rows(dataset.examples, step, num_devices)
   np.testing.assert_array_equal(rows.places, np.arange(len(rows.places)))
   return rows.data[:, 0, 0, 0], rows.mask
 
@@ -258,7 +267,7 @@ def test_a_batch_is_a_function_of_seed_and_step():
 def test_flips_mirror_half_of_the_images_whatever_their_noise():
   keys = fold_in_each(stream(0, "test"), jnp.arange(4000))
   images = jnp.broadcast_to(jnp.arange(6.0).reshape(1, 2, 3, 1), (4000, 2, 3, 1))
-  after = np.asarray(flipped(images, keys))
+  after = np.asarray(Augmentation(random_flip=True).mirrored(images, keys))
   mirrored = after[:, 0, 0, 0] == 2
   np.testing.assert_array_equal(after[mirrored], np.asarray(images[mirrored])[:, :, ::-1])
   np.testing.assert_array_equal(after[~mirrored], images[~mirrored])
@@ -274,7 +283,9 @@ def test_a_non_finite_loss_stops_with_its_step(mlp, dataset, tmp_path):
   # The rate of step 1 is 0; step 2 makes the parameters absurd, and step 3 meets them.
   config = settings(steps=20, learning_rate=1e30, warmup_steps=3, checkpoint_every=2, log_every=100)
   with pytest.raises(training.NonFiniteLoss, match="loss of step 3 is .*learning_rate"):
-    training.fit(mlp, PROCESS, dataset, config, seed=0, hooks=training.Hooks(save=checkpoints.save))
+    training.fit(
+      mlp, PROCESS, dataset.examples, config, seed=0, hooks=training.Hooks(save=checkpoints.save)
+    )
   # The last good state is on disk, and nothing after it.
   assert checkpoints.latest() == 2
   checkpoints.close()
@@ -292,7 +303,9 @@ class Kink(nn.Module):
 def test_a_finite_loss_with_a_non_finite_gradient_is_not_saved(dataset):
   saved = Saved()
   with pytest.raises(training.NonFiniteLoss, match="step 1 .* gradient's norm is (inf|nan)"):
-    training.fit(Kink(), PROCESS, dataset, settings(checkpoint_every=1), seed=0, hooks=saved.hooks)
+    training.fit(
+      Kink(), PROCESS, dataset.examples, settings(checkpoint_every=1), seed=0, hooks=saved.hooks
+    )
   assert not saved.states
 
 
@@ -309,7 +322,7 @@ class Probe(nn.Module):
 
 def test_dropout_is_on_and_new_in_every_step(dataset):
   saved = Saved()
-  training.fit(Probe(), PROCESS, dataset, settings(), seed=0, hooks=saved.hooks)
+  training.fit(Probe(), PROCESS, dataset.examples, settings(), seed=0, hooks=saved.hooks)
   drawn = [np.sqrt(metrics["loss"]) for metrics in saved.metrics.values()]
   # What is drawn is of size 50, ε of size 1: distinct draws show, and absent ones would be 1.
   assert len(np.unique(np.round(drawn))) > 3 and max(drawn) > 30
@@ -328,7 +341,7 @@ def test_training_learns_to_tell_noise_from_a_constant_image():
     checkpoint_every=150,
   )
   network = networks.MLP(hidden=(32,), time_features=4)
-  training.fit(network, PROCESS, dataset, config, seed=0, hooks=saved.hooks)
+  training.fit(network, PROCESS, dataset.examples, config, seed=0, hooks=saved.hooks)
   losses = [metrics["loss"] for metrics in saved.metrics.values()]
   # Predicting nothing costs 1; ε = (x_t − √ᾱ x_0) / √(1 − ᾱ) is a function of x_t and t here.
   assert losses[-1] < 0.3
@@ -368,8 +381,8 @@ def test_the_gradient_of_a_step_is_that_of_the_loss_of_each_process(name):
   process, num = PROCESSES[name], 1000
   images = np.random.default_rng(0).normal(0.3, 0.3, (num, *SHAPE)).astype(np.float32)
   matrix, right = normal_equations(process, images.mean(), np.mean(np.float64(images) ** 2))
-  state = training.init_state(Affine(), SHAPE, settings(), seed=0)
-  sums, _ = training.train_step(Affine(), process, settings(), random_flip=False, seed=0)
+  state = training.init_state(Affine(), Examples(images), settings(), seed=0)
+  sums, _ = training.train_step(Affine(), process, settings(), seed=0)
   places = np.arange(num, dtype=np.uint32)
   rows = training.TrainRows(images, places, np.ones(num, np.float32))
 

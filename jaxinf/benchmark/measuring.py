@@ -19,7 +19,6 @@ from jaxinf.benchmark.retraining import (
   model_key,
   subset_name,
 )
-from jaxinf.core.examples import Examples
 from jaxinf.diffusion.measurements import Measurement, measurement_named
 from jaxinf.engine import artifacts, processes
 from jaxinf.engine.progress import Progress
@@ -73,7 +72,7 @@ def check_measurements(run: Run, names: Sequence[str]) -> None:
     raise ValueError("There are no measurements: name some in measure.measurements.")
   check_measurable(run, names)
   kinds = {measurement_named(name).of for name in names}
-  if kinds - {"images", "trajectories"}:
+  if kinds - {"examples", "trajectories"}:
     raise ValueError("Predicted images are no samples: journey_loss is for journey-trak alone.")
   if "trajectories" in kinds and not run.config.sample.keep_trajectory:
     raise ValueError(
@@ -139,12 +138,7 @@ def _measure(
 ) -> None:
   """Adds the measurements by `models` to the artefacts."""
   (of,) = {measurement.of for measurement in measurements.values()}
-  samples = load_samples(run, trajectories=of == "trajectories")
-  queries, model, config = (
-    Examples(samples[of], samples["ids"]),
-    load_model(run),
-    run.config.measure,
-  )
+  queries, model, config = load_samples(run, of), load_model(run), run.config.measure
   draws = run.draws(config.draws, config.replicates, config.design)
   compute = run.compute(config.batch_size)
   at_once = run.config.retrain.models_at_once
@@ -158,7 +152,7 @@ def _measure(
           model, params, queries, measurements, draws=draws, compute=compute
         )
       for name, values in found.items():
-        _append(run, name, group, values, samples["ids"], stage, cost)
+        _append(run, name, group, values, queries.ids, stage, cost)
       progress.advance(len(group))
   _LOG.info("measure: %s by %d models", ", ".join(measurements), len(models))
 

@@ -165,13 +165,10 @@ def score_key(run: Run, row: Row) -> dict[str, Any]:
 
 def samples_of(run: Run, row: Row) -> Examples:
   """The samples as a row takes them: images, or the trajectories on which they were made."""
-  samples = load_samples(run, trajectories=row.of == "trajectories")
-  if row.of not in samples:
-    raise ValueError(
-      f"{row.name} needs {row.of}, which the samples have not. Journey-TRAK makes predicted images "
-      "itself: measure something else by other methods."
-    )
-  return Examples(samples[row.of], samples["ids"])
+  try:
+    return load_samples(run, row.of)
+  except ValueError as error:
+    raise ValueError(f"{row.name}: {error}") from error
 
 
 def answered(run: Run, row: Row, method: Attribution, sums: pathlib.Path) -> Sweep:

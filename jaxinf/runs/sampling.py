@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinf.core.checks import checked_count
+from jaxinf.core.examples import Examples
 from jaxinf.core.random import fold_in_each, stream
 from jaxinf.core.types import ApplyFn, Batch, PyTree
 from jaxinf.diffusion import sampler
@@ -29,12 +30,25 @@ def sample(run: Run) -> Outcome:
   return {"ids": ids, "images": arrays["images"]}, {}, f"{len(ids)} samples"
 
 
-def load_samples(run: Run, trajectories: bool = False) -> dict[str, np.ndarray]:
-  """The arrays `ids` and `images` of the samples; `trajectories` if asked for and to be kept."""
-  arrays = dict(artifacts.read(run.folder("sample")).arrays)
-  if trajectories and run.config.sample.keep_trajectory:
-    arrays["trajectories"] = _load_trajectories(run, arrays["images"])
-  return arrays
+def load_samples(run: Run, of: str = "examples") -> Examples:
+  """The samples as queries, or the trajectories on which they were made.
+
+  Args:
+    run: the run.
+    of: what a measurement is of: "examples" or "trajectories".
+
+  Raises:
+    ValueError: the samples have no such thing.
+  """
+  arrays = artifacts.read(run.folder("sample")).arrays
+  if of == "examples":
+    return Examples(arrays["images"], arrays["ids"])
+  if of != "trajectories" or not run.config.sample.keep_trajectory:
+    raise ValueError(
+      f"The samples have no {of}. Trajectories are kept with sample.keep_trajectory=True, in a new "
+      "workdir; predictions are made by journey-trak alone. Or choose another measurement."
+    )
+  return Examples(_load_trajectories(run, arrays["images"]), arrays["ids"])
 
 
 def _load_trajectories(run: Run, images: np.ndarray) -> np.ndarray:

@@ -168,14 +168,10 @@ def _scores(run: Run) -> Sweep:
 def _queries(run: Run) -> Examples:
   """What the measurement is of; ValueError where the samples have no such thing."""
   measurement = run.config.attribute.measurement
-  of = measurement_named(measurement).of
-  samples = load_samples(run, trajectories=of == "trajectories")
-  if of not in samples:
-    raise ValueError(
-      f"attribute.measurement={measurement!r} is of {of}, and the samples have none: sample "
-      "with sample.keep_trajectory=True in a new workdir, or choose another measurement."
-    )
-  return Examples(samples[of], samples["ids"])
+  try:
+    return load_samples(run, measurement_named(measurement).of)
+  except ValueError as error:
+    raise ValueError(f"attribute.measurement={measurement!r}: {error}") from error
 
 
 def draws_of(run: Run) -> tuple[Draws, Draws]:

@@ -13,7 +13,7 @@ from jaxinf.core.draws import Draws
 from jaxinf.core.examples import Examples
 from jaxinf.curvature.fit import fit_curvature, partition
 from jaxinf.curvature.memory import layer_memory, memory_table
-from jaxinf.engine import artifacts, num_devices, processes
+from jaxinf.engine import num_devices, processes
 from jaxinf.engine.artifacts import Outcome
 from jaxinf.engine.checkpoints import Kept
 from jaxinf.engine.worklist import Rows
@@ -23,6 +23,7 @@ from jaxinf.layers.coverage import Selection
 from jaxinf.layers.register import layers_of
 from jaxinf.report.studies import write_compression_study, write_curvature_study
 from jaxinf.runs.run import Run, fresh_model, kind_of_config, load_curvature, load_model
+from jaxinf.runs.sampling import load_samples
 from jaxinf.runs.sections import CompressStudyConfig
 
 
@@ -112,13 +113,12 @@ def _variants(config: CompressStudyConfig) -> Mapping[str, Compression]:
 
 def _samples(run: Run, num: int, section: str) -> Examples:
   """The first samples; ValueError where there are not as many."""
-  samples = artifacts.read(run.folder("sample")).arrays
-  if not 1 <= num <= len(samples["images"]):
+  samples = load_samples(run)
+  if not 1 <= num <= len(samples):
     raise ValueError(
-      f"{section}.num_queries must lie in 1…{len(samples['images'])}, the number of samples; "
-      f"got {num}."
+      f"{section}.num_queries must lie in 1…{len(samples)}, the number of samples; got {num}."
     )
-  return Examples(samples["images"][:num], samples["ids"][:num])
+  return samples.take(np.arange(num))
 
 
 def _shown(folder: Path, study: Any, write: Callable[[Path, Any], list[Path]]) -> list[str]:

@@ -339,9 +339,8 @@ def library(workdir: Path) -> Arrays:
   """Curvatures and scores by function calls, of the MLP that was trained on mirrored images."""
   run = flipped_run(workdir, unet=False)
   found = stages(run, "train", "sample", "curvature") | stored(run)
-  model, samples = runs.load_model(run), load_samples(run, trajectories=True)
-  train, ids = run.dataset.examples, samples["ids"]
-  queries, ways = Examples(samples["images"], ids), Examples(samples["trajectories"], ids)
+  model, train = runs.load_model(run), run.train
+  queries, ways = load_samples(run), load_samples(run, "trajectories")
   compute, dampings = Compute(devices=run.devices), (1e-4, 1e-2)
 
   # 1. Curvatures, and scores in one that has no eigenvectors.

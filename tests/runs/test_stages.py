@@ -85,7 +85,7 @@ def test_eight_devices_give_the_same_scores_and_the_same_store(finished, tmp_pat
 def test_the_artefacts_hold_what_they_say(finished):
   sample = artifacts.read(finished.folder("sample"))
   assert sample.arrays["images"].shape == (3, 8, 8, 1)
-  trajectories = load_samples(finished, trajectories=True)["trajectories"]
+  trajectories = load_samples(finished, "trajectories").data
   assert trajectories.shape == (3, 21, 8, 8, 1)
   np.testing.assert_array_equal(trajectories[:, -1], sample.arrays["images"])
   scores = load_scores(finished)
@@ -106,17 +106,16 @@ def test_trajectories_that_a_copy_left_out_are_generated_again(finished, tmp_pat
       finished.folder(stage), tmp_path / stage, ignore=shutil.ignore_patterns("trajectories")
     )
   run = run_of(tmp_path)
-  assert "trajectories" not in load_samples(run)
-  for samples in (load_samples(run, trajectories=True), load_samples(run, trajectories=True)):
-    expected = load_samples(finished, trajectories=True)["trajectories"]
-    np.testing.assert_array_equal(samples["trajectories"], expected)
+  for samples in (load_samples(run, "trajectories"), load_samples(run, "trajectories")):
+    expected = load_samples(finished, "trajectories").data
+    np.testing.assert_array_equal(samples.data, expected)
   assert not (run.folder("sample") / "sums").exists()
   shutil.rmtree(run.folder("sample") / "trajectories")
   artifact = artifacts.read(run.folder("sample"))
   arrays = {**artifact.arrays, "images": -artifact.arrays["images"]}  # as if generated elsewhere
   artifacts.write(run.folder("sample"), artifact.manifest["key"], arrays, notes={}, cost={})
   with pytest.raises(ValueError, match="cannot be generated again here"):
-    load_samples(run, trajectories=True)
+    load_samples(run, "trajectories")
 
 
 def test_finished_stages_are_reused(finished):

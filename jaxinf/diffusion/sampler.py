@@ -14,6 +14,7 @@ Discrete processes visit evenly spaced timesteps; flow evenly spaced times, shif
 EDM noise levels whose 7th roots are evenly spaced (Karras et al. 2022, Eq. 5), and then 0.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinf.core.augmentation import Constants
 from jaxinf.core.checks import checked_count
 from jaxinf.core.random import fold_in_each
 from jaxinf.core.registry import named
@@ -96,6 +98,36 @@ def sample(
 
   data, states = jax.lax.scan(one, start, jax.tree.map(jnp.asarray, steps))
   return data, jnp.concatenate([start[None], states]) if keep_trajectory else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Guided:
+  """A conditional network under classifier-free guidance (Ho and Salimans 2022).
+
+  apply_fn(params, x, t, conditioning) = u + scale · (c − u), with the network's predictions c given
+  the conditioning and u given `null` instead, one row that stands for every example.
+  """
+
+  apply_fn: ApplyFn
+  scale: float
+  null: Constants
+
+  def __call__(self, params: Params, inputs: jax.Array, time: jax.Array, conditioning: PyTree):
+    without = jax.tree.map(
+      lambda null, row: jnp.broadcast_to(jnp.asarray(null, row.dtype), row.shape),
+      self.null.tree,
+      conditioning,
+    )
+    # One call for both: convolutions and products of twice the rows cost less than two calls.
+    twice = lambda x, y: jnp.concatenate([x, y])
+    both = self.apply_fn(
+      params,
+      twice(inputs, inputs),
+      twice(time, time),
+      jax.tree.map(twice, conditioning, without),
+    )
+    given, plain = jnp.split(both, 2)
+    return plain + self.scale * (given - plain)
 
 
 def ancestral_step(step, x_t, image, noise, drawn):

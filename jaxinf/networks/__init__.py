@@ -1,4 +1,4 @@
-"""Networks by name: flax modules called as model(x_t [B, …], t [B]) → what the process predicts."""
+"""Networks by name: flax modules, model(x_t [B, …], t [B][, conditioning]) → the prediction."""
 
 import dataclasses
 import math
@@ -14,13 +14,16 @@ from jaxinf.networks.mlp import MLP
 from jaxinf.networks.unet import UNet
 
 
-def build(name: str, fields: dict[str, Any], out_channels: int) -> nn.Module:
+def build(
+  name: str, fields: dict[str, Any], out_channels: int, num_classes: int | None = None
+) -> nn.Module:
   """Returns the model `name` with the given fields; lists among them become tuples.
 
   Args:
     name: a key of MODELS.
-    fields: the model's fields, all that have no default; `out_channels` is not among them.
-    out_channels: channels of the images, known from the data set.
+    fields: the model's fields, all that have no default, but for the next two.
+    out_channels: channels of the examples, known from the data set.
+    num_classes: of its labels, likewise; None where the model is not given labels.
 
   Raises:
     ValueError: an unknown name, unknown or missing fields, or fields that the model refuses.
@@ -32,9 +35,10 @@ def build(name: str, fields: dict[str, Any], out_channels: int) -> nn.Module:
     for field in dataclasses.fields(MODELS[name])
     if field.name not in ("parent", "name")
   }
-  from_data = {"out_channels": out_channels} if known.pop("out_channels", None) else {}
-  if "out_channels" in fields:
-    raise ValueError(f"model {name!r}: leave out out_channels, the data set gives it")
+  given = {"out_channels": out_channels, "num_classes": num_classes}
+  from_data = {key: value for key, value in given.items() if known.pop(key, None)}
+  if both := sorted(set(given) & set(fields)):
+    raise ValueError(f"model {name!r}: leave out {', '.join(both)}, the data set gives it")
   unknown = sorted(set(fields) - set(known))
   if unknown:
     raise ValueError(f"model {name!r} has no fields {unknown}; it has {sorted(known)}")

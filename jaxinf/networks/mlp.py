@@ -1,6 +1,7 @@
 """A denoiser of dense layers only: small enough for experiments in seconds and exact curvature."""
 
 import math
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -17,6 +18,7 @@ class MLP(nn.Module):
 
   hidden: tuple[int, ...]  # widths of the hidden layers; () is a linear net
   time_features: int
+  num_classes: int | None = None  # of labels; None: there are none
 
   def __post_init__(self):
     if any(width < 1 for width in self.hidden):
@@ -30,6 +32,7 @@ class MLP(nn.Module):
     self,
     x_t: Float[Array, "B ..."],
     t: Num[Array, " B"],
+    conditioning: Mapping[str, Array] | None = None,
     *,
     dropout_ids: UInt[Array, " B"] | None = None,
   ) -> Float[Array, "B ..."]:
@@ -38,11 +41,18 @@ class MLP(nn.Module):
     Args:
       x_t: noised examples of any shape.
       t: timesteps from 0, or times of a continuous process in thousandths.
+      conditioning: labels and text embeddings; see modules.ConditioningEmbedding. None: neither.
       dropout_ids: there is no dropout.
     """
     del dropout_ids
     time = modules.timestep_embedding(t, self.time_features, sin_first=True, freq_shift=0.0)
-    h = jnp.concatenate([x_t.reshape(x_t.shape[0], -1), time], axis=-1)
+    features = [x_t.reshape(x_t.shape[0], -1), time]
+    if conditioning is not None:
+      embedding = modules.ConditioningEmbedding(
+        self.time_features, self.num_classes, name="conditioning"
+      )
+      features.append(embedding(conditioning))
+    h = jnp.concatenate(features, axis=-1)
     for i, width in enumerate(self.hidden):
       h = modules.silu(modules.dense(width, f"hidden_{i}")(h))
     return modules.dense(math.prod(x_t.shape[1:]), "out")(h).reshape(x_t.shape)

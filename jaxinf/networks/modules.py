@@ -11,6 +11,7 @@ Shapes: B examples, H × W pixels, C channels, E channels of the time embedding.
 """
 
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +104,39 @@ class TimeEmbedding(nn.Module):
   def __call__(self, x: Float[Array, "B F"]) -> Float[Array, "B E"]:
     x = dense(self.features, "linear_1")(x)
     return dense(self.features, "linear_2")(silu(x))
+
+
+class ConditioningEmbedding(nn.Module):
+  """What a model is given beside time, as a vector to be added to the time embedding.
+
+  The sum of a row of a table for class labels, whose last row stands for labels left out, and of a
+  dense layer of text embeddings, of which the mean over tokens counts. Attention to single tokens
+  is for networks with cross-attention.
+  """
+
+  features: int
+  num_classes: int | None
+
+  @nn.compact
+  def __call__(self, conditioning: Mapping[str, Array]) -> Float[Array, "B E"]:
+    """The embedding of {"labels": [B] integers, "text": [B, L, D] or [B, D]}, or of one of both.
+
+    Labels lie in 0…num_classes; ValueError for other entries, or labels where num_classes is None.
+    """
+    if not isinstance(conditioning, Mapping) or not set(conditioning) <= {"labels", "text"}:
+      names = list(conditioning) if isinstance(conditioning, Mapping) else type(conditioning)
+      raise ValueError(f'conditioning must be a dict of "labels", "text" or both; got {names}')
+    parts = []
+    if "labels" in conditioning:
+      if self.num_classes is None:
+        raise ValueError("the network was built without num_classes: it takes no labels")
+      table = nn.Embed(self.num_classes + 1, self.features, name="class_embedding")
+      parts.append(table(conditioning["labels"]))
+    if "text" in conditioning:
+      text = conditioning["text"].astype(jnp.float32)
+      pooled = text.mean(axis=1) if text.ndim == 3 else text
+      parts.append(dense(self.features, "text_embedding")(pooled))
+    return sum(parts[1:], start=parts[0])
 
 
 class ResnetBlock(nn.Module):

@@ -46,6 +46,7 @@ class TrainConfig:
     weight_decay: of AdamW.
     clip_norm: global norm that gradients are clipped to.
     ema_max_decay, ema_warmup_power: see `ema_decay`.
+    conditioning_dropout: share of draws in which the conditioning is left out, for guidance.
     checkpoint_every, log_every: steps between checkpoints, and between lines of the log.
   """
 
@@ -58,6 +59,8 @@ class TrainConfig:
   clip_norm: float = 1.0
   ema_max_decay: float = 0.999
   ema_warmup_power: float = 0.75
+  # Not part of the keys of results while it has this value, which gave those before it came.
+  conditioning_dropout: float = dataclasses.field(default=0.0, metadata={"before": 0.0})
   checkpoint_every: int = 5_000
   log_every: int = 100
 

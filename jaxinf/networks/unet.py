@@ -6,7 +6,7 @@ every residual block on the way up takes the latest skip off the stack, beside i
 See `modules.py` for the layers and `diffusers.py` for reading and writing diffusers' files.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,7 @@ class UNet(nn.Module):
   downsample_padding: int = 0  # 1: on every side; 0: bottom and right only
   mid_attention: bool = True
   head_dim: int | None = None  # channels of an attention head; None: a single head
+  num_classes: int | None = None  # of labels; None: there are none
 
   def __post_init__(self):
     _check_fields(self)
@@ -48,6 +49,7 @@ class UNet(nn.Module):
     self,
     x_t: Float[Array, "B H W C"],
     t: Num[Array, " B"],
+    conditioning: Mapping[str, Array] | None = None,
     *,
     dropout_ids: UInt[Array, " B"] | None = None,
   ) -> Float[Array, "B H W out_channels"]:
@@ -56,6 +58,7 @@ class UNet(nn.Module):
     Args:
       x_t: noised images.
       t: timesteps from 0, or times of a continuous process in thousandths.
+      conditioning: labels and text embeddings; see modules.ConditioningEmbedding. None: neither.
       dropout_ids: None turns dropout off. Otherwise dropout is on, and the masks of an example
         follow from the "dropout" key and its id alone, wherever it stands in the batch.
     """
@@ -68,6 +71,11 @@ class UNet(nn.Module):
       t, self.channels[0], sin_first=self.sin_first, freq_shift=self.freq_shift
     )
     time = modules.TimeEmbedding(4 * self.channels[0], name="time_embedding")(features)
+    if conditioning is not None:
+      embedding = modules.ConditioningEmbedding(
+        4 * self.channels[0], self.num_classes, name="conditioning"
+      )
+      time = time + embedding(conditioning)
 
     # 2. Down.
     h = modules.conv3x3(self.channels[0], "conv_in")(x_t)

@@ -35,7 +35,7 @@ def renamed(before: str, value: Any) -> Any:
 def _unet() -> dict[str, Any]:
   """The fields of the paper's U-Net, as its class has them."""
   fields = dataclasses.fields(UNet)
-  unset = ("out_channels", "parent", "name")  # the data set's, and Flax's own
+  unset = ("out_channels", "num_classes", "parent", "name")  # the data set's, and Flax's own
   return {field.name: field.default for field in fields if field.name not in unset}
 
 
@@ -74,6 +74,12 @@ class SampleConfig:
   batch_size: int = 25
   keep_trajectory: bool = False
   clip: bool | None = added(None)  # predicted data to [-1, 1]; None: where the data are pixels
+  # Of classifier-free guidance: 1 is the model's own prediction, more moves away from the one
+  # without conditioning.
+  guidance_scale: float = added(1.0)
+  # An .npz file with the samples' conditioning (labels, text), one row each; None: labels in turn,
+  # or text of training examples evenly spaced.
+  conditioning: str | None = added(None)
 
 
 @dataclasses.dataclass(frozen=True)

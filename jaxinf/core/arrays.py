@@ -4,6 +4,7 @@ NumPy arrays, memory maps, and what zarr and h5py give are taken alike: they hav
 dtype, and give rows for a slice or for ascending row numbers.
 """
 
+import abc
 import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _BLOCK_BYTES = 2**24  # read at a time: far more than a disk's block, far less than memory
+_MOST_HELD_BYTES = 2**30  # of an array that is put into memory unasked: any machine has as much
 
 
 def as_array(value: Any) -> Any:
@@ -36,16 +38,77 @@ def read_rows(array: Any, rows: np.ndarray) -> np.ndarray:
   return _native(getattr(array, "oindex", array)[wanted])[back]
 
 
-class Converted:
+class Rows(abc.ABC):
+  """An array whose rows are made when they are asked for: by number, numbers, slice or mask.
+
+  Row numbers may repeat and come in any order. A kind of rows has `read`, and sets the attributes.
+
+  Attributes:
+    shape: [N, …] as a tuple.
+    dtype: of the numbers.
+  """
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+  @abc.abstractmethod
+  def read(self, rows: np.ndarray) -> np.ndarray:
+    """The rows [n, …] with these numbers in 0 … N − 1, in memory."""
+
+  def __len__(self) -> int:
+    return self.shape[0]
+
+  @property
+  def nbytes(self) -> int:
+    return int(np.prod(self.shape)) * self.dtype.itemsize
+
+  def __getitem__(self, rows: Any) -> np.ndarray:
+    numbers = np.arange(len(self))[rows]
+    return self.read(numbers) if numbers.ndim else self.read(numbers[None])[0]
+
+  def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    if copy is False:
+      raise ValueError("Rows that are made when asked for have no array yet: allow a copy.")
+    return self[:].astype(dtype or self.dtype, copy=False)
+
+
+class Converted(Rows):
   """An array on disk whose rows come as another type."""
 
   def __init__(self, array: Any, dtype: Any):
     self._array, self.shape, self.dtype = array, tuple(array.shape), np.dtype(dtype)
 
-  def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-    if isinstance(rows, slice):
-      rows = np.arange(*rows.indices(self.shape[0]))
+  def read(self, rows: np.ndarray) -> np.ndarray:
     return read_rows(self._array, rows).astype(self.dtype)
+
+
+class Chosen(Rows):
+  """Some rows of an array on disk, in an order of their own.
+
+  Args:
+    array: [N, …].
+    rows: [n] row numbers in 0 … N − 1; the result is [n, …].
+  """
+
+  def __init__(self, array: Any, rows: np.ndarray):
+    self._array, self._rows = array, np.asarray(rows)
+    self.shape = (len(self._rows), *array.shape[1:])
+    self.dtype = np.dtype(array.dtype).newbyteorder("=")
+
+  def read(self, rows: np.ndarray) -> np.ndarray:
+    return read_rows(self._array, self._rows[rows])
+
+
+def chosen(array: Any, rows: np.ndarray) -> Any:
+  """The rows [n, …] with these numbers: in memory, unless they lie on disk and exceed 1 GiB."""
+  view = Chosen(array, rows)
+  on_disk = isinstance(array, np.memmap) or not isinstance(array, np.ndarray)
+  return view if on_disk and not fits_memory(view.shape, view.dtype) else view[:]
+
+
+def fits_memory(shape: tuple[int, ...], dtype: Any) -> bool:
+  """Whether an array is small enough to be put into memory unasked: at most 1 GiB."""
+  return int(np.prod(shape)) * np.dtype(dtype).itemsize <= _MOST_HELD_BYTES
 
 
 def converted(array: Any, dtype: Any) -> Any:

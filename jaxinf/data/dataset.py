@@ -1,4 +1,4 @@
-"""A data set in memory: images, and the ids under which their scores are reported.
+"""A data set: images, the ids under which their scores are reported, and what goes with them.
 
 Loaders (the other modules of this package) make one `Dataset` from a `DataConfig`.
 """
@@ -7,17 +7,17 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from jaxinf.core.arrays import blocks, read_rows
+from jaxinf.core.arrays import blocks, chosen, fingerprint
 from jaxinf.core.checks import checked_count, checked_seed
-from jaxinf.core.examples import Examples, checked_data, checked_ids
+from jaxinf.core.examples import Examples, checked_conditioning, checked_data, checked_ids
 
-# Fields of DataConfig that only some loaders read.
-_OPTIONS = ("data_dir", "path", "image_size")
+# Fields of DataConfig that only some loaders read, with the values that ask for nothing.
+_OPTIONS = {"data_dir": None, "path": None, "skip_damaged": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +26,11 @@ class DataConfig:
 
   name: str = "cifar10"  # one of jaxinf.data.DATASETS
   data_dir: str | None = None  # TFDS folder; None: TFDS's default
-  path: str | None = None  # .npz file or image folder, for `arrays` and `folder`
-  image_size: int | None = None  # `folder` crops and resizes to it; None: images as they are
+  path: str | None = None  # .npz file, image folder or tar, for data sets from files of one's own
+  image_size: int | None = None  # images are cropped and resized to it; None: as they are
+  skip_damaged: bool = False  # images that cannot be read are left out, and named in a warning
+  conditioning: tuple[str, ...] = ()  # what models are also given: labels, text
+  captions: str | None = None  # file or folder of captions and their embeddings
   num_examples: int | None = None  # a seeded subset of that many; None: all
   seed: int = 0  # of subsets
 
@@ -44,6 +47,9 @@ class Dataset:
     labels: [N] integers, or None.
     label_names: name of each label 0, 1, …; empty where labels have no names.
     random_flip: whether training may mirror images left to right.
+    conditioning: name → array [N, …] of numbers, what a model is also given of each example; None
+      where it is given nothing else.
+    captions: [N] strings that reports show, or None.
 
   Raises:
     ValueError: anything above does not hold.
@@ -55,6 +61,8 @@ class Dataset:
   labels: np.ndarray | None = None
   label_names: tuple[str, ...] = ()
   random_flip: bool = False
+  conditioning: Mapping[str, Any] | None = None
+  captions: np.ndarray | None = None
 
   def __post_init__(self):
     object.__setattr__(self, "images", checked_data(self.images))
@@ -66,11 +74,16 @@ class Dataset:
     checked_ids(self.ids, len(self))
     if self.labels is not None:
       _check_labels(self.labels, self.label_names, len(self))
+    if self.conditioning is not None:
+      given = checked_conditioning(dict(self.conditioning), len(self))
+      object.__setattr__(self, "conditioning", given)
+    if self.captions is not None:
+      _check_captions(self.captions, len(self))
 
   @functools.cached_property
   def examples(self) -> Examples:
     """The training examples; their groups are the labels."""
-    return Examples(self.images, self.ids, groups=self.labels, random_flip=self.random_flip)
+    return Examples(self.images, self.ids, self.conditioning, self.labels, self.random_flip)
 
   def __len__(self) -> int:
     return self.images.shape[0]
@@ -91,7 +104,10 @@ class Dataset:
     return len(self.images.shape) == 4 and all(abs(x).max() <= 1.001 for x in blocks(self.images))
 
   def take(self, indices: Iterable[int] | np.ndarray) -> "Dataset":
-    """The examples at `indices`, in that order; each in [0, N) and named at most once."""
+    """The examples at `indices`, in that order; each in [0, N) and named at most once.
+
+    Arrays on disk of which more than 1 GiB is taken stay there.
+    """
     indices = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices))
     if indices.ndim != 1 or len(indices) == 0 or indices.dtype.kind not in "iu":
       raise ValueError(
@@ -102,11 +118,14 @@ class Dataset:
       raise ValueError(
         f"indices must lie in 0…{len(self) - 1}; got {indices.min()}…{indices.max()}."
       )
+    given = self.conditioning
     return dataclasses.replace(
       self,
-      images=read_rows(self.images, indices),
+      images=chosen(self.images, indices),
       ids=self.ids[indices],
       labels=None if self.labels is None else self.labels[indices],
+      conditioning=given and {name: chosen(array, indices) for name, array in given.items()},
+      captions=None if self.captions is None else self.captions[indices],
     )
 
   def positions(self, ids: Iterable[str]) -> np.ndarray:
@@ -116,8 +135,8 @@ class Dataset:
     unknown = [example_id for example_id in ids if example_id not in position_of]
     if unknown:
       raise ValueError(
-        f"{len(unknown)} of {len(ids)} ids are not in data set {self.name!r}: {_some(unknown)}. "
-        f"Its ids look like {_some(self.ids)}."
+        f"{len(unknown)} of {len(ids)} ids are not in data set {self.name!r}: {some(unknown)}. "
+        f"Its ids look like {some(self.ids)}."
       )
     return np.array([position_of[example_id] for example_id in ids], np.int64)
 
@@ -138,11 +157,16 @@ class Dataset:
     )
 
   def fingerprint(self) -> str:
-    """Hex SHA-256 of pixels, shape, dtype and ids, in order; name and labels are not part of it."""
+    """Hex SHA-256 of pixels, shape, dtype and ids, in order, and of conditioning if there is any.
+
+    Name, labels and captions are not part of it.
+    """
     header = [self.images.shape, np.dtype(self.images.dtype).str, self.ids.tolist()]
     digest = hashlib.sha256(json.dumps(header).encode())
     for block in blocks(self.images):
       digest.update(block.tobytes())
+    if self.conditioning is not None:
+      digest.update(fingerprint(self.conditioning).encode())
     return digest.hexdigest()
 
 
@@ -174,11 +198,12 @@ def stratified_positions(
 
 def check_options(config: DataConfig, *, reads: tuple[str, ...] = ()) -> None:
   """Raises ValueError if an option is set that the loader of `config.name` does not read."""
-  unread = [f for f in _OPTIONS if f not in reads and getattr(config, f) is not None]
+  unread = [f for f, unset in _OPTIONS.items() if f not in reads and getattr(config, f) != unset]
   if unread:
     raise ValueError(
       f"data set {config.name!r} does not read data.{', data.'.join(unread)}; "
-      f"got {', '.join(repr(getattr(config, f)) for f in unread)}. Set to None, or check data.name."
+      f"got {', '.join(repr(getattr(config, f)) for f in unread)}. "
+      f"Set to {', '.join(repr(_OPTIONS[f]) for f in unread)}, or check data.name."
     )
 
 
@@ -193,11 +218,20 @@ def _check_labels(labels: np.ndarray, label_names: tuple[str, ...], num_images: 
   if label_names and (labels.min() < 0 or labels.max() >= len(label_names)):
     raise ValueError(
       f"labels must lie in 0…{len(label_names) - 1}, as there are {len(label_names)} label_names; "
-      f"got {labels.min()}…{labels.max()}."
+      f"got {labels.min()}…{labels.max()}: labels without a class. Name all classes, or mend them."
     )
 
 
-def _some(ids: Iterable[str], limit: int = 3) -> str:
+def _check_captions(captions: np.ndarray, num_images: int) -> None:
+  kind = getattr(getattr(captions, "dtype", None), "kind", type(captions).__name__)
+  if kind != "U" or captions.shape != (num_images,):
+    raise ValueError(
+      f"captions must be a NumPy array of {num_images} strings, one an image, or None; "
+      f"got shape {np.shape(captions)}, {getattr(captions, 'dtype', kind)}. Use np.array(list)."
+    )
+
+
+def some(ids: Iterable[str], limit: int = 3) -> str:
   """The first few ids, for a message."""
   ids = [str(example_id) for example_id in ids]
   return ", ".join(map(repr, ids[:limit])) + ", …" * (len(ids) > limit)

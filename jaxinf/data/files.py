@@ -3,39 +3,40 @@
 import pathlib
 import zipfile
 import zlib
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
 
-from jaxinf.data.dataset import DataConfig, Dataset, check_options
-
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_GREY_MODES = ("1", "L", "LA", "La")
-_ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
-_DEEP_MODES = ("I", "F")  # and "I;16", …: more than eight bits a channel
+from jaxinf.data.dataset import DataConfig, Dataset, check_options, some
+from jaxinf.data.pictures import SUFFIXES, FolderFiles, image_names, read_pictures, readable
 
 
 def arrays(config: DataConfig) -> Dataset:
   """The images of an .npz file at `config.path`.
 
   It holds `images` [N, H, W, C], uint8 in 0…255 or float32 in [-1, 1], and may hold `ids` [N]
-  (strings or integers; the default is the index) and `labels` [N] (integers). Other arrays are an
-  error, since a misspelt `ids` would change what scores refer to.
+  (strings or integers; the default is the index), `labels` [N] (integers) and `text`, embeddings
+  [N, E] or [N, L, E] of what each image was described by. Other arrays are an error, since a
+  misspelt `ids` would change what scores refer to.
   """
   check_options(config, reads=("path",))
-  path = _path(config, "an .npz file")
-  contents = _read_npz(path)
-  unknown = sorted(set(contents) - {"images", "ids", "labels"})
+  path = config_path(config, "an .npz file")
+  contents = read_npz(path)
+  unknown = sorted(set(contents) - {"images", "ids", "labels", "text"})
   if unknown or "images" not in contents:
     raise ValueError(
-      f"{path}: expected the arrays images and, if wanted, ids and labels; "
+      f"{path}: expected the arrays images and, if wanted, ids, labels and text; "
       f"got {', '.join(sorted(contents)) or 'none'}. Rename or drop the others."
     )
   images = contents["images"]
   ids = contents.get("ids", np.arange(len(images) if images.ndim else 0))
   try:
     return Dataset(
-      name="arrays", images=images, ids=_as_strings(ids), labels=contents.get("labels")
+      name="arrays",
+      images=images,
+      ids=as_strings(ids),
+      labels=contents.get("labels"),
+      conditioning={"text": contents["text"]} if "text" in contents else None,
     )
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
@@ -46,35 +47,40 @@ def folder(config: DataConfig) -> Dataset:
 
   An id is the path within the folder (`cats/tabby.png`), and examples are sorted by it. Labels are
   the first-level sub-folders if every image lies in one, else None. Images are one-channel if all
-  are grey, else RGB. With `config.image_size` they are cropped to their central square and resized
-  to it. Names that start with a dot and links to folders are skipped; an animation counts with
-  its first frame.
+  are grey, else RGB. With `config.image_size` each is cropped and resized to it. Names that start
+  with a dot and links to folders are skipped, a warning counts files of other kinds, and an
+  animation counts with its first frame. Beyond 1 GiB, images are decoded when they are asked for.
 
   Raises:
-    ValueError: no folder, no images in it, an image that is damaged, deeper than eight bits or
-      partly transparent, or images that differ in size where `config.image_size` is None.
+    ValueError: no folder, no images in it, an image that is damaged (unless `config.skip_damaged`),
+      deeper than eight bits or partly transparent, or images that differ in size where
+      `config.image_size` is None.
   """
-  check_options(config, reads=("path", "image_size"))
-  root = _path(config, "a folder of images")
-  if config.image_size is not None and config.image_size < 1:
-    raise ValueError(f"data.image_size must be positive or None; got {config.image_size}.")
-  names = _image_names(root)
-  images = [_read_image(root / name, config.image_size) for name in names]
-  for name, image in zip(names, images, strict=True):
-    if image.shape[:2] != images[0].shape[:2]:
-      raise ValueError(
-        f"{root / name}: expected {_size(images[0])} pixels as in {names[0]}, got {_size(image)}. "
-        "Set data.image_size to crop and resize all images to one size."
-      )
-  channels = max(image.shape[2] for image in images)
+  check_options(config, reads=("path", "skip_damaged"))
+  root = config_path(config, "a folder of images")
+  names, files = folder_names(root), FolderFiles(root)
+  if config.skip_damaged:
+    names = readable(files, names, str(root))
   labels, label_names = _folder_labels(names)
   return Dataset(
     name="folder",
-    images=np.stack([np.broadcast_to(x, (*x.shape[:2], channels)) for x in images]),
+    images=read_pictures(files, names, image_size=config.image_size),
     ids=np.array(names),
     labels=labels,
     label_names=label_names,
   )
+
+
+def folder_names(root: pathlib.Path) -> list[str]:
+  """Sorted paths, with slashes and relative to `root`, of the image files under it."""
+  if not root.is_dir():
+    raise ValueError(f"{root}: expected a folder of images, got none. Check data.path.")
+  paths = (file.relative_to(root) for file in root.rglob("*") if file.is_file())
+  visible = (p.as_posix() for p in paths if not any(part.startswith(".") for part in p.parts))
+  names = image_names(visible, str(root))
+  if not names:
+    raise ValueError(f"{root}: expected images ({', '.join(SUFFIXES)}) in the folder, got none.")
+  return names
 
 
 def read_embeddings(path: str | pathlib.Path, ids: np.ndarray) -> np.ndarray:
@@ -86,34 +92,58 @@ def read_embeddings(path: str | pathlib.Path, ids: np.ndarray) -> np.ndarray:
     ValueError: the file lacks, or has other arrays; they do not fit; or an id is not in it.
   """
   path = pathlib.Path(path).expanduser()
-  contents = _read_npz(path, holds="embeddings=..., ids=...")
+  contents = read_npz(path, holds="embeddings=..., ids=...")
   if set(contents) != {"embeddings", "ids"}:
     names = ", ".join(sorted(contents)) or "none"
     raise ValueError(f"{path}: expected the arrays embeddings and ids; got {names}. Rename them.")
-  embeddings, found = contents["embeddings"], _as_strings(contents["ids"])
+  embeddings, found = contents["embeddings"], as_strings(contents["ids"])
+  if embeddings.ndim != 2:
+    raise ValueError(f"{path}: expected embeddings [n, E]; got shape {embeddings.shape}.")
+  return embeddings[positions_in(path, found, ids, "embedding", embeddings=embeddings)]
+
+
+def positions_in(
+  path: pathlib.Path, found: np.ndarray, ids: np.ndarray, noun: str, **arrays: Any
+) -> np.ndarray:
+  """Where the examples with these ids stand among those `found` in a file, [len(ids)] integers.
+
+  Args:
+    path: the file or folder, for messages.
+    found: [n] strings.
+    ids: of the data set, strings or integers; `found` may hold more.
+    noun: what an id has a row of, for messages.
+    **arrays: what the file holds of each of `found`, by name.
+
+  Raises:
+    ValueError: `found` are no n different strings, an array has not n rows, or ids are missing.
+  """
   position_of = {i: n for n, i in enumerate(found.tolist())} if found.ndim == 1 else {}
-  if embeddings.ndim != 2 or not len(embeddings) == len(position_of) == len(found):
+  sizes = {len(found) if found.ndim else 0, *(len(a) if a.ndim else 0 for a in arrays.values())}
+  if sizes != {len(position_of)} or found.dtype.kind != "U":
+    shapes = ", ".join(f"{name} {a.shape}" for name, a in arrays.items())
     raise ValueError(
-      f"{path}: expected embeddings [n, E] and n different ids; got shapes {embeddings.shape} and "
-      f"{found.shape}, {len(position_of)} different."
+      f"{path}: expected n rows of {' and '.join(arrays)}, and n different ids; got shapes "
+      f"{shapes} and ids {found.shape} of type {found.dtype}, {len(position_of)} different."
     )
-  wanted = _as_strings(np.asarray(ids)).tolist()
-  unknown = [i for i in wanted if i not in position_of]
-  if unknown:
+  wanted = as_strings(np.asarray(ids)).tolist()
+  missing = [i for i in wanted if i not in position_of]
+  if missing:
     raise ValueError(
-      f"{path}: {len(unknown)} of {len(wanted)} ids have no embedding, such as {unknown[0]!r}; its "
-      f"ids look like {found[0]!r}."
+      f"{path}: {len(missing)} of {len(wanted)} ids have no {noun}, such as {some(missing)}. "
+      f"Its ids look like {some(found)}; add the missing ones."
     )
-  return embeddings[[position_of[i] for i in wanted]]
+  return np.array([position_of[i] for i in wanted], np.int64)
 
 
-def _path(config: DataConfig, kind: str) -> pathlib.Path:
+def config_path(config: DataConfig, kind: str) -> pathlib.Path:
+  """`config.path`; ValueError, which says what `kind` of thing lies there, where it is None."""
   if config.path is None:
     raise ValueError(f"data set {config.name!r} needs data.path, {kind}; got None.")
   return pathlib.Path(config.path).expanduser()
 
 
-def _read_npz(path: pathlib.Path, holds: str = "images=...") -> dict[str, np.ndarray]:
+def read_npz(path: pathlib.Path, holds: str = "images=...") -> dict[str, np.ndarray]:
+  """All arrays of an .npz file, by name; ValueError where it is none or damaged."""
   if not path.is_file():
     raise ValueError(f"{path}: expected an .npz file, got none. Check the path.")
   if not zipfile.is_zipfile(path):
@@ -131,54 +161,11 @@ def _read_npz(path: pathlib.Path, holds: str = "images=...") -> dict[str, np.nda
     ) from error
 
 
-def _as_strings(ids: np.ndarray) -> np.ndarray:
+def as_strings(ids: np.ndarray) -> np.ndarray:
   """Ids as strings where they are integers or bytes; others as they are, for Dataset to refuse."""
   if ids.dtype.kind == "S":
     return np.char.decode(ids, "utf-8")
   return ids.astype(str) if ids.dtype.kind in "iu" else ids
-
-
-def _image_names(root: pathlib.Path) -> list[str]:
-  """Sorted posix paths, relative to `root`, of the image files under it."""
-  if not root.is_dir():
-    raise ValueError(f"{root}: expected a folder of images, got none. Check data.path.")
-  files = (file for file in root.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
-  names = [file.relative_to(root) for file in files]
-  visible = [n.as_posix() for n in names if not any(part.startswith(".") for part in n.parts)]
-  if not visible:
-    raise ValueError(f"{root}: expected images ({', '.join(_SUFFIXES)}) in the folder, got none.")
-  return sorted(visible)
-
-
-def _read_image(path: pathlib.Path, image_size: int | None) -> np.ndarray:
-  """Pixels [H, W, C] of one file, uint8: C = 1 for grey images, 3 for others."""
-  try:
-    with Image.open(path) as file:
-      image = ImageOps.exif_transpose(file)  # upright, as viewers show it; loads all pixels
-  except Exception as error:  # Pillow's decoders raise many types
-    raise ValueError(
-      f"{path}: expected a readable image, got: {error}. Mend or remove the file."
-    ) from error
-  if image.mode.startswith(_DEEP_MODES):
-    raise ValueError(
-      f"{path}: expected 8 bits a channel, got mode {image.mode!r}. Convert the file to 8 bits."
-    )
-  may_be_transparent = image.mode in _ALPHA_MODES or "transparency" in image.info
-  if may_be_transparent and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
-    raise ValueError(
-      f"{path}: expected an opaque image, got transparent pixels. Flatten it onto a background."
-    )
-  image = image.convert("L" if image.mode in _GREY_MODES else "RGB")
-  if image_size is not None:
-    image = _central_square(image).resize((image_size, image_size), Image.Resampling.LANCZOS)
-  pixels = np.asarray(image)
-  return pixels[..., None] if pixels.ndim == 2 else pixels
-
-
-def _central_square(image: Image.Image) -> Image.Image:
-  side = min(image.size)
-  left, top = (image.width - side) // 2, (image.height - side) // 2
-  return image.crop((left, top, left + side, top + side))
 
 
 def _folder_labels(names: list[str]) -> tuple[np.ndarray | None, tuple[str, ...]]:
@@ -187,7 +174,3 @@ def _folder_labels(names: list[str]) -> tuple[np.ndarray | None, tuple[str, ...]
     return None, ()
   label_names, labels = np.unique([name.split("/")[0] for name in names], return_inverse=True)
   return labels, tuple(label_names.tolist())
-
-
-def _size(image: np.ndarray) -> str:
-  return f"{image.shape[1]} × {image.shape[0]}"

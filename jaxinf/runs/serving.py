@@ -135,7 +135,7 @@ def _given_images(run: Run) -> Dataset:
     raise ValueError(f"--images={run.images} does not exist.")
   if not (run.images.is_dir() if name == "folder" else run.images.is_file()):
     raise ValueError(f"--images must be an .npz file or a folder of images; got {run.images}.")
-  size = run.config.data.image_size if name == "folder" else None
+  size = run.config.data.image_size
   return data.load(DataConfig(name, path=str(run.images), image_size=size))
 
 

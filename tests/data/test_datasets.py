@@ -15,6 +15,7 @@ from jaxinf.core import arrays
 from jaxinf.core.arrays import as_float
 from jaxinf.data import DATASETS, DataConfig, Dataset, load
 from jaxinf.data.dataset import stratified_positions
+from tests.data.artbench_tar import ARTBENCH, write_artbench
 from tests.stored import Stored
 
 CIFAR_LABELS = [
@@ -23,8 +24,7 @@ CIFAR_LABELS = [
 
 
 def config(name, **options):
-  unset = dict(data_dir=None, path=None, image_size=None, num_examples=None, seed=0)
-  return DataConfig(name=name, **(unset | options))
+  return DataConfig(name=name, **options)
 
 
 def write_image(path, size=(6, 4), mode="RGB", value=100, **options):
@@ -44,7 +44,7 @@ def cifar_folder():
 
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory):
-  """A config of each data set, with files of the test's own for `arrays` and `folder`."""
+  """A config of each data set, with files of the test's own where it is not CIFAR or digits."""
   root = tmp_path_factory.mktemp("data")
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (30, 5, 4, 3)).astype(np.uint8)
@@ -53,8 +53,12 @@ def configs(tmp_path_factory):
     path = root / "images" / "abc"[n % 3] / f"{n}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(path)
+  write_artbench(root / "artbench.tar", range(60))
   paths = {"arrays": root / "images.npz", "folder": root / "images"}
-  return {n: config(n, path=str(paths[n]) if n in paths else None) for n in DATASETS}
+  paths |= dict.fromkeys(("artbench", "artbench2"), root / "artbench.tar")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(ARTBENCH, "_ARTBENCH2_STYLE_SIZE", 5)
+    yield {n: config(n, path=str(paths[n]) if n in paths else None) for n in DATASETS}
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +139,7 @@ def test_fingerprint_tells_one_pixel_one_id_and_the_order_but_not_the_name(datas
   assert len(some.fingerprint()) == 64
 
 
-@pytest.mark.parametrize("name", ["digits", "arrays", "folder"])
+@pytest.mark.parametrize("name", ["digits", "arrays", "folder", "artbench", "artbench2"])
 def test_loading_twice_gives_the_same_examples(name, configs, loaded):
   assert load(configs[name]).fingerprint() == loaded(name).fingerprint()
 
@@ -152,9 +156,10 @@ def test_num_examples_is_seeded_and_keeps_examples_as_they_are(name, configs, lo
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_options_that_a_data_set_does_not_read_are_refused(name, configs):
+  pictures = ["path", "skip_damaged"]
   reads = {"cifar10": ["data_dir"], "cifar2": ["data_dir"], "arrays": ["path"]}
-  reads["folder"] = ["path", "image_size"]
-  options = {"data_dir": "x", "path": "x", "image_size": 8}
+  reads |= {"folder": pictures, "artbench": pictures, "artbench2": pictures}
+  options = {"data_dir": "x", "path": "x", "skip_damaged": True}
   for option in options.keys() - set(reads.get(name, [])):
     with pytest.raises(ValueError, match=rf"'{name}' does not read data\.{option}"):
       load(dataclasses.replace(configs[name], **{option: options[option]}))

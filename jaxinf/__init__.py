@@ -44,6 +44,8 @@ from jaxinf.evaluation.comparison import compare, damping_lds
 from jaxinf.evaluation.lds import Retrained, lds
 from jaxinf.evaluation.oracle import noise_ceiling, retraining_lds
 from jaxinf.layers.coverage import SKIP_NORMALISATION
+from jaxinf.networks.diffusers import load_autoencoder
+from jaxinf.networks.latents import Autoencoder
 from jaxinf.scores.damping import Recommendation, recommend_damping, weigh_dampings
 from jaxinf.scores.scores import Ranking, Scores
 from jaxinf.scores.stability import RankStability, rank_stability
@@ -64,6 +66,7 @@ __all__ = [
   "METHODS",
   "SKIP_NORMALISATION",
   "TRAK",
+  "Autoencoder",
   "Checkpointing",
   "Compute",
   "Curvature",
@@ -100,6 +103,7 @@ __all__ = [
   "influence_sweep",
   "journey_trak",
   "lds",
+  "load_autoencoder",
   "load_curvature",
   "loss_at_time",
   "loss_at_timestep",

@@ -120,18 +120,7 @@ def to_config(model: UNet, *, in_channels: int, image_size: int) -> dict[str, An
 
 def read_options(config: Mapping[str, Any]) -> dict[str, Any]:
   """Returns all options of `config`, DEFAULTS filled in; refuses those that `UNet` lacks."""
-  class_name = config.get("_class_name", "UNet2DModel")
-  if class_name != "UNet2DModel":
-    raise ValueError(
-      f"unsupported diffusers config: _class_name={class_name!r}; supported: 'UNet2DModel'"
-    )
-  given = {key: value for key, value in config.items() if not key.startswith("_")}
-  unknown = sorted(set(given) - set(DEFAULTS))
-  if unknown:
-    raise ValueError(
-      f"unsupported diffusers config: options {unknown}; supported: {sorted(DEFAULTS)}"
-    )
-  options = DEFAULTS | given
+  options = given_options(config, "UNet2DModel", DEFAULTS)
   for option in ("block_out_channels", "norm_num_groups"):
     if not options[option]:
       raise ValueError(f"unsupported diffusers config: {option}={options[option]!r}")
@@ -140,13 +129,40 @@ def read_options(config: Mapping[str, Any]) -> dict[str, Any]:
   supported["time_embedding_dim"] = (None, 4 * options["block_out_channels"][0])
   if options["resnet_time_scale_shift"] == "default":
     supported["attn_norm_num_groups"] = (None, options["norm_num_groups"])
+  check_supported(options, supported)
+  return options
+
+
+def given_options(
+  config: Mapping[str, Any], class_name: str, defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns `defaults` with the options of `config`, a config of diffusers' class `class_name`.
+
+  Raises:
+    ValueError: a config of another class, or an option that is not among the defaults.
+  """
+  given_name = config.get("_class_name", class_name)
+  if given_name != class_name:
+    raise ValueError(
+      f"unsupported diffusers config: _class_name={given_name!r}; supported: {class_name!r}"
+    )
+  given = {key: value for key, value in config.items() if not key.startswith("_")}
+  unknown = sorted(set(given) - set(defaults))
+  if unknown:
+    raise ValueError(
+      f"unsupported diffusers config: options {unknown}; supported: {sorted(defaults)}"
+    )
+  return dict(defaults) | given
+
+
+def check_supported(options: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]]) -> None:
+  """Raises a ValueError that names the first option whose value is not among those supported."""
   for option, values in supported.items():
     if options[option] not in values:
       raise ValueError(
         f"unsupported diffusers config: {option}={options[option]!r}; supported: "
         f"{', '.join(map(repr, values))}"
       )
-  return options
 
 
 def _has_attention(options: Mapping[str, Any], option: str, block: str) -> bool:

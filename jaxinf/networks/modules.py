@@ -1,4 +1,4 @@
-"""The layers of the DDPM U-Net, channels last, each as diffusers computes it.
+"""The layers of the DDPM U-Net and of autoencoders, channels last, as diffusers computes them.
 
 Every weight sits in a plain `nn.Conv` or `nn.Dense` that is called once, in float32, and none of
 these calls is compiled on its own: curvature is fitted by matching them in the traced graph.
@@ -57,6 +57,11 @@ def conv3x3(features: int, name: str, *, stride: int = 1, padding: tuple[int, in
   return nn.Conv(
     features, (3, 3), strides=stride, padding=(padding, padding), kernel_init=KERNEL_INIT, name=name
   )
+
+
+def conv1x1(features: int, name: str | None = None):
+  """A 1 × 1 convolution."""
+  return nn.Conv(features, (1, 1), kernel_init=KERNEL_INIT, name=name)
 
 
 def dense(features: int, name: str):
@@ -140,40 +145,43 @@ class ConditioningEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-  """GroupNorm → SiLU → conv, twice, conditioned on time, plus the input.
+  """GroupNorm → SiLU → conv, twice, plus the input; conditioned on time where there is one.
 
   With scale_shift the second norm's output h becomes h · (1 + scale) + shift, (scale, shift) being
   a dense layer of SiLU(time embedding); otherwise that layer's output is added before the norm.
-  The input passes a 1 × 1 convolution where the number of channels changes.
+  Without a time embedding that layer is left out. The input passes a 1 × 1 convolution where the
+  number of channels changes.
   """
 
   features: int
   norm_groups: int
   norm_eps: float
-  scale_shift: bool
-  dropout: float
+  scale_shift: bool = False
+  dropout: float = 0.0
 
   @nn.compact
   def __call__(
     self,
     x: Float[Array, "B H W C"],
-    time: Float[Array, "B E"],
-    dropout_ids: UInt[Array, " B"] | None,
+    time: Float[Array, "B E"] | None = None,
+    dropout_ids: UInt[Array, " B"] | None = None,
   ) -> Float[Array, "B H W features"]:
     h = silu(group_norm(self.norm_groups, self.norm_eps, "norm1")(x))
     h = conv3x3(self.features, "conv1")(h)
-    width = 2 * self.features if self.scale_shift else self.features
-    time = dense(width, "time_emb_proj")(silu(time))[:, None, None, :]
     norm2 = group_norm(self.norm_groups, self.norm_eps, "norm2")
-    if self.scale_shift:
-      h = norm2(h) * (1 + time[..., : self.features]) + time[..., self.features :]
+    if time is None:
+      h = norm2(h)
     else:
-      h = norm2(h + time)
+      width = 2 * self.features if self.scale_shift else self.features
+      time = dense(width, "time_emb_proj")(silu(time))[:, None, None, :]
+      if self.scale_shift:
+        h = norm2(h) * (1 + time[..., : self.features]) + time[..., self.features :]
+      else:
+        h = norm2(h + time)
     h = Dropout(self.dropout, name="dropout")(silu(h), dropout_ids)
     h = conv3x3(self.features, "conv2")(h)
     if x.shape[-1] != self.features:
-      shortcut = nn.Conv(self.features, (1, 1), kernel_init=KERNEL_INIT, name="conv_shortcut")
-      x = shortcut(x)
+      x = conv1x1(self.features, "conv_shortcut")(x)
     return x + h
 
 

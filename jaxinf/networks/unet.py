@@ -140,8 +140,8 @@ class DownBlock(nn.Module):
   def __call__(
     self,
     h: Float[Array, "B H W C"],
-    time: Float[Array, "B E"],
-    dropout_ids: UInt[Array, " B"] | None,
+    time: Float[Array, "B E"] | None = None,
+    dropout_ids: UInt[Array, " B"] | None = None,
   ) -> tuple[Array, list[Array]]:
     """Returns the output and the skips, earliest first."""
     skips = []
@@ -167,8 +167,8 @@ class MidBlock(nn.Module):
   def __call__(
     self,
     h: Float[Array, "B H W C"],
-    time: Float[Array, "B E"],
-    dropout_ids: UInt[Array, " B"] | None,
+    time: Float[Array, "B E"] | None = None,
+    dropout_ids: UInt[Array, " B"] | None = None,
   ) -> Float[Array, "B H W C"]:
     h = self.resnet(self.features, name="resnets_0")(h, time, dropout_ids)
     if self.attention is not None:

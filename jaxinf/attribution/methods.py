@@ -79,7 +79,9 @@ class Method:
     kind: of the curvature they depend on; "own" for the usual one, None for none.
     reads: names of settings that scores depend on.
     sweeps: whether damping changes more than the scale of scores.
-    of: what of the queries it needs where it takes no measurement: "examples" or "trajectories".
+    of: what of the queries it needs where it takes no measurement: "examples", "trajectories", or
+      "pictures", which are the pixels of queries and training examples, where models of latents
+      see others.
   """
 
   make: Callable[[Ingredients], Attribution]
@@ -175,8 +177,10 @@ METHODS: Mapping[str, Method] = {
     _journey_trak, 1e-9, reads=(*_PROJECTED, "journey_steps"), of="trajectories"
   ),
   "das": Method(_das, 1e-9, reads=_PROJECTED),
-  "pixel": Method(lambda given: PixelSimilarity("cosine")),
-  "pixel-l2": Method(lambda given: PixelSimilarity("l2")),
-  "clip": Method(lambda given: EmbeddingSimilarity(given.embed, "clip"), reads=("clip",)),
+  "pixel": Method(lambda given: PixelSimilarity("cosine"), of="pictures"),
+  "pixel-l2": Method(lambda given: PixelSimilarity("l2"), of="pictures"),
+  "clip": Method(
+    lambda given: EmbeddingSimilarity(given.embed, "clip"), reads=("clip",), of="pictures"
+  ),
   "random": Method(lambda given: RandomScores(given.query_draws.seed)),
 }

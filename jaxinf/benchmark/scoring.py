@@ -24,6 +24,7 @@ from jaxinf.runs.perform import perform
 from jaxinf.runs.run import (
   Run,
   content_of_stage,
+  data_key,
   kind_of_config,
   load_curvature,
   load_model,
@@ -50,7 +51,7 @@ class Row:
 
   @property
   def of(self) -> str:
-    """What of the samples it needs: "examples" or "trajectories"."""
+    """What of the samples it needs: "examples", "trajectories" or "pictures"."""
     return measurement_named(self.measurement).of if self.measurement else self.kind.of
 
   @property
@@ -151,7 +152,7 @@ def score_key(run: Run, row: Row) -> dict[str, Any]:
     "method": row.method,
     "measurement": row.measurement,
     "dampings": row.kind.dampings(run.config.score.dampings),
-    "data": {"content": run.data_content, "random_flip": run.dataset.random_flip},
+    "data": data_key(run),
     "train_content": content_of_stage(run, "train"),
     "sample_content": content_of_stage(run, "sample"),
   }
@@ -185,7 +186,7 @@ def answered(run: Run, row: Row, method: Attribution, sums: pathlib.Path) -> Swe
   found = [
     method.scores(
       queries=queries.take(rows) if len(parts) > 1 else queries,
-      train=run.train,
+      train=run.dataset.examples if row.of == "pictures" else run.train,
       draws=draws,
       compute=compute.within(f"part-{number:03d}") if len(parts) > 1 else compute,
     )

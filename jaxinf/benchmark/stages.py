@@ -8,9 +8,9 @@ import logging
 from jaxinf.benchmark.measuring import check_measurements, measure_models, measured_everywhere
 from jaxinf.benchmark.retraining import subset_specs, train_models
 from jaxinf.benchmark.scoring import check_rows
-from jaxinf.runs.perform import perform
+from jaxinf.runs.perform import perform, steps_of
 from jaxinf.runs.run import Run
-from jaxinf.runs.stage import STAGES, hint
+from jaxinf.runs.stage import hint
 
 _LOG = logging.getLogger("jaxinf")
 
@@ -49,5 +49,5 @@ def benchmark(run: Run) -> None:
   check_rows(run)
   if run.config.retrain.num_subsets < 2:
     raise ValueError("Rank correlations need retrain.num_subsets of at least 2; 100 is usual.")
-  for stage in STAGES["benchmark"].steps:
+  for stage in steps_of(run, "benchmark"):
     perform(run, stage)

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from jaxinf.core.arrays import as_array, blocks, fingerprint, is_floating
-from jaxinf.core.examples import as_float, checked_data
+from jaxinf.core.arrays import as_array, as_float, blocks, fingerprint, is_floating
+from jaxinf.core.examples import checked_data
 from jaxinf.core.types import Array, Batch, Params
 from jaxinf.engine import Rows, map_batches
 from jaxinf.networks.autoencoder import AutoencoderKL, Posterior, check_images, check_latents

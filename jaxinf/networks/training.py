@@ -239,6 +239,42 @@ def fit(
   """
   state = init_state(network, train, config, seed) if state is None else state
   halves = train_step(network, process, config, augmentation=train.augmentation, seed=seed)
+  return optimised(
+    halves,
+    state,
+    train,
+    config,
+    seed=seed,
+    label="train",
+    hooks=hooks,
+    stop_after=stop_after,
+    devices=devices,
+  )
+
+
+def optimised(
+  halves: tuple[Callable, Callable],
+  state: Any,
+  train: Examples,
+  config: Any,
+  *,
+  seed: int,
+  label: str,
+  hooks: Hooks,
+  stop_after: int | None = None,
+  devices: Sequence[jax.Device] | None = None,
+) -> Any:
+  """The loop of every training: steps from state.step to config.steps on shuffled examples.
+
+  Args:
+    halves: of a step; see `train_step`.
+    state: where to go on from; it has a field `step`.
+    train: the training examples.
+    config: with steps, batch_size, checkpoint_every and log_every.
+    seed: of the batches.
+    label: what the progress bar says.
+    hooks, stop_after, devices: as for `fit`.
+  """
   step_fn = engine.parallel_step(*halves, devices=devices)
   start = int(state.step)
   end = config.steps if stop_after is None else min(config.steps, stop_after)
@@ -246,9 +282,9 @@ def fit(
   batches = Batches(len(train), config.batch_size, seed)
   replicated = engine.replicate(state, devices)
   recent: list[Any] = []  # metrics not yet looked at, so that the host need not wait each step
-  trial = rehearsal.trial("train", None, end - start)
+  trial = rehearsal.trial(label, None, end - start)
 
-  with Progress(processes.label("train"), config.steps, "steps", start) as progress:
+  with Progress(processes.label(label), config.steps, "steps", start) as progress:
     for step in trial.few(range(start, end)):
       rows = engine.shard_of_step(batches.rows(train, step, num_devices), devices)
       replicated, metrics = step_fn(replicated, rows)

@@ -55,7 +55,7 @@ def sample_cost(subject: Subject) -> StageCost:
   with subject.rehearsal(run, math.ceil(config.num_samples * steps / tried)) as found:
     STAGES["sample"].function(run)
   size = math.ceil(min(config.batch_size, config.num_samples) / subject.num_devices)
-  each = 4 * math.prod(run.dataset.image_shape) * (1 + (steps + 1) * config.keep_trajectory)
+  each = 4 * math.prod(run.shape) * (1 + (steps + 1) * config.keep_trajectory)
   written = config.num_samples * each
   cost = cost_of(
     subject, "sample", config.num_samples, "samples", found,
@@ -72,14 +72,16 @@ def sample_cost(subject: Subject) -> StageCost:
 
 def _forward_operations(subject: Subject, size: int) -> float | None:
   """Of the network on so many examples."""
-  model, shape = fresh_model(subject.run), subject.run.dataset.image_shape
+  model, one = fresh_model(subject.run), subject.run.stand_in
   struct = jax.ShapeDtypeStruct
+  given = jax.tree.map(lambda x: struct((1, size, *x.shape), x.dtype), one.conditioning_structs)
   return num_operations(
-    lambda params, x, t: model.apply_fn(params, *model.process.inputs(x, t)),
+    lambda params, x, t, *given: model.apply_fn(params, *model.process.inputs(x, t), *given),
     (
       jax.tree.map(lambda p: struct((1, *p.shape), p.dtype), model.params),
-      struct((1, size, *shape), jnp.float32),
+      struct((1, size, *one.shape), jnp.float32),
       struct((1, size), jnp.int32 if model.process.is_discrete else jnp.float32),
+      *([] if one.conditioning is None else [given]),
     ),
   )
 
@@ -283,7 +285,7 @@ def eigenbases_bytes(subject: Subject) -> int:
 
 def memory_of(subject: Subject) -> tuple[LayerMemory, ...]:
   """What the curvature of each layer takes."""
-  config, train = subject.run.config.curvature, subject.run.train
+  config, train = subject.run.config.curvature, subject.run.stand_in
   each = math.ceil(config.batch_size / subject.num_devices)
   row = Rows.of(train, 1).padded_batch(0, 1)
   kind, model = kind_of_config(config), fresh_model(subject.run)

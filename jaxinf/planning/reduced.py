@@ -17,6 +17,8 @@ import flax.traverse_util
 import jax
 import numpy as np
 
+from jaxinf.core.examples import Examples
+from jaxinf.core.moments import Moments
 from jaxinf.core.types import PyTree
 from jaxinf.data.dataset import Dataset
 from jaxinf.diffusion.sampler import sampler_times
@@ -25,7 +27,10 @@ from jaxinf.engine.rehearsal import BATCHES, Rehearsal, rehearsing
 from jaxinf.layers.coverage import Selection
 from jaxinf.layers.register import Registration, layers_of
 from jaxinf.networks import training
-from jaxinf.runs.run import Run, fresh_model, key_of, kind_of_config
+from jaxinf.networks.diffusers import load_autoencoder
+from jaxinf.networks.latents import Autoencoder
+from jaxinf.runs.run import TRAINED, Run, fresh_model, key_of, kind_of_config
+from jaxinf.runs.sampling import given_arrays
 
 _DISK_BYTES = 2**25  # written to measure the disk
 _KEPT_BYTES = 2**30  # of query rows in a rehearsal, from which more are scaled
@@ -45,6 +50,27 @@ class Reduced(Run):
   def dataset(self) -> Dataset:
     assert self.few is not None
     return self.few
+
+  @functools.cached_property
+  def autoencoder(self) -> Autoencoder:
+    """The run's, or one of random parameters where it is still to be trained."""
+    given = self.config.latent.autoencoder
+    if given is not None and given != TRAINED:
+      return load_autoencoder(given)
+    module = self.autoencoder_module
+    image = jax.ShapeDtypeStruct((1, *self.dataset.image_shape), np.float32)
+    params = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
+    return Autoencoder(module, random_params(params), 1.0)
+
+  @functools.cached_property
+  def train(self) -> Examples:
+    """Those, as moments of nothing where the model is of latents."""
+    moments = None
+    if self.is_latent:
+      *size, channels = self.shape
+      shape = (len(self.dataset), 1 + self.dataset.random_flip, *size, 2 * channels)
+      moments = Moments(np.zeros(shape, np.float32), sample=self.config.latent.sample)
+    return self.training_examples(self.dataset, moments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +100,7 @@ class Subject:
     config = self.run.config.curvature
     asked = Selection(config.skip, config.diagonal, config.only)
     selection = kind_of_config(config).selection(asked)
-    return layers_of(fresh_model(self.run), self.run.train, selection)
+    return layers_of(fresh_model(self.run), self.run.stand_in, selection)
 
   @property
   def num_devices(self) -> int:
@@ -88,7 +114,7 @@ class Subject:
   def state_bytes(self) -> int:
     """Of training: parameters, their EMA, and two moments of Adam."""
     run = self.run
-    begin = lambda: training.init_state(run.model, run.train, run.config.train, run.config.seed)
+    begin = lambda: training.init_state(run.model, run.stand_in, run.config.train, run.config.seed)
     return num_bytes(jax.eval_shape(begin))
 
   @property
@@ -98,8 +124,11 @@ class Subject:
 
   @functools.cached_property
   def images_bytes(self) -> int:
-    """Of the training examples."""
-    return self.run.dataset.images.nbytes
+    """Of the training examples: of their moments, where the model is of latents."""
+    images = self.run.dataset.images
+    if not self.run.is_latent:
+      return math.prod(images.shape) * np.dtype(images.dtype).itemsize
+    return 8 * (1 + self.run.dataset.random_flip) * len(images) * math.prod(self.run.shape)
 
   @functools.cached_property
   def sampling_steps(self) -> int:
@@ -143,10 +172,17 @@ class Subject:
       self.run.devices,
       few=data.take(np.arange(num)),
     )
+    if run.is_latent:
+      keep(run, "encode", {"digest": np.zeros(1)})
     keep(run, "train", flax.traverse_util.flatten_dict(self.params, sep="/"))
-    noise = np.random.default_rng(0).uniform(-1, 1, (few, *data.image_shape)).astype(np.float32)
+    rng = np.random.default_rng(0)
+    noise, pictures = (
+      rng.uniform(-1, 1, (few, *shape)).astype(np.float32)
+      for shape in (run.shape, data.image_shape)
+    )
     ids = np.array([f"sample_{i:04d}" for i in range(few)])
-    keep(run, "sample", {"ids": ids, "images": noise})
+    samples = {"ids": ids, "images": noise, **given_arrays(run)}
+    keep(run, "sample", samples | ({"pictures": pictures} if run.is_latent else {}))
     if states and run.config.sample.keep_trajectory:
       each = np.repeat(noise[:, None], self.sampling_steps + 1, axis=1)
       keep(run, "sample", {"ids": ids, "trajectories": each}, "trajectories")

@@ -17,6 +17,7 @@ from jaxinf.engine import artifacts, processes
 from jaxinf.engine.artifacts import StaleArtifact
 from jaxinf.engine.resources import measured
 from jaxinf.planning.cost import Plan, StageCost
+from jaxinf.planning.latents import latent_costs
 from jaxinf.planning.limits import Limits, limits_here
 from jaxinf.planning.line import attribute_cost, curvature_cost, index_cost, sample_cost, train_cost
 from jaxinf.planning.proof import proof_costs
@@ -56,7 +57,7 @@ def plan(
     subject = Subject(run, folder, clock, most)
     _ = subject.sampling_steps, run.model  # what is impossible is refused before anything begins
     with measured() as process:  # of what has few arrays of its own
-      found = [train_cost(subject)]
+      found = [*latent_costs(subject), train_cost(subject)]
     for cost in costs(subject):
       _LOG.info("plan: rehearsed %s", cost.stage)
       found.append(cost)

@@ -5,6 +5,7 @@ Numbers of one report share a power of ten and a number of decimals, so that the
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -49,16 +50,24 @@ class Row:
     id: its id.
     groups: name of each of TITLES → training examples.
     values: [N] all scores, ascending.
+    label: what it was made from, in words; None: from nothing else.
   """
 
   picture: np.ndarray | None
   id: str
   groups: dict[str, list[Neighbour]]
   values: np.ndarray
+  label: str | None = None
 
 
 def explained_rows(
-  dataset: Dataset, *, samples: np.ndarray, scores: Scores, num_queries: int, top_k: int
+  dataset: Dataset,
+  *,
+  samples: np.ndarray,
+  scores: Scores,
+  num_queries: int,
+  top_k: int,
+  labels: Sequence[str] | None = None,
 ) -> list[Row]:
   """Rows of the first `num_queries` samples, or of all where there are fewer.
 
@@ -68,6 +77,7 @@ def explained_rows(
     scores: of these samples and this data set, in their order.
     num_queries: 1 or more.
     top_k: training examples in each group; all N where it is more.
+    labels: [Q] what each sample was made from, in words; None: from nothing else.
 
   Raises:
     ValueError: the scores belong to other samples or data, or a number is below 1.
@@ -86,6 +96,7 @@ def explained_rows(
       id=str(scores.query_ids[q]),
       groups={name: _neighbours(dataset, ranking, q) for name, ranking in rankings.items()},
       values=values[q],
+      label=None if labels is None else labels[q],
     )
     for q in range(min(num_queries, len(samples)))
   ]
@@ -124,9 +135,13 @@ def _neighbours(dataset: Dataset, ranking: Ranking, query: int) -> list[Neighbou
 
 
 def _label(dataset: Dataset, position: int) -> str | None:
-  if dataset.labels is None:
-    return None
-  label = int(dataset.labels[position])
+  words = [] if dataset.labels is None else [label_name(dataset, int(dataset.labels[position]))]
+  words += [] if dataset.captions is None else [str(dataset.captions[position])]
+  return ", ".join(words) or None
+
+
+def label_name(dataset: Dataset, label: int) -> str:
+  """A label in words."""
   name = dataset.label_names[label] if dataset.label_names else str(label)
   return f"label {name}" if name.isdigit() else name
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ def write_report(
   scores: Scores,
   coverage: Coverage,
   manifests: Mapping[str, Mapping],
+  labels: Sequence[str] | None = None,
 ) -> list[Path]:
   """Writes index.html and attributions.png into `folder`, each atomically.
 
@@ -70,6 +71,7 @@ def write_report(
     scores: of all samples and training examples.
     coverage: which parameters the curvature covers.
     manifests: stage → manifest of its artefact, in the order of the run.
+    labels: [Q] what each sample was made from, in words; None: from nothing else.
 
   Returns:
     The paths, the page first.
@@ -83,6 +85,7 @@ def write_report(
     scores=scores,
     num_queries=config.report.num_queries,
     top_k=config.report.top_k,
+    labels=labels,
   )
   answer = _Answer(
     dataset,
@@ -296,7 +299,9 @@ def _sample(answer: _Answer, row: Row, q: int) -> Sample:
       z=number(z, ".1f") if math.isfinite(z) else "undefined",
     )
   return Sample(
-    tile=_with_picture(Tile(row.id, alt=f"generated sample {row.id}"), row.picture),
+    tile=_with_picture(
+      Tile(row.id, alt=f"generated sample {row.id}", label=row.label or ""), row.picture
+    ),
     groups=[
       Group(
         kind=kind,

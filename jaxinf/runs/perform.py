@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxinf.core.registry import named
 from jaxinf.engine import artifacts, processes
+from jaxinf.runs.latents import preparations
 from jaxinf.runs.run import Run, check_measurable, key_of
 from jaxinf.runs.stage import STAGES, hint
 
@@ -24,7 +25,7 @@ def perform(run: Run, name: str, *words: str) -> Any:
   stage = named(STAGES, name, "stage")
   check_measurable(run, _measurements(run, (name, *stage.steps)))
   if not stage.does:
-    return [perform(run, step) for step in stage.steps][-1]
+    return [perform(run, step) for step in steps_of(run, name)][-1]
   if not stage.kept:
     return stage.function(run, *words)
   if run.devices is not None and processes.count() > 1:
@@ -39,6 +40,11 @@ def perform(run: Run, name: str, *words: str) -> Any:
     alone=stage.alone,
     then=hint(name).format(folder=folder.absolute()),
   )
+
+
+def steps_of(run: Run, name: str) -> tuple[str, ...]:
+  """The stages that a line is made of, for this run: those of latents come before train."""
+  return (*preparations(run), *STAGES[name].steps)
 
 
 def _measurements(run: Run, names: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import operator
+import pkgutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from jaxinf import data, networks
 from jaxinf.core.draws import Draws
 from jaxinf.core.examples import Examples
+from jaxinf.core.moments import Moments
 from jaxinf.core.registry import named
 from jaxinf.core.types import ApplyFn, Params
 from jaxinf.curvature.curvature import Curvature
@@ -26,12 +28,19 @@ from jaxinf.diffusion.model import DiffusionModel
 from jaxinf.diffusion.process import Process
 from jaxinf.engine import artifacts
 from jaxinf.engine.compute import Compute
+from jaxinf.networks.autoencoder import AutoencoderKL
+from jaxinf.networks.autoencoder_training import module_of
+from jaxinf.networks.diffusers import load_autoencoder
+from jaxinf.networks.latent_cache import open_moments
+from jaxinf.networks.latents import Autoencoder
 from jaxinf.networks.training import example_inputs
 from jaxinf.runs.config import settings
 from jaxinf.runs.process import process_of
 from jaxinf.runs.sections import Config, CurvatureConfig, DrawConfig
 from jaxinf.runs.stage import STAGES
 from jaxinf.scores.scores import Scores
+
+TRAINED = "trained"  # latent.autoencoder where the stage train-vae makes it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +73,87 @@ class Run:
     """The training images."""
     return data.load(self.config.data)
 
+  @property
+  def is_latent(self) -> bool:
+    """Whether the model is of latents, and not of the data themselves."""
+    return self.config.latent.autoencoder is not None
+
+  @functools.cached_property
+  def autoencoder(self) -> Autoencoder:
+    """The frozen autoencoder of a model of latents."""
+    given = self.config.latent.autoencoder
+    assert given is not None
+    if given != TRAINED:
+      return load_autoencoder(given)
+    artifact = artifacts.read(self.folder("train-vae"))
+    params = flax.traverse_util.unflatten_dict(dict(artifact.arrays), sep="/")
+    return Autoencoder(self.autoencoder_module, params, artifact.notes["scaling_factor"])
+
+  @property
+  def autoencoder_module(self) -> AutoencoderKL:
+    """The autoencoder without parameters, known before one is trained."""
+    if self.config.latent.autoencoder == TRAINED:
+      return module_of(self.config.vae, self.dataset.image_shape[-1])
+    return self.autoencoder.module
+
   @functools.cached_property
   def train(self) -> Examples:
-    """What the model is trained on."""
-    return self.dataset.examples
+    """What the model is trained on: the data, or latents of them by their moments."""
+    moments = None
+    if self.is_latent:
+      content_of_stage(self, "encode")  # finished, and of these images and this autoencoder
+      own = self.config.latent.sample
+      moments = open_moments(moments_folder(self), self.autoencoder, sample=own)
+    return self.training_examples(self.dataset, moments)
+
+  def training_examples(self, dataset: Dataset, moments: Moments | None = None) -> Examples:
+    """The examples of a data set as training has them: augmented, and latents by their moments."""
+    rate, examples = self.config.train.conditioning_dropout, dataset.examples
+    null = self.null_conditioning if rate else None
+    data = examples.data if moments is None else moments
+    return dataclasses.replace(
+      examples, data=data, conditioning_dropout=rate, null_conditioning=null
+    )
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """The shape of what the model is of, known before anything is encoded."""
+    shape = self.dataset.image_shape
+    if not self.is_latent:
+      return shape
+    module = self.autoencoder_module
+    return (*(n // module.factor for n in shape[:2]), module.latent_channels)
+
+  @functools.cached_property
+  def stand_in(self) -> Examples:
+    """One example in the shapes of `train`, of which nothing else counts."""
+    one = self.dataset.take(np.arange(1)).examples
+    return Examples(np.zeros((1, *self.shape), np.float32), one.ids, one.conditioning)
+
+  @property
+  def null_conditioning(self) -> dict[str, Any]:
+    """One row of the conditioning that stands for none: a class of its own, and zeros as text.
+
+    Raises:
+      ValueError: the model is given nothing that could be left out.
+    """
+    given = self.dataset.conditioning
+    if not given:
+      raise ValueError(
+        "train.conditioning_dropout and sample.guidance_scale leave out the conditioning, and "
+        "data.conditioning names none: give labels, text or both."
+      )
+    null = {name: np.zeros(x.shape[1:], x.dtype) for name, x in given.items()}
+    labels = self.num_classes
+    return null | ({} if labels is None else {"labels": np.int32(labels)})
+
+  @property
+  def num_classes(self) -> int | None:
+    """Of the labels that the model is given; None where it is given none."""
+    dataset = self.dataset
+    if not dataset.conditioning or "labels" not in dataset.conditioning:
+      return None
+    return len(dataset.label_names) or int(np.max(dataset.conditioning["labels"])) + 1
 
   @functools.cached_property
   def data_content(self) -> str:
@@ -78,7 +164,8 @@ class Run:
   def model(self) -> nn.Module:
     """The denoiser, without parameters."""
     section = self.config.model
-    return networks.build(section.name, dict(section.fields), self.train.shape[-1])
+    fields = dict(section.fields)
+    return networks.build(section.name, fields, self.shape[-1], self.num_classes)
 
   @property
   def process(self) -> Process:
@@ -97,8 +184,9 @@ class Run:
       config=dataclasses.replace(self.config, curvature=section),
       folders={**self.folders, "curvature": folder},
     )
-    shared = ("dataset", "train", "data_content", "model", "apply_fn", "found")
+    shared = ("dataset", "data_content", "model", "apply_fn", "found")
     vars(other).update({name: getattr(self, name) for name in shared})
+    vars(other).update({name: vars(self)[name] for name in ("train",) if name in vars(self)})
     return other
 
   @functools.cached_property
@@ -136,10 +224,26 @@ def key_of(run: Run, name: str) -> dict[str, Any]:
   for path in stage.reads:
     key[path.rpartition(".")[2]] = settings(operator.attrgetter(path)(run.config))
   if stage.data:
-    key["data"] = {"content": run.data_content, "random_flip": run.dataset.random_flip}
+    key["data"] = data_key(run, latents=name not in ("train-vae", "encode"))
   if stage.data == "labelled":
     key["data"] |= _labels(run.dataset)
+  if stage.key:
+    key |= pkgutil.resolve_name(stage.key)(run)
   return key | {f"{needed}_content": content_of_stage(run, needed) for needed in stage.needs}
+
+
+def data_key(run: Run, latents: bool = True) -> dict[str, Any]:
+  """What results depend on of the training examples."""
+  key: dict[str, Any] = {"content": run.data_content, "random_flip": run.dataset.random_flip}
+  if latents and run.is_latent:
+    key["latents_content"] = content_of_stage(run, "encode")
+    key["latents_sampled"] = run.config.latent.sample
+  return key
+
+
+def moments_folder(run: Run) -> Path:
+  """Where the moments of the images' latents lie."""
+  return run.folder("encode") / "moments"
 
 
 def own_settings(run: Run, name: str) -> dict[str, Any]:
@@ -168,7 +272,9 @@ def load_model(run: Run) -> DiffusionModel:
 
 def fresh_model(run: Run) -> DiffusionModel:
   """The model of a run with parameters of zero, for what depends on shapes alone."""
-  shapes = jax.eval_shape(run.model.init, jax.random.key(0), *example_inputs(run.train))["params"]
+  shapes = jax.eval_shape(run.model.init, jax.random.key(0), *example_inputs(run.stand_in))[
+    "params"
+  ]
   params = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
   return DiffusionModel(run.apply_fn, params, run.process)  # zeros say nothing of the network
 

@@ -5,11 +5,15 @@ Trajectories lie apart, as they are large, and are generated anew where a copy l
 
 import dataclasses
 import shutil
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinf.core.arrays import fingerprint, read_rows
+from jaxinf.core.augmentation import Constants
 from jaxinf.core.checks import checked_count
 from jaxinf.core.examples import Examples
 from jaxinf.core.random import fold_in_each, stream
@@ -21,13 +25,75 @@ from jaxinf.engine.artifacts import Outcome
 from jaxinf.engine.checkpoints import PartialOutputs
 from jaxinf.runs.run import Run, key_of, load_model
 
+_GIVEN = "conditioning/"  # before the names of what samples were made from
+
 
 def sample(run: Run) -> Outcome:
   """The samples that will be explained."""
   ids, arrays = _generated(run)
   if "trajectories" in arrays:
     _keep_trajectories(run, ids, arrays["trajectories"])
-  return {"ids": ids, "images": arrays["images"]}, {}, f"{len(ids)} samples"
+  found = {"ids": ids, "images": arrays["images"]}
+  if run.is_latent:
+    found["pictures"] = decoded(run, arrays["images"])
+  return found | given_arrays(run), {}, f"{len(ids)} samples"
+
+
+def given_arrays(run: Run) -> dict[str, np.ndarray]:
+  """What samples are made from, as arrays of their artefact."""
+  given = sample_conditioning(run) or {}
+  return {_GIVEN + name: rows for name, rows in given.items()}
+
+
+def decoded(run: Run, latents: np.ndarray) -> np.ndarray:
+  """Pixels [Q, H, W, C] in [-1, 1] of latents of the diffusion model."""
+  vae, size = run.autoencoder, run.config.latent.batch_size
+  pixels = vae.decode(vae.unscaled(latents), batch_size=size, devices=run.devices)
+  return np.clip(pixels, -1, 1)
+
+
+def sampling_key(run: Run) -> dict[str, Any]:
+  """What samples depend on beside settings and the model."""
+  key: dict[str, Any] = {}
+  if run.is_latent:
+    key["autoencoder"] = run.autoencoder.fingerprint
+  if (given := sample_conditioning(run)) is not None:
+    key["conditioning"] = fingerprint(given)
+  return key
+
+
+def sample_conditioning(run: Run) -> dict[str, np.ndarray] | None:
+  """What each sample is made from, name → array [Q, …]: of a file, or spread over the classes.
+
+  Raises:
+    ValueError: the file has not the arrays that the model takes, one row a sample.
+  """
+  given, config = run.dataset.conditioning, run.config.sample
+  if not given:
+    if config.conditioning is not None or config.guidance_scale != 1:
+      raise ValueError(
+        "sample.conditioning and sample.guidance_scale are for models that are given something: "
+        "name it in data.conditioning."
+      )
+    return None
+  num, place = config.num_samples, config.conditioning
+  if place is None:
+    rows = np.linspace(0, len(run.dataset) - 1, num).astype(int)
+    found = {name: read_rows(array, rows) for name, array in given.items()}
+    if run.num_classes is not None:
+      found["labels"] = np.arange(num, dtype=np.int32) % run.num_classes
+    return found
+  with np.load(Path(place).expanduser(), allow_pickle=False) as file:
+    found = {name: file[name] for name in file.files}
+  shapes = {name: (num, *array.shape[1:]) for name, array in given.items()}
+  if {name: array.shape for name, array in found.items()} != shapes:
+    raise ValueError(
+      f"{place} must hold {shapes}, one row for each of sample.num_samples; it holds "
+      f"{ {name: array.shape for name, array in found.items()} }."
+    )
+  if run.num_classes is not None and not np.isin(found["labels"], range(run.num_classes)).all():
+    raise ValueError(f"labels in {place} must lie in 0…{run.num_classes - 1}.")
+  return {name: array.astype(given[name].dtype) for name, array in found.items()}
 
 
 def load_samples(run: Run, of: str = "examples") -> Examples:
@@ -35,20 +101,23 @@ def load_samples(run: Run, of: str = "examples") -> Examples:
 
   Args:
     run: the run.
-    of: what a measurement is of: "examples" or "trajectories".
+    of: what a measurement is of: "examples" or "trajectories"; or "pictures", which are the
+      examples themselves but for a model of latents.
 
   Raises:
     ValueError: the samples have no such thing.
   """
   arrays = artifacts.read(run.folder("sample")).arrays
-  if of == "examples":
-    return Examples(arrays["images"], arrays["ids"])
+  given = {n.removeprefix(_GIVEN): x for n, x in arrays.items() if n.startswith(_GIVEN)} or None
+  if of in ("examples", "pictures"):
+    data = arrays["images"] if of == "examples" else arrays.get("pictures", arrays["images"])
+    return Examples(data, arrays["ids"], given)
   if of != "trajectories" or not run.config.sample.keep_trajectory:
     raise ValueError(
       f"The samples have no {of}. Trajectories are kept with sample.keep_trajectory=True, in a new "
       "workdir; predictions are made by journey-trak alone. Or choose another measurement."
     )
-  return Examples(_load_trajectories(run, arrays["images"]), arrays["ids"])
+  return Examples(_load_trajectories(run, arrays["images"]), arrays["ids"], given)
 
 
 def _load_trajectories(run: Run, images: np.ndarray) -> np.ndarray:
@@ -84,19 +153,19 @@ def _generated(run: Run) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   num = checked_count(config.num_samples, "sample.num_samples")
   ids = np.array([f"sample_{i:04d}" for i in range(num)])
   kernel = SampleKernel(
-    model.apply_fn,
+    _guided(run, model.apply_fn),
     model.process,
-    run.train.shape,
+    run.shape,
     config.sampler,
     config.num_steps,
     config.keep_trajectory,
-    run.dataset.is_pixels if config.clip is None else config.clip,
+    not run.is_latent and run.dataset.is_pixels if config.clip is None else config.clip,
   )
   names = ["images"] + ["trajectories"] * config.keep_trajectory
   arrays = map_batches(
     kernel,
     (model.params, np.uint32(run.config.seed)),
-    Rows(None, np.arange(len(ids), dtype=np.uint32)),
+    Rows(None, np.arange(len(ids), dtype=np.uint32), conditioning=sample_conditioning(run)),
     batch_size=config.batch_size,
     label="sample",
     unit="samples",
@@ -106,6 +175,14 @@ def _generated(run: Run) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     ),
   )
   return ids, arrays
+
+
+def _guided(run: Run, apply_fn: ApplyFn) -> ApplyFn:
+  """The network, under guidance where it is asked for."""
+  scale = run.config.sample.guidance_scale
+  if scale == 1:
+    return apply_fn
+  return sampler.Guided(apply_fn, scale, Constants(run.null_conditioning))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +209,7 @@ class SampleKernel:
       num_steps=self.num_steps,
       keep_trajectory=self.keep_trajectory,
       clip=self.clip,
+      conditioning=batch.conditioning,
     )
     if trajectory is None:
       return {"images": images}

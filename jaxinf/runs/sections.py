@@ -15,6 +15,7 @@ from jaxinf.curvature.fit import SKIP_NORMALISATION
 from jaxinf.curvature.ggn import Solver
 from jaxinf.data import DataConfig
 from jaxinf.networks import UNet
+from jaxinf.networks.autoencoder_training import AutoencoderConfig
 from jaxinf.networks.training import TrainConfig
 
 
@@ -64,6 +65,15 @@ class DiffusionConfig:
   shift: float = added(1.0)  # of t towards noise, for flow
   sigma_data: float = added(0.5)  # standard deviation of the data, for edm
   raw: bool = added(False)  # the network is the denoiser D(x, σ) itself, for edm
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentConfig:
+  # Of a model of latents: a folder with an AutoencoderKL in diffusers' format, or "trained" for the
+  # one of the stage train-vae. None: the model is of the data themselves.
+  autoencoder: str | None = None
+  sample: bool = True  # each draw samples the posterior of a latent; False: its mean
+  batch_size: int = 8  # images at a time through the autoencoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,6 +288,8 @@ class Config:
   data: DataConfig = DataConfig()
   model: ModelConfig = ModelConfig()
   diffusion: DiffusionConfig = DiffusionConfig()
+  latent: LatentConfig = LatentConfig()
+  vae: AutoencoderConfig = AutoencoderConfig()
   train: TrainConfig = TrainConfig()
   sample: SampleConfig = SampleConfig()
   curvature: CurvatureConfig = CurvatureConfig()

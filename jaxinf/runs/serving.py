@@ -15,6 +15,7 @@ import numpy as np
 from jaxinf import data
 from jaxinf.compression.compression import compression_named
 from jaxinf.core.examples import Examples
+from jaxinf.core.moments import Moments
 from jaxinf.data import DataConfig, Dataset
 from jaxinf.engine import artifacts, processes
 from jaxinf.engine.artifacts import Artifact, Outcome
@@ -84,7 +85,7 @@ def append(run: Run) -> Store:
   processes.check_same(images.fingerprint(), "the images of --images")
   store = load_store(run)
   store.append(
-    Examples(images.images, images.ids, random_flip=run.dataset.random_flip),
+    _as_training(run, images),
     reserve_bytes=config.reserve_mib * _MIB,
     compute=run.compute(config.batch_size),
   )
@@ -114,7 +115,7 @@ def verify(run: Run) -> Store:
 def _found(run: Run, store: Store, images: Dataset) -> Ranking:
   config = run.config.query
   return store.top(
-    Examples(images.images, images.ids),
+    _as_queries(run, images),
     min(config.top_k, len(store)),
     damping=config.damping,
     draws=dataclasses.replace(
@@ -124,6 +125,34 @@ def _found(run: Run, store: Store, images: Dataset) -> Ranking:
     layers=config.layers,
     compute=run.compute(config.batch_size),
   )
+
+
+def _as_training(run: Run, images: Dataset) -> Examples:
+  """Given images as training examples like those of the run."""
+  images = dataclasses.replace(images, random_flip=run.dataset.random_flip)
+  if not run.is_latent:
+    return run.training_examples(images)
+  ways = [images.images, images.images[:, :, ::-1]] if images.random_flip else [images.images]
+  vae, size = run.autoencoder, run.config.latent.batch_size
+  found = [vae.encode(way, batch_size=size, devices=run.devices) for way in ways]
+  own, *mirrored = [(p.mean, p.logvar) for p in found]
+  moments = Moments.of(
+    *own,
+    mirrored=mirrored[0] if mirrored else None,
+    scaling_factor=vae.scaling_factor,
+    shift_factor=vae.shift_factor,
+    sample=run.config.latent.sample,
+  )
+  return run.training_examples(images, moments)
+
+
+def _as_queries(run: Run, images: Dataset) -> Examples:
+  """Given images as queries: the modes of their latents where the model is of latents."""
+  data = images.images
+  if run.is_latent:
+    vae, size = run.autoencoder, run.config.latent.batch_size
+    data = vae.scaled(vae.encode(data, batch_size=size, devices=run.devices).mode())
+  return Examples(data, images.ids, images.conditioning)
 
 
 def _given_images(run: Run) -> Dataset:

@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
+LATENTS = "Before them, where config.latent.autoencoder is set; all and benchmark do them first"
 LINE = "Stages, in order"
 STORE = (
   "On a store of training gradients, which answers new queries without a pass over the training "
@@ -44,6 +45,7 @@ class Stage:
     flags: of the command line, that it reads beside --config and --workdir.
     dry_run: "module:function" from the run to what --dry-run prints, where it can.
     then: what to do next, where that is no stage of the same line; {folder} is the result's.
+    key: "module:function" from the run to a dict of what else the result depends on.
   """
 
   name: str
@@ -63,6 +65,7 @@ class Stage:
   flags: tuple[str, ...] = ()
   dry_run: str = ""
   then: str = ""
+  key: str = ""
 
   @property
   def function(self) -> Callable[..., Any]:
@@ -77,12 +80,20 @@ STAGES: dict[str, Stage] = {stage.name: stage for stage in (
         "tell what each of them will take here in time, memory and disk; plan benchmark: each of "
         "the proof's (not part of all)",
         does="jaxinf.planning:show", takes="[LINE]"),
+  Stage("train-vae", "train a small autoencoder, where config.latent.autoencoder is trained",
+        does="jaxinf.runs.latents:train_autoencoder", group=LATENTS, kept=True,
+        section="vae", pace=("log_every", "checkpoint_every"), then="next: encode"),
+  Stage("encode", "put all images through the autoencoder, into DIR/encode/moments",
+        does="jaxinf.runs.latents:encode", group=LATENTS, kept=True,
+        section="latent", pace=("batch_size", "autoencoder", "sample"),
+        key="jaxinf.runs.latents:autoencoder_key", then="next: train"),
   Stage("train", "train the model; checkpoints, metrics.jsonl and TensorBoard events on the way",
         does="jaxinf.runs.stages:train", kept=True,
         section="train", pace=("log_every", "checkpoint_every"), reads=("model", "diffusion")),
   Stage("sample", "generate the samples to be explained",
         does="jaxinf.runs.sampling:sample", kept=True, data=None,
-        section="sample", pace=("batch_size",), reads=("diffusion",), needs=("train",)),
+        section="sample", pace=("batch_size", "conditioning"), reads=("diffusion",),
+        needs=("train",), key="jaxinf.runs.sampling:sampling_key"),
   Stage("curvature", "fit the K-FAC curvature over all training images",
         does="jaxinf.runs.stages:curvature", kept=True,
         section="curvature", pace=("batch_size", "partitions", "checkpoint_every"),

@@ -23,7 +23,9 @@ from jaxinf.engine import artifacts
 from jaxinf.engine.artifacts import Outcome
 from jaxinf.engine.checkpoints import Checkpointing
 from jaxinf.networks import training
+from jaxinf.report.rows import label_name
 from jaxinf.report.run_page import write_report
+from jaxinf.runs.latents import preparations
 from jaxinf.runs.run import (
   Run,
   kind_of_config,
@@ -99,17 +101,28 @@ def _recommended(sweep: Sweep) -> dict[str, Any]:
 
 def report(run: Run) -> Outcome:
   """Draws the page report/index.html."""
-  manifests = {name: artifacts.read_manifest(run.folder(name)) for name in MAIN_LINE[:-1]}
+  line = (*preparations(run), *MAIN_LINE[:-1])
+  manifests = {name: artifacts.read_manifest(run.folder(name)) for name in line}
+  samples = load_samples(run, "pictures")
   files = write_report(
     run.folder("report"),
     config=run.config,
     dataset=run.dataset,
-    samples=artifacts.read(run.folder("sample")).arrays["images"],
+    samples=samples.data,
     scores=load_scores(run),
     coverage=coverage_from(manifests["curvature"]["notes"]),
     manifests=manifests,
+    labels=_made_from(run, samples),
   )
   return {}, {"files": [path.name for path in files]}, " and ".join(path.name for path in files)
+
+
+def _made_from(run: Run, samples: Examples) -> list[str] | None:
+  """The class of each sample in words, where the model is given one."""
+  given = samples.conditioning or {}
+  if "labels" not in given:
+    return None
+  return [label_name(run.dataset, int(label)) for label in given["labels"]]
 
 
 def _trained(run: Run, state: training.TrainState, hooks: training.Hooks) -> training.TrainState:

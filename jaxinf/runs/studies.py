@@ -30,7 +30,7 @@ from jaxinf.runs.sections import CompressStudyConfig
 def curvature_memory(run: Run) -> str:
   """What the curvature would take, as a table; needs no trained model and computes nothing."""
   config, model, kind = run.config.curvature, fresh_model(run), kind_of_config(run.config.curvature)
-  train, devices = run.train, num_devices(run.devices)
+  train, devices = run.stand_in, num_devices(run.devices)
   selection = kind.selection(Selection(config.skip, config.diagonal, config.only))
   layers = layers_of(model, train, selection)
   each = math.ceil(config.batch_size / devices)
@@ -49,7 +49,7 @@ def curvature_study(run: Run) -> Outcome:
   """Approximations of the curvature against the exact one."""
   config, folder, seed = run.config.curvature_study, run.folder("curvature-study"), run.config.seed
   train, compute = (
-    run.dataset.sample(config.num_images, seed).examples,
+    _few(run, config.num_images, seed),
     run.compute(config.batch_size),
   )
   fit = functools.partial(
@@ -87,7 +87,7 @@ def compress_study(run: Run) -> Outcome:
   study = compression_study(
     load_curvature(run, load_model(run)),
     queries=_samples(run, config.num_queries, "compress_study"),
-    train=run.dataset.sample(config.num_images, seed).examples,
+    train=_few(run, config.num_images, seed),
     damping=config.damping,
     draws=Draws(config.draws, seed=seed),
     variants=_variants(config),
@@ -109,6 +109,12 @@ def _variants(config: CompressStudyConfig) -> Mapping[str, Compression]:
   variants = [compression_named(name) for name in ("int16", "int8", "int4", "bfloat16")]
   variants += [compression_named(name, size) for name, sizes in sized.items() for size in sizes]
   return {compression.description: compression for compression in variants}
+
+
+def _few(run: Run, num: int, seed: int) -> Examples:
+  """A subset of the training examples with the labels' proportions."""
+  chosen = run.dataset.sample(num, seed)
+  return run.train.take(run.dataset.positions(chosen.ids))
 
 
 def _samples(run: Run, num: int, section: str) -> Examples:

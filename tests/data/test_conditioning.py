@@ -138,6 +138,9 @@ def test_text_from_two_sources_is_refused(arrays, tmp_path):
   path = write_captions(tmp_path / "captions.npz", embeddings=np.zeros((6, 2)))
   with pytest.raises(ValueError, match=r"both .*images\.npz and data\.captions=.*captions\.npz"):
     arrays({"text": np.zeros((6, 2))}, captions=path, conditioning=("text",))
+  path = write_captions(tmp_path / "captions.npz")  # captions alone go with the file's own text
+  dataset = arrays({"text": np.ones((6, 2))}, captions=path, conditioning=("text",))
+  assert dataset.captions.tolist() == CAPTIONS.tolist() and (rows_of(dataset, "text") == 1).all()
 
 
 @pytest.mark.parametrize("kind", ["captions.npz", "captions"])

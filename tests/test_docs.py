@@ -83,6 +83,13 @@ def test_gradients_are_spent_and_kept(run):
   assert len(names["store"]) == 13
 
 
+def test_data_are_given_with_labels_and_text(run):
+  train = run("data.md")["train"]
+  found = {name: (x.shape, x.dtype) for name, x in train.conditioning.items()}
+  assert found == {"labels": ((4,), np.int32), "text": ((4, 5), np.float32)}
+  assert train.data.shape == (4, 4, 4, 3)
+
+
 def test_methods_are_compared_by_retrained_models(run, capsys):
   names = run("retraining.md")
   assert set(names["ldses"]) == {"influence", "trak"}

@@ -36,11 +36,11 @@ def conditioned(dataset: Dataset, config: DataConfig) -> Dataset:
   checked = {name: named(CONDITIONING, name, "conditioning") for name in config.conditioning}
   held, captions = dict(dataset.conditioning or {}), None
   if config.captions is not None:
-    if "text" in held:
+    captions, embeddings = read_captions(config.captions, dataset.ids)
+    if embeddings is not None and "text" in held:
       raise ValueError(
         f"text comes from both {config.path} and data.captions={config.captions!r}. Leave one out."
       )
-    captions, embeddings = read_captions(config.captions, dataset.ids)
     held |= {} if embeddings is None else {"text": embeddings}
   if dataset.labels is not None:
     held["labels"] = dataset.labels

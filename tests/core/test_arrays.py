@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from jaxinf.core import arrays
-from jaxinf.core.arrays import as_array, blocks, fingerprint, is_floating, read_rows
+from jaxinf.core.arrays import (
+  Chosen,
+  Rows,
+  as_array,
+  blocks,
+  chosen,
+  converted,
+  fingerprint,
+  is_floating,
+  read_rows,
+)
 from tests.stored import Stored, Zarr
 
 VALUES = np.random.default_rng(0).normal(size=(9, 3, 2)).astype(np.float32)
@@ -83,3 +93,28 @@ def test_what_is_no_array_becomes_one():
 )
 def test_floating_types(dtype, floating):
   assert is_floating(np.dtype(dtype)) == floating
+
+
+ORDER = np.array([5, 0, 0, 8, 3])
+
+
+@pytest.mark.parametrize("rows", [2, -1, slice(1, 4), slice(None), [4, 0, 0], ORDER > 3], ids=str)
+def test_rows_on_demand_are_asked_for_as_numpys(array, rows):
+  expected = VALUES[ORDER].astype(np.float16)
+  lazy = converted(Chosen(array, ORDER), np.float16)
+  assert isinstance(lazy, Rows) and lazy.shape == expected.shape and lazy.dtype == np.float16
+  assert lazy.nbytes == expected.nbytes and len(lazy) == 5
+  np.testing.assert_array_equal(lazy[rows], expected[rows], strict=True)
+  np.testing.assert_array_equal(np.asarray(lazy), expected, strict=True)
+  assert fingerprint({"a": lazy}) == fingerprint({"a": expected})
+  with pytest.raises(IndexError):
+    lazy[5]
+
+
+@pytest.mark.parametrize("most", [0, 2**30])
+def test_chosen_rows_stay_on_disk_where_they_are_many(array, most, monkeypatch):
+  monkeypatch.setattr(arrays, "_MOST_HELD_BYTES", most)
+  found = chosen(array, ORDER)
+  in_memory = most > 0 or type(array) is np.ndarray
+  assert type(found) is (np.ndarray if in_memory else Chosen)
+  np.testing.assert_array_equal(np.asarray(found), VALUES[ORDER], strict=True)

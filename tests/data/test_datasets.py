@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from jaxinf.core import arrays
-from jaxinf.core.arrays import as_float
+from jaxinf.core.arrays import as_float, read_rows
 from jaxinf.data import DATASETS, DataConfig, Dataset, load
 from jaxinf.data.dataset import stratified_positions
 from tests.data.artbench_tar import ARTBENCH, write_artbench
@@ -309,7 +309,13 @@ FLOATS = np.zeros((4, 2, 2, 1), np.float32)
     ({"ids": np.array(["a", "b", "a", "c"])}, "different; got more than once: 'a'"),
     ({"labels": np.zeros(4)}, "4 integers.*float64"),
     ({"labels": np.zeros(3, int)}, r"4 integers.*\(3,\)"),
-    ({"label_names": ("only",)}, "0…0.*got 0…1"),
+    ({"label_names": ("only",)}, "0…0.*got 0…1: labels without a class"),
+    ({"conditioning": {}}, "holds no arrays"),
+    ({"conditioning": {"text": np.zeros((3, 2))}}, r"\['text'\].*each of the 4.*\(3, 2\)"),
+    ({"conditioning": {"text": FLOATS + np.float32("nan")}}, r"\['text'\] must be finite"),
+    ({"captions": np.array(["a", "b"])}, r"captions must be .* 4 strings.*\(2,\)"),
+    ({"captions": np.zeros(4)}, "captions must be .* 4 strings.*float64"),
+    ({"captions": ["a", "b", "c", "d"]}, "captions must be a NumPy array.*list"),
   ],
 )
 def test_a_data_set_refuses_what_breaks_its_contract(fields, message):
@@ -372,6 +378,34 @@ def test_images_on_disk_are_the_same_data_set_read_a_few_rows_at_a_time(
   assert some.fingerprint() == same.fingerprint()
   np.testing.assert_array_equal(some.take([4, 0]).images, same.images[[4, 0]])
   assert dataset.images is lazy and (kind == "memmap" or lazy.most <= 7)
+
+
+@pytest.mark.parametrize("kind", ["memory", "h5py"])
+def test_conditioning_and_captions_go_with_their_examples(kind):
+  text = np.random.default_rng(0).normal(size=(4, 2, 3))
+  given = {"labels": np.arange(4), "text": text if kind == "memory" else Stored(text)}
+  dataset = small(conditioning=given, captions=np.array(["A", "B", "C", "D"]))
+  for part, rows in (
+    (dataset, [0, 1, 2, 3]),
+    (dataset.take([3, 1]), [3, 1]),
+    (dataset.sample(3, seed=2), dataset.positions(dataset.sample(3, seed=2).ids)),
+  ):
+    assert part.captions.tolist() == [i.upper() for i in part.ids]
+    examples = part.examples
+    assert examples.conditioning.keys() == {"labels", "text"}
+    labels, found = (read_rows(x, np.arange(len(part))) for x in examples.conditioning.values())
+    assert labels.dtype == np.int32 and labels.tolist() == list(rows)
+    np.testing.assert_array_equal(found, text[rows].astype(np.float32), strict=True)
+
+
+def test_a_fingerprint_tells_conditioning_but_no_captions():
+  text = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+  other = text.copy()
+  other[2, 1] += 1
+  given = [None, {"text": text}, {"text": other}, {"other": text}, {"text": text[:, None]}]
+  assert len({small(conditioning=each).fingerprint() for each in given}) == 5
+  again = small(conditioning={"text": text.copy()}, captions=np.array(list("abcd")))
+  assert again.fingerprint() == small(conditioning={"text": Stored(text)}).fingerprint()
 
 
 def test_a_fingerprint_is_that_of_published_runs():
@@ -474,6 +508,58 @@ def test_folder_crops_the_central_square_and_resizes(tmp_path):
   assert np.all(load(config("folder", path=str(tmp_path), image_size=2)).images == 200)
   with pytest.raises(ValueError, match="image_size must be positive.*got 0"):
     load(config("folder", path=str(tmp_path), image_size=0))
+
+
+def test_a_folder_beyond_what_memory_is_given_is_the_same_data_set(tmp_path, monkeypatch):
+  rng = np.random.default_rng(0)
+  for colours in (0, 3):  # first all are grey, then one is coloured
+    for n in range(6):
+      shape = (5, 4, colours) if colours and n == 3 else (5, 4)
+      Image.fromarray(rng.integers(0, 256, shape).astype(np.uint8)).save(tmp_path / f"{n}.png")
+    monkeypatch.setattr(arrays, "_MOST_HELD_BYTES", 2**30)
+    whole = load(config("folder", path=str(tmp_path)))
+    monkeypatch.setattr(arrays, "_MOST_HELD_BYTES", 0)
+    lazy = load(config("folder", path=str(tmp_path)))
+    assert whole.image_shape == lazy.image_shape == (5, 4, colours or 1)
+    assert isinstance(lazy.images, arrays.Rows) and lazy.fingerprint() == whole.fingerprint()
+
+
+def test_folder_leaves_damaged_images_out_where_asked_and_names_them(tmp_path, caplog):
+  for n in range(5):
+    write_image(tmp_path / f"{n}.png", value=50 * n)
+  whole = load(config("folder", path=str(tmp_path)))
+  (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:40])
+  (tmp_path / "3.png").write_bytes(b"")
+  caplog.set_level("WARNING", "jaxinf")
+  some = load(config("folder", path=str(tmp_path), skip_damaged=True))
+  assert some.fingerprint() == whole.select(["0.png", "2.png", "4.png"]).fingerprint()
+  (record,) = caplog.records
+  assert "2 of 5 images cannot be read and are left out: '1.png', '3.png'" in record.getMessage()
+  write_image(tmp_path / "2.png", mode="RGBA", value=100)  # readable, but no such image
+  with pytest.raises(ValueError, match=r"2\.png: .*transparent"):
+    load(config("folder", path=str(tmp_path), skip_damaged=True))
+  for n in range(5):
+    (tmp_path / f"{n}.png").write_bytes(b"")
+  with pytest.raises(ValueError, match="none of 5 images can be read"):
+    load(config("folder", path=str(tmp_path), skip_damaged=True))
+
+
+def test_folder_counts_files_that_it_does_not_read(tmp_path, caplog):
+  for name in ("a.png", "b.jpg", "c.gif", "d.GIF", "sub/e.tiff", ".hidden.gif"):
+    write_image(tmp_path / name)
+  caplog.set_level("WARNING", "jaxinf")
+  assert len(load(config("folder", path=str(tmp_path)))) == 2
+  (record,) = caplog.records
+  assert "3 files are not read (2 .gif, 1 .tiff): images are .png" in record.getMessage()
+
+
+def test_a_file_is_read_by_its_content_and_only_by_four_formats(tmp_path):
+  write_image(tmp_path / "a.png")
+  write_image(tmp_path / "b.png", format="JPEG")
+  assert len(load(config("folder", path=str(tmp_path)))) == 2
+  write_image(tmp_path / "b.png", format="GIF")  # as EPS, for which another program would run
+  with pytest.raises(ValueError, match=r"b\.png: .*got: none of PNG, JPEG, WEBP, BMP\."):
+    load(config("folder", path=str(tmp_path)))
 
 
 def test_folder_turns_photographs_upright(tmp_path):

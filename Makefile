@@ -17,7 +17,7 @@ export MALLOC_TRIM_THRESHOLD_ = 68719476736
 export MALLOC_TOP_PAD_ = 67108864
 
 .PHONY: demo test test-next test-interop bench-gradients bench-draws bench-store bench-curvature \
-	bench-trak bench-plan bench-lds bench-retrain lint lock clean
+	bench-trak bench-plan bench-lds bench-retrain bench-autoencoder lint lock clean
 
 # Train, sample, fit curvature, attribute and report on scikit-learn's digits.
 demo: .venv/installed
@@ -80,6 +80,11 @@ bench-lds: .venv/installed
 # Retraining against a minimal training loop: steps a second and models an hour, by models at once.
 bench-retrain: .venv/installed
 	$(RUN) -m tests.benchmarks.retraining $(ARGS)
+
+# Encoding images with Stable Diffusion's autoencoder, by images a second and memory, beside diffusers;
+# ARGS="--size=256 --decode" for larger ones, and decoding.
+bench-autoencoder: .venv-interop/installed
+	.venv-interop/bin/python -m tests.benchmarks.autoencoder $(ARGS)
 
 lint: .venv/installed
 	$(RUN) -m ruff check .

@@ -4,6 +4,7 @@ Those of docs/any_model.md are in networks/test_any_model.py.
 """
 
 import re
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 import jaxinf
 
 DOCS = Path(__file__).parents[1] / "docs"
+TINY_AUTOENCODER = Path(__file__).parent / "networks" / "fixtures" / "autoencoder-tiny"
 # As few draws as repeat, and dimensions of a projection as the model has.
 FEWER = {"Draws(250": "Draws(40", "projection=2048": "projection=8"}
 
@@ -40,6 +42,7 @@ def given() -> dict:
     "more_images": of(2, 2, 2, 1),
     "more_ids": [100, 101],
     "values": of(100, 2, 3),
+    "pixels": rng.integers(0, 256, (2, 4, 8, 3)).astype(np.uint8),
   }
 
 
@@ -94,3 +97,12 @@ def test_methods_are_compared_by_retrained_models(run, capsys):
   names = run("retraining.md")
   assert set(names["ldses"]) == {"influence", "trak"}
   assert "p against influence" in capsys.readouterr().out
+
+
+def test_images_become_latents_and_images_again(run, tmp_path):
+  shutil.copytree(TINY_AUTOENCODER, tmp_path / "stable-diffusion" / "vae")
+  names = run("latent.md")
+  assert names["train"].data.shape == names["fresh"].shape == (2, 2, 4, 2)
+  assert names["decoded"].shape == names["large"].shape == names["pixels"].shape
+  again = jaxinf.load_autoencoder("my-vae")
+  assert again.fingerprint == names["autoencoder"].fingerprint

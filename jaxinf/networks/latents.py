@@ -79,7 +79,8 @@ class Autoencoder:
       ValueError: images of another rank, of other channels, of a size that is no multiple of f,
         not finite, or far outside of [-1, 1].
     """
-    check_images(self.module, tuple(as_array(images).shape))
+    images = as_array(images)
+    check_images(self.module, tuple(images.shape))
     images = checked_data(images)
     _check_pixels(images)
     return self._mapped(EncodeKernel(self.module), images, batch_size, devices)

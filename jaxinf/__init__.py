@@ -23,6 +23,7 @@ from jaxinf.attribution.trak import DTRAK, TRAK, dtrak, trak
 from jaxinf.compression.projection import Projection
 from jaxinf.core.draws import Draws
 from jaxinf.core.examples import Examples
+from jaxinf.core.moments import Moments
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.fit import fit_curvature
 from jaxinf.curvature.ggn import Solver
@@ -45,6 +46,7 @@ from jaxinf.evaluation.lds import Retrained, lds
 from jaxinf.evaluation.oracle import noise_ceiling, retraining_lds
 from jaxinf.layers.coverage import SKIP_NORMALISATION
 from jaxinf.networks.diffusers import load_autoencoder
+from jaxinf.networks.latent_cache import encode_moments, open_moments
 from jaxinf.networks.latents import Autoencoder
 from jaxinf.scores.damping import Recommendation, recommend_damping, weigh_dampings
 from jaxinf.scores.scores import Ranking, Scores
@@ -79,6 +81,7 @@ __all__ = [
   "Influence",
   "JourneyTRAK",
   "Measurement",
+  "Moments",
   "Process",
   "Projection",
   "RankStability",
@@ -98,6 +101,7 @@ __all__ = [
   "das",
   "dtrak",
   "embedding_similarity",
+  "encode_moments",
   "fit_curvature",
   "influence",
   "influence_sweep",
@@ -108,6 +112,7 @@ __all__ = [
   "loss_at_time",
   "loss_at_timestep",
   "noise_ceiling",
+  "open_moments",
   "open_store",
   "pixel_similarity",
   "random_scores",

@@ -6,7 +6,7 @@ from typing import Any
 from jaxinf.core.registry import named
 from jaxinf.engine import artifacts, processes
 from jaxinf.runs.latents import preparations
-from jaxinf.runs.run import Run, check_measurable, key_of
+from jaxinf.runs.run import Run, check_conditioning, check_measurable, key_of
 from jaxinf.runs.stage import STAGES, hint
 
 
@@ -24,6 +24,7 @@ def perform(run: Run, name: str, *words: str) -> Any:
   """
   stage = named(STAGES, name, "stage")
   check_measurable(run, _measurements(run, (name, *stage.steps)))
+  check_conditioning(run)
   if not stage.does:
     return [perform(run, step) for step in steps_of(run, name)][-1]
   if not stage.kept:

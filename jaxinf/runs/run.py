@@ -213,6 +213,12 @@ def check_measurable(run: Run, names: Sequence[str]) -> None:
       raise ValueError(f"{name} cannot be measured here: {error}") from error
 
 
+def check_conditioning(run: Run) -> None:
+  """Raises ValueError where conditioning is to be left out and the model is given none."""
+  if run.config.train.conditioning_dropout or run.config.sample.guidance_scale != 1:
+    _ = run.null_conditioning
+
+
 def key_of(run: Run, name: str) -> dict[str, Any]:
   """What the result of a stage depends on, as its row of STAGES says: settings, and its inputs.
 

@@ -165,7 +165,8 @@ def _given_images(run: Run) -> Dataset:
   if not (run.images.is_dir() if name == "folder" else run.images.is_file()):
     raise ValueError(f"--images must be an .npz file or a folder of images; got {run.images}.")
   size = run.config.data.image_size
-  return data.load(DataConfig(name, path=str(run.images), image_size=size))
+  given = run.config.data.conditioning
+  return data.load(DataConfig(name, path=str(run.images), image_size=size, conditioning=given))
 
 
 def _table(arrays: Mapping[str, np.ndarray]) -> str:

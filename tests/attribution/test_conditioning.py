@@ -92,7 +92,7 @@ def test_conditioning_that_the_model_does_not_take_is_refused(problem):
   without = {
     which: dataclasses.replace(problem[which], conditioning=None) for which in ("queries", "train")
   }
-  with pytest.raises(ValueError, match="fitted with conditioning, or the training examples have"):
+  with pytest.raises(ValueError, match="fitted with conditioning, or these examples have"):
     jaxinf.influence(problem["curvature"], **without, **SETTINGS)
   with pytest.raises(ValueError, match=r"apply_fn\(params, inputs, time\) fails"):
     jaxinf.fit_curvature(problem["curvature"].model, without["train"], draws=Draws(1))

@@ -52,7 +52,7 @@ def test_a_subset_model_is_what_training_on_the_subset_gives(finished):
   subsets = models.subsets_of(finished)
   config = dataclasses.replace(finished.config.train, steps=10, warmup_steps=1)
   state = training.fit(
-    finished.model, finished.process, finished.dataset.take(subsets.positions(2)), config,
+    finished.model, finished.process, finished.train.take(subsets.positions(2)), config,
     seed=finished.config.seed + 1 + 1, devices=finished.devices,
   )  # fmt: skip
   params = models.load_params(finished, "subset-0002-seed-1")

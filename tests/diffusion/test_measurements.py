@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from jaxinf.core.arrays import as_float
+from jaxinf.core.augmentation import PLAIN
 from jaxinf.core.draws import INDEPENDENT, Draws
 from jaxinf.core.random import draw_keys, fold_in_each, stream
 from jaxinf.diffusion import measurements
@@ -335,7 +336,7 @@ def test_a_measurement_equals_a_naive_loop_over_examples_and_draws(kind, name, d
     if measurement.constant is not None:
       expected[n] += measurement.constant(process, example)[0]
     for s in range(2):
-      pair = measurement.draw(process, example, keys[n, s][None, None], INDEPENDENT, False)
+      pair = measurement.draw(process, example, keys[n, s][None, None], INDEPENDENT, PLAIN)
       output = predict(apply_fn, params, pair)
       expected[n] += measurement.value(process, output, pair)[0] / 2
   np.testing.assert_allclose(values, expected, rtol=1e-5)  # float32 sums in another order
@@ -514,6 +515,6 @@ def test_weights_that_are_no_weights_are_refused(weights):
     weighted_loss(weights)
 
 
-def test_a_measurement_is_of_images_trajectories_or_predictions():
-  with pytest.raises(ValueError, match="images, trajectories, predictions; got 'videos'"):
+def test_a_measurement_is_of_examples_trajectories_or_predictions():
+  with pytest.raises(ValueError, match="examples, trajectories, predictions; got 'videos'"):
     Measurement(LOSS.draw, LOSS.value, of="videos")

@@ -216,7 +216,7 @@ def _pairs_of_curvature() -> Arrays:
   images = np.random.default_rng(2).integers(0, 256, (4, 2, 3, 1)).astype(np.uint8)
   batch = Batch(images, jnp.asarray(IDS), jnp.arange(4), np.ones(4, np.float32))
   process = Process.epsilon(Schedule.linear(10, 0.01, 0.5))
-  pairs, batch_keys = curvature_pairs(process, SEED, batch, True)
+  pairs, batch_keys = curvature_pairs(process, SEED, batch, Augmentation(random_flip=True))
   targets = FISHERS["mc"](batch_keys, pairs, 2)(pairs.target)
   return {f"curvature/{x}": y for x, y in _noised(pairs).items()} | {
     "curvature/targets": np.asarray(targets)

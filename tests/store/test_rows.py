@@ -298,7 +298,7 @@ def test_integers_are_ids_too(tmp_path):
   ("ids", "message"),
   [
     (names(2, 5), "1 of 3 ids are in the store already, such as 'image 2'"),
-    (np.arange(3), "The ids of the store are strings; those of the new images, integers"),
+    (np.arange(3), "The ids of the store are strings; those of the new examples, integers"),
     (np.array([b"a", b"b", b"c"]), "must be integers or strings, not |S1"),
   ],
 )
@@ -328,7 +328,7 @@ def test_while_examples_wait_only_the_same_ones_go_on(tmp_path, change):
 def test_examples_of_other_content_are_told_from_those_that_are_there(tmp_path):
   ledger = filled(tmp_path, 4).ledger
   assert ledger.holds(names(1, 4), hashes(1, 4)) and not ledger.holds(names(1, 5), hashes(1, 5))
-  with pytest.raises(ValueError, match="other images under 1 of the 2 ids, such as 'image 2'"):
+  with pytest.raises(ValueError, match="other examples under 1 of the 2 ids, such as 'image 2'"):
     ledger.holds(names(1, 3), np.array(["0001", "ffff"]))
 
 

@@ -493,7 +493,7 @@ def test_an_interrupted_build_goes_on_to_the_same_bits(
   assert saved[-1] == killed_after * 2 * GROUPS
   unfinished = open_store(tmp_path, problem.curvature)
   assert len(unfinished) == 0  # nothing is counted yet
-  with pytest.raises(ValueError, match="go on with the same images"):
+  with pytest.raises(ValueError, match="go on with the same examples"):
     build(problem, tmp_path, train=Examples(problem.train.data[::-1]))
   monkeypatch.setattr(RowStore, "save_progress", original)
   store = build(problem, tmp_path)
@@ -583,7 +583,7 @@ def test_a_store_of_something_else_is_refused_with_the_difference(problem, built
 def test_other_images_under_the_same_ids_are_refused(problem, built):
   images = problem.train.data.copy()
   images[3, 0, 0] *= 0.5
-  with pytest.raises(ValueError, match="other images under 1 of the 11 ids, such as 3"):
+  with pytest.raises(ValueError, match="other examples under 1 of the 11 ids, such as 3"):
     build(problem, built.rows.folder, train=Examples(images))
 
 
@@ -613,7 +613,11 @@ def test_rounds_until_stable_are_no_draws_of_a_store(problem, tmp_path):
   ("images", "ids", "message"),
   [
     (nets.random_images(2), np.array([10, 11]), "1 of 2 ids are in the store already, such as 10"),
-    (nets.random_images(2), np.array(["a", "b"]), "are integers; those of the new images, strings"),
+    (
+      nets.random_images(2),
+      np.array(["a", "b"]),
+      "are integers; those of the new examples, strings",
+    ),
     (nets.random_images(2), np.array([-1, 12]), "Integer ids must lie in"),
     (nets.random_images(2), np.array([12, 12]), "ids must be different; got more than once: 12"),
     (nets.random_images(1, (5, 4, 2)), np.array([12]), "The store is of examples"),
@@ -643,7 +647,7 @@ def test_examples_that_training_mirrored_stay_among_themselves(copy):
     ({"draws": Draws.until_stable()}, "give query_draws a fixed number of draws"),
     ({"k": 0}, "k must be at least 1; got 0"),
     ({"k": NUM_TRAIN + 1}, "k must lie in 1…11"),
-    ({"queries": CONDITIONAL}, "apply_fn.* fails for"),
+    ({"queries": CONDITIONAL}, "fitted with conditioning, or these examples have"),
   ],
 )
 def test_impossible_questions_are_refused(problem, built, change, message):

@@ -102,7 +102,7 @@ lock:
 	rm .pre-commit-config.yaml.old
 
 clean:
-	rm -rf .venv .venv-next .venv-interop .venv-lock runs build *.egg-info
+	rm -rf .venv .venv-next .venv-interop .venv-lock .pytest_cache runs build *.egg-info
 
 .venv/installed: requirements.lock setup.cfg
 	@test -n "$(PYTHON)" || { echo "jaxinf needs Python 3.11, 3.12 or 3.13" >&2; exit 1; }

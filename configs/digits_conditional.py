@@ -3,7 +3,7 @@
 python -m jaxinf benchmark --config=configs/digits_conditional.py --workdir=runs/digits_conditional
 
 The labels are left out in a tenth of the draws, in training as in curvature and gradients, and
-samples are guided. All else is as in digits_mlp.py, with fewer models.
+samples are guided. All else is as in digits_mlp.py, with fewer models. Not yet measured.
 """
 
 from ml_collections import ConfigDict

@@ -104,5 +104,6 @@ def test_images_become_latents_and_images_again(run, tmp_path):
   names = run("latent.md")
   assert names["train"].data.shape == names["fresh"].shape == (2, 2, 4, 2)
   assert names["decoded"].shape == names["large"].shape == names["pixels"].shape
+  assert names["fresh_each_draw"].shape == names["train"].shape
   again = jaxinf.load_autoencoder("my-vae")
   assert again.fingerprint == names["autoencoder"].fingerprint

@@ -6,11 +6,12 @@ from typing import Any
 import flax.traverse_util
 import numpy as np
 
+from jaxinf.data.moments_file import MomentsFile
 from jaxinf.engine import artifacts
 from jaxinf.engine.artifacts import Outcome
 from jaxinf.networks import autoencoder_training as training
 from jaxinf.networks import num_params
-from jaxinf.networks.latent_cache import content_of_moments, encode_moments
+from jaxinf.networks.latent_cache import encode_moments
 from jaxinf.networks.training import Hooks, NonFiniteLoss
 from jaxinf.runs.run import TRAINED, Run, moments_folder
 
@@ -65,7 +66,7 @@ def encode(run: Run) -> Outcome:
     batch_size=run.config.latent.batch_size,
     devices=run.devices,
   )
-  digest = np.frombuffer(bytes.fromhex(content_of_moments(folder)), np.uint8)
+  digest = np.frombuffer(bytes.fromhex(MomentsFile.read(folder).content), np.uint8)
   mib = moments.array.nbytes / 2**20
   notes = {"scaling_factor": moments.scaling_factor, "files": ["moments"]}
   return {"digest": digest}, notes, f"moments {list(moments.shape)} ({mib:,.1f} MiB)"

@@ -18,6 +18,7 @@ from jaxinf.core.checks import checked_count
 from jaxinf.core.examples import Examples
 from jaxinf.core.random import fold_in_each, stream
 from jaxinf.core.types import ApplyFn, Batch, PyTree
+from jaxinf.data.files import read_npz
 from jaxinf.diffusion import sampler
 from jaxinf.diffusion.process import Process
 from jaxinf.engine import Rows, artifacts, map_batches, processes
@@ -83,8 +84,7 @@ def sample_conditioning(run: Run) -> dict[str, np.ndarray] | None:
     if run.num_classes is not None:
       found["labels"] = np.arange(num, dtype=np.int32) % run.num_classes
     return found
-  with np.load(Path(place).expanduser(), allow_pickle=False) as file:
-    found = {name: file[name] for name in file.files}
+  found = read_npz(Path(place).expanduser(), "labels=...")
   shapes = {name: (num, *array.shape[1:]) for name, array in given.items()}
   if {name: array.shape for name, array in found.items()} != shapes:
     raise ValueError(

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from jaxinf import Autoencoder, encode_moments, open_moments
+from jaxinf.data import moments_file
 from jaxinf.engine.artifacts import StaleArtifact
-from jaxinf.networks import latent_cache
 from jaxinf.networks.autoencoder import AutoencoderKL
 
 NUM = 7
@@ -28,7 +28,7 @@ def images():
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-  monkeypatch.setattr(latent_cache, "_BLOCK_ROWS", 3)
+  monkeypatch.setattr(moments_file, "BLOCK_ROWS", 3)
 
 
 @pytest.fixture

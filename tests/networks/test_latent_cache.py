@@ -101,3 +101,13 @@ def test_moments_that_are_not_finite_name_the_row(tmp_path, autoencoder, images)
   params = jax.tree.map(lambda x: np.full(x.shape, np.nan, np.float32), autoencoder.params)
   with pytest.raises(ValueError, match="not finite"):
     encode_moments(Autoencoder(autoencoder.module, params, 1.0), images, tmp_path / "bad")
+
+
+def test_processes_encode_together_and_one_writes(tmp_path, folder, autoencoder, images, in_processes):
+  encode = lambda: encode_moments(autoencoder, images, tmp_path / "together", batch_size=4)
+  found = in_processes(2, encode)
+  whole = open_moments(folder, autoencoder)
+  for moments in found:
+    assert not isinstance(moments, ValueError), moments
+    # Float32 sums of other batches.
+    np.testing.assert_allclose(moments.array, whole.array, rtol=1e-4, atol=1e-5)

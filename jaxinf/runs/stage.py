@@ -11,7 +11,6 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-LATENTS = "Before them, where config.latent.autoencoder is set; all and benchmark do them first"
 LINE = "Stages, in order"
 STORE = (
   "On a store of training gradients, which answers new queries without a pass over the training "
@@ -81,10 +80,10 @@ STAGES: dict[str, Stage] = {stage.name: stage for stage in (
         "the proof's (not part of all)",
         does="jaxinf.planning:show", takes="[LINE]"),
   Stage("train-vae", "train a small autoencoder, where config.latent.autoencoder is trained",
-        does="jaxinf.runs.latents:train_autoencoder", group=LATENTS, kept=True,
+        does="jaxinf.runs.latents:train_autoencoder", kept=True,
         section="vae", pace=("log_every", "checkpoint_every"), then="next: encode"),
-  Stage("encode", "put all images through the autoencoder, into DIR/encode/moments",
-        does="jaxinf.runs.latents:encode", group=LATENTS, kept=True,
+  Stage("encode", "put all images through the autoencoder, where config.latent.autoencoder is set",
+        does="jaxinf.runs.latents:encode", kept=True,
         section="latent", pace=("batch_size", "autoencoder", "sample"),
         key="jaxinf.runs.latents:autoencoder_key", then="next: train"),
   Stage("train", "train the model; checkpoints, metrics.jsonl and TensorBoard events on the way",
@@ -114,7 +113,7 @@ STAGES: dict[str, Stage] = {stage.name: stage for stage in (
   Stage("report", "draw DIR/report/index.html",
         does="jaxinf.runs.stages:report", kept=True, alone=True, data="labelled",
         section="report", needs=("attribute",), then=_OPEN),
-  Stage("all", "all of these; finished stages are reused",
+  Stage("all", "all of these that the config needs; finished stages are reused",
         steps=("train", "sample", "curvature", "attribute", "report")),
 
   Stage("index", "compute the gradients of all training images, and keep them in DIR/index/store",

@@ -103,7 +103,9 @@ def test_moments_that_are_not_finite_name_the_row(tmp_path, autoencoder, images)
     encode_moments(Autoencoder(autoencoder.module, params, 1.0), images, tmp_path / "bad")
 
 
-def test_processes_encode_together_and_one_writes(tmp_path, folder, autoencoder, images, in_processes):
+def test_processes_encode_together_and_one_writes(
+  tmp_path, folder, autoencoder, images, in_processes
+):
   encode = lambda: encode_moments(autoencoder, images, tmp_path / "together", batch_size=4)
   found = in_processes(2, encode)
   whole = open_moments(folder, autoencoder)

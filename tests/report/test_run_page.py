@@ -40,6 +40,7 @@ class AnyData:
   images: np.ndarray
   ids: np.ndarray
   labels: np.ndarray | None = None
+  captions: np.ndarray | None = None
 
   def __len__(self):
     return len(self.images)

@@ -111,7 +111,7 @@ STAGES: dict[str, Stage] = {stage.name: stage for stage in (
         section="attribute", pace=("batch_size", "query_chunk", "checkpoint_every"),
         needs=("train", "sample", "curvature")),
   Stage("report", "draw DIR/report/index.html",
-        does="jaxinf.runs.stages:report", kept=True, alone=True, data="labelled",
+        does="jaxinf.runs.reporting:report", kept=True, alone=True, data="labelled",
         section="report", needs=("attribute",), then=_OPEN),
   Stage("all", "all of these that the config needs; finished stages are reused",
         steps=("train", "sample", "curvature", "attribute", "report")),

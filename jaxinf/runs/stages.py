@@ -17,25 +17,20 @@ from jaxinf.core.draws import Draws, Stopping
 from jaxinf.core.examples import Examples
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.fit import fit_curvature
-from jaxinf.curvature.saving import arrays_of, coverage_from, notes_of
+from jaxinf.curvature.saving import arrays_of, notes_of
 from jaxinf.diffusion.measurements import measurement_named
 from jaxinf.engine import artifacts
 from jaxinf.engine.artifacts import Outcome
 from jaxinf.engine.checkpoints import Checkpointing
 from jaxinf.networks import training
-from jaxinf.report.rows import label_name
-from jaxinf.report.run_page import write_report
-from jaxinf.runs.latents import preparations
 from jaxinf.runs.run import (
   Run,
   kind_of_config,
   load_curvature,
   load_model,
-  load_scores,
   scores_arrays,
 )
 from jaxinf.runs.sampling import load_samples
-from jaxinf.runs.stage import MAIN_LINE
 from jaxinf.scores.damping import weigh_dampings
 from jaxinf.scores.stability import rank_stability
 from jaxinf.scores.sweep import Sweep
@@ -97,32 +92,6 @@ def _recommended(sweep: Sweep) -> dict[str, Any]:
   found = weigh_dampings(sweep)
   notes: dict[str, Any] = {"sweep": found.table()}
   return notes | ({"recommended_damping": found.recommended} if found.candidates.any() else {})
-
-
-def report(run: Run) -> Outcome:
-  """Draws the page report/index.html."""
-  line = (*preparations(run), *MAIN_LINE[:-1])
-  manifests = {name: artifacts.read_manifest(run.folder(name)) for name in line}
-  samples = load_samples(run, "pictures")
-  files = write_report(
-    run.folder("report"),
-    config=run.config,
-    dataset=run.dataset,
-    samples=samples.data,
-    scores=load_scores(run),
-    coverage=coverage_from(manifests["curvature"]["notes"]),
-    manifests=manifests,
-    labels=_made_from(run, samples),
-  )
-  return {}, {"files": [path.name for path in files]}, " and ".join(path.name for path in files)
-
-
-def _made_from(run: Run, samples: Examples) -> list[str] | None:
-  """The class of each sample in words, where the model is given one."""
-  given = samples.conditioning or {}
-  if "labels" not in given:
-    return None
-  return [label_name(run.dataset, int(label)) for label in given["labels"]]
 
 
 def _trained(run: Run, state: training.TrainState, hooks: training.Hooks) -> training.TrainState:

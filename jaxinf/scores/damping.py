@@ -17,11 +17,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from jaxinf.scores.scores import Scores
 from jaxinf.scores.stability import num_replicates, replicates_of, split_halves, split_weights
-from jaxinf.scores.statistics import centred, jackknife_error, spearman
+from jaxinf.scores.statistics import centred, jackknife_error, spearman, t_quantile
 from jaxinf.scores.sweep import Sweep, shared_settings
 
 
@@ -162,7 +161,7 @@ def weigh_dampings(
       left_out.append((agreed, again, again[best] - again))
     variances += np.square(jackknife_error(np.array(left_out)))
   agreement_errors, fidelity_errors, loss_errors = np.sqrt(variances)
-  repeats = agreement.mean(axis=1) > stats.t.ppf(0.95, replicates[0] - 1) * agreement_errors
+  repeats = agreement.mean(axis=1) > t_quantile(0.95, replicates[0] - 1) * agreement_errors
   return Recommendation(
     dampings=sweep.dampings,
     agreement=agreement,

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from jaxinf.core.checks import checked_count, checked_seed
 
@@ -90,7 +90,7 @@ def spearman(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
   Equal values share the average of their ranks. Values that are all equal order nothing: their
   correlation is 0. NaN gives NaN.
   """
-  return pearson(stats.rankdata(x, axis=axis), stats.rankdata(y, axis=axis), axis=axis)
+  return pearson(_ranks(x, axis), _ranks(y, axis), axis=axis)
 
 
 def spearman_matrix(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -100,7 +100,7 @@ def spearman_matrix(x: np.ndarray, y: np.ndarray) -> np.ndarray:
   or both are the same C. A heatmap shows the mean over queries. Ties and constants count as in
   `spearman`.
   """
-  x, y = (centred(stats.rankdata(values, axis=1), 1) for values in (x, y))
+  x, y = (centred(_ranks(values, 1), 1) for values in (x, y))
   products = np.einsum("rmq,cmq->rcq", x, y, optimize=True)
   return _quotient(products, (x * x).sum(axis=1)[:, None], (y * y).sum(axis=1)[None])
 
@@ -198,7 +198,7 @@ def two_way_interval(
   """
   mean = float(np.mean(per_query))
   error = two_way_error(per_query, resampled, samples.queries)
-  width = float(stats.t.ppf((1 + level) / 2, _degrees(samples))) * error
+  width = t_quantile((1 + level) / 2, _degrees(samples)) * error
   return max(mean - width, -1.0), min(mean + width, 1.0)
 
 
@@ -231,9 +231,26 @@ def paired_test(
   if error == 0:
     p_value = float(difference == 0)
   else:
-    p_value = float(2 * stats.t.sf(abs(difference) / error, _degrees(samples)))
+    p_value = 2 * t_tail(abs(difference) / error, _degrees(samples))
   interval = two_way_interval(differences, resampled, samples, level=level)
   return PairedTest(difference, error, interval, p_value)
+
+
+def t_quantile(probability: float, degrees: int) -> float:
+  """The value that Student's t with so many degrees of freedom stays below with a probability."""
+  return float(special.stdtrit(degrees, probability))
+
+
+def t_tail(value: float, degrees: int) -> float:
+  """The probability that Student's t exceeds a value."""
+  return float(special.stdtr(degrees, -value))
+
+
+def _ranks(values: np.ndarray, axis: int) -> np.ndarray:
+  """Ranks along an axis from 1; equal values share the average of theirs, and NaN gives NaN."""
+  from scipy.stats import rankdata  # takes most of a second, which commands need not pay
+
+  return rankdata(values, axis=axis)
 
 
 def _degrees(samples: Resamples) -> int:

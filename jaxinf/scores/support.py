@@ -12,10 +12,9 @@ the check says it too.
 import dataclasses
 
 import numpy as np
-from scipy import stats
 
 from jaxinf.scores.scores import Scores
-from jaxinf.scores.statistics import mean_and_error
+from jaxinf.scores.statistics import mean_and_error, t_quantile, t_tail
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +72,7 @@ class SupportCheck:
   @property
   def chance_of_clear(self) -> float:
     """The probability that a query is clear by chance: that of t > 2, with G − 1 degrees."""
-    return float(stats.t.sf(2, len(self.replicate_differences) - 1))
+    return t_tail(2, len(self.replicate_differences) - 1)
 
   @property
   def repeats(self) -> bool:
@@ -162,7 +161,7 @@ def support_check(scores: Scores, *, k: int = 10, seed: int = 0) -> SupportCheck
 def _is_positive(values: np.ndarray) -> bool:
   """Whether the mean of values [n] passes a t test against 0 at 97.5 %, one-sided."""
   mean, error = mean_and_error(values)
-  return bool(mean > stats.t.ppf(0.975, len(values) - 1) * error)
+  return bool(mean > t_quantile(0.975, len(values) - 1) * error)
 
 
 def _mean_at(replicates: np.ndarray, positions: np.ndarray) -> np.ndarray:

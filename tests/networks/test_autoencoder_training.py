@@ -1,6 +1,7 @@
 """Training of autoencoders: the loss by hand, resuming to the bit, and latents of unit variance."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -37,16 +38,19 @@ def test_the_loss_is_the_squared_error_and_the_divergence_a_pixel(train):
   state = training.init_autoencoder(MODULE, CONFIG, 3, train.shape)
   places = np.arange(3, dtype=np.uint32)
   mask = np.array([1, 1, 0], np.float32)
-  _, loss, errors, count = sums(state, TrainRows(train.data[:3], places, mask))
+  _, loss, errors, count = jax.jit(sums)(state, TrainRows(train.data[:3], places, mask))
   keys = fold_in_each(jax.random.fold_in(stream(3, "train autoencoder"), 0), places)
   expected, plain = 0.0, 0.0
+  encode, decode = (
+    jax.jit(functools.partial(MODULE.apply, method=method)) for method in ("encode", "decode")
+  )
   for n in range(2):
     image = jnp.asarray(train.data[n], jnp.float32)[None] / 127.5 - 1
     given = {"params": state.params}
-    posterior = MODULE.apply(given, image, method="encode")
+    posterior = encode(given, image)
     mean, logvar = posterior.mean, posterior.logvar
     noise = jax.random.normal(substreams(keys[n : n + 1], "posterior")[0], mean.shape[1:])
-    decoded = MODULE.apply(given, mean + jnp.exp(logvar / 2) * noise, method="decode")
+    decoded = decode(given, mean + jnp.exp(logvar / 2) * noise)
     error = np.mean(np.square(np.float64(decoded - image)))
     mean, logvar = np.float64(mean), np.float64(logvar)
     kl = 0.5 * np.sum(mean**2 + np.exp(logvar) - 1 - logvar)
@@ -57,9 +61,10 @@ def test_the_loss_is_the_squared_error_and_the_divergence_a_pixel(train):
 def test_resumed_training_ends_the_same_and_learns(train):
   states, losses = {}, []
   hooks = Hooks(save=states.__setitem__, log=lambda step, means: losses.append(means["loss"]))
-  whole = training.fit_autoencoder(MODULE, train, CONFIG, seed=1, hooks=hooks)
+  how = {"seed": 1, "devices": jax.local_devices()[:1]}
+  whole = training.fit_autoencoder(MODULE, train, CONFIG, hooks=hooks, **how)
   assert list(states) == [3, 6] and losses[1] < losses[0]
-  resumed = training.fit_autoencoder(MODULE, train, CONFIG, seed=1, state=states[3])
+  resumed = training.fit_autoencoder(MODULE, train, CONFIG, state=states[3], **how)
   jax.tree.map(np.testing.assert_array_equal, whole, resumed)
   found = training.scaled_autoencoder(MODULE, whole.params, train.data)
   latents = found.scaled(found.encode(train.data).mean)

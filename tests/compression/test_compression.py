@@ -10,6 +10,7 @@ import pytest
 from jaxinf.compression.compression import (
   COMPRESSIONS,
   Bfloat16,
+  Blockwise,
   LowRank,
   Uncompressed,
   compression_named,
@@ -219,3 +220,15 @@ def test_what_does_not_exist_is_refused_with_what_does(name, size, message):
   with pytest.raises(ValueError) as error:
     compression_named(name, size)
   assert message in str(error.value)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if isinstance(m, Blockwise)], ids=repr)
+def test_columns_hold_the_numbers_of_their_blocks(method):
+  shape = (5, 60)
+  rows = jnp.asarray(np.random.default_rng(6).normal(size=(3, *shape)), jnp.float32)
+  compressed = method.compress(rows, jnp.ones(shape))
+  columns = [leaf.reshape(len(rows), -1) for leaf in jax.tree.leaves(compressed)]
+  found = method.restore_columns(columns)
+  expected = method.restore(compressed, jnp.ones(shape)).reshape(len(rows), -1)
+  np.testing.assert_array_equal(found[:, : expected.shape[1]], expected)
+  assert found.shape[1] % method.block_size == 0

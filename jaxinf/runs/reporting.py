@@ -31,8 +31,11 @@ def report(run: Run) -> Outcome:
 
 
 def _made_from(run: Run, samples: Examples) -> list[str] | None:
-  """The class of each sample in words, where the model is given one."""
-  given = samples.conditioning or {}
-  if "labels" not in given:
-    return None
-  return [label_name(run.dataset, int(label)) for label in given["labels"]]
+  """What each sample was made from in words, its class and its caption, where there are such."""
+  given, captions = samples.conditioning or {}, artifacts.read(run.folder("sample")).arrays
+  parts = []
+  if "labels" in given:
+    parts.append([label_name(run.dataset, int(label)) for label in given["labels"]])
+  if "captions" in captions:
+    parts.append(captions["captions"].tolist())
+  return [", ".join(words) for words in zip(*parts, strict=True)] if parts else None

@@ -43,7 +43,16 @@ def sample(run: Run) -> Outcome:
 def given_arrays(run: Run) -> dict[str, np.ndarray]:
   """What samples are made from, as arrays of their artefact."""
   given = sample_conditioning(run) or {}
-  return {_GIVEN + name: rows for name, rows in given.items()}
+  found = {_GIVEN + name: rows for name, rows in given.items()}
+  captions = run.dataset.captions
+  if "text" in given and captions is not None and run.config.sample.conditioning is None:
+    found["captions"] = captions[_spread(run)]
+  return found
+
+
+def _spread(run: Run) -> np.ndarray:
+  """Numbers of training examples, evenly spaced, one for each sample."""
+  return np.linspace(0, len(run.dataset) - 1, run.config.sample.num_samples).astype(int)
 
 
 def decoded(run: Run, latents: np.ndarray) -> np.ndarray:
@@ -79,8 +88,7 @@ def sample_conditioning(run: Run) -> dict[str, np.ndarray] | None:
     return None
   num, place = config.num_samples, config.conditioning
   if place is None:
-    rows = np.linspace(0, len(run.dataset) - 1, num).astype(int)
-    found = {name: read_rows(array, rows) for name, array in given.items()}
+    found = {name: read_rows(array, _spread(run)) for name, array in given.items()}
     if run.num_classes is not None:
       found["labels"] = np.arange(num, dtype=np.int32) % run.num_classes
     return found

@@ -51,6 +51,7 @@ class Ingredients:
     query_draws: of (t, ε) for each query.
     compression: of preconditioned query gradients.
     precision: of the network's products in the pass over training examples.
+    clip: whether sampling clipped predicted data to [-1, 1], for Journey-TRAK.
     projection: of TRAK and its kin.
     journey_steps: timesteps of a sampling trajectory, for Journey-TRAK.
     embed: examples → embeddings, for "clip".
@@ -66,6 +67,7 @@ class Ingredients:
   journey_steps: int
   embed: Callable[[Examples], Array]
   precision: str | None = None
+  clip: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +147,7 @@ def _journey_trak(given: Ingredients) -> JourneyTRAK:
     tuple(timesteps.tolist()),
     tuple(given.dampings),
     given.query_draws,
+    given.clip,
   )
 
 

@@ -159,6 +159,8 @@ def score_key(run: Run, row: Row) -> dict[str, Any]:
   if "clip" in row.kind.reads and run.config.score.clip is not None:
     path = pathlib.Path(run.config.score.clip).expanduser()
     key["clip_content"] = artifacts.fingerprint_of_files(path)
+  if "journey_steps" in row.kind.reads and not run.clips:
+    key["clip_predictions"] = False
   if row.kind.curved:
     key["curvature"] = own_settings(run, "curvature")
   return key
@@ -207,6 +209,7 @@ def ingredients(run: Run, row: Row) -> Ingredients:
     compression=config.compression,
     projection=Projection(config.projection_dim, run.config.seed, config.projection),
     journey_steps=config.journey_steps,
+    clip=run.clips,
     embed=lambda examples: _embeddings(run, examples),
   )
 

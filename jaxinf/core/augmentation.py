@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf.core.arrays import as_float
+from jaxinf.core.arrays import as_float, fingerprint
 from jaxinf.core.moments import LatentForm
 from jaxinf.core.random import substreams
 from jaxinf.core.types import PyTree
@@ -24,6 +24,12 @@ class Constants:
     self.tree = jax.tree.map(np.asarray, tree)
     leaves, structure = jax.tree.flatten(self.tree)
     self._key = structure, tuple((x.shape, x.dtype.str, x.tobytes()) for x in leaves)
+
+  @property
+  def digest(self) -> str:
+    """A hash of the values."""
+    leaves = jax.tree.leaves(self.tree)
+    return fingerprint({str(number): leaf for number, leaf in enumerate(leaves)})[:16]
 
   def __eq__(self, other: object) -> bool:
     return isinstance(other, Constants) and self._key == other._key
@@ -96,6 +102,7 @@ class Augmentation:
       found["latents"] = dataclasses.asdict(self.latents)
     if self.dropout is not None:
       found["conditioning_dropout"] = self.dropout.rate
+      found["null_conditioning"] = self.dropout.null.digest
     return found
 
   def _latents(self, rows: jax.Array, keys: jax.Array) -> jax.Array:

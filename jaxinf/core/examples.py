@@ -182,8 +182,6 @@ def check_alike(queries: Examples, train: Examples, axes: int = 0) -> None:
     queries, train: both.
     axes: how many axes queries have more, for states of trajectories.
   """
-  if axes and queries.latents is not None:
-    raise ValueError("Moments have no sampling trajectories: give the states themselves.")
   if queries.shape[axes:] != train.shape:
     raise ValueError(
       f"Queries of shape {queries.shape} do not match training examples of shape "
@@ -200,6 +198,11 @@ def check_alike(queries: Examples, train: Examples, axes: int = 0) -> None:
 
 def check_queries(queries: Examples) -> None:
   """Raises ValueError where queries have what belongs to training."""
+  if queries.latents is not None:
+    raise ValueError(
+      "A query is measured as it is: give its latents, such as the scaled mode of its posterior, "
+      "and no moments."
+    )
   for name in ("random_flip", "conditioning_dropout"):
     if getattr(queries, name):
       raise ValueError(f"A query is measured as it is: leave {name} out of the queries.")

@@ -81,7 +81,7 @@ class MomentsFile:
   def append(self, rows: np.ndarray) -> None:
     """Writes the next block of rows, and its checksum once they are on disk."""
     begin = self.rows_done
-    array = np.load(self._folder / "moments.npy", mmap_mode="r+")
+    array = self._open("r+")
     array[begin : begin + len(rows)] = rows
     array.flush()
     self.digests.append(_digest(rows))
@@ -95,7 +95,7 @@ class MomentsFile:
         f"{self._folder} holds the moments of {self.rows_done} of {num} images: encode the rest "
         "first, by the same call."
       )
-    array = np.load(self._folder / "moments.npy", mmap_mode="r")
+    array = self._open("r")
     for number, digest in enumerate(self.digests):
       begin = number * BLOCK_ROWS
       if _digest(array[begin : begin + BLOCK_ROWS]) != digest:
@@ -103,6 +103,21 @@ class MomentsFile:
           f"{self._folder / 'moments.npy'} differs from its checksums from row {begin} on. Delete "
           "the folder and encode the images again."
         )
+    return array
+
+  def _open(self, mode: Any) -> Any:
+    path = self._folder / "moments.npy"
+    try:
+      array = np.load(path, mmap_mode=mode)
+    except (OSError, ValueError, EOFError) as error:
+      raise ValueError(
+        f"{path} cannot be read ({error}). Delete the folder and encode the images again."
+      ) from error
+    if list(array.shape) != list(self.key["shape"]):
+      raise ValueError(
+        f"{path} has shape {array.shape}, and {self.key['shape']} was written. Delete the folder "
+        "and encode the images again."
+      )
     return array
 
   def _save(self) -> None:

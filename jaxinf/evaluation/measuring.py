@@ -14,7 +14,7 @@ import numpy as np
 from jaxinf.attribution.kernels import Replicate, row_operands
 from jaxinf.core.arrays import as_float
 from jaxinf.core.draws import Draws
-from jaxinf.core.examples import Examples
+from jaxinf.core.examples import Examples, check_queries
 from jaxinf.core.types import ApplyFn, Batch, Params, PyTree
 from jaxinf.diffusion.measurements import Measurement
 from jaxinf.diffusion.model import DiffusionModel
@@ -70,6 +70,7 @@ def measure(
     raise ValueError("Measure examples and trajectories apart: they are different queries.")
   for measurement in measurements.values():
     measurement.check(model.process)
+  check_queries(queries)
   draws = draws.split()
   stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *params)
   kernel = MeasureKernel(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from jaxinf.data.moments_file import BLOCK_ROWS
 from jaxinf.planning.cost import StageCost
 from jaxinf.planning.line import OFTEN, cost_of
 from jaxinf.planning.reduced import Subject, examples_of_batches, num_bytes
@@ -35,7 +36,9 @@ def autoencoder_cost(subject: Subject) -> StageCost:
 def encode_cost(subject: Subject) -> StageCost:
   """All images through the encoder, and their mirror images where training mirrors them."""
   config, num = subject.run.config.latent, len(subject.run.dataset)
-  run = subject.reduced("encode", examples_of_batches(config.batch_size, 1))
+  # Fewer than a block of rows: they go through the encoder in one call, by which they are known.
+  few = min(examples_of_batches(config.batch_size, 1), BLOCK_ROWS - 2)
+  run = subject.reduced("encode", few)
   with subject.rehearsal(run) as found:
     STAGES["encode"].function(run)
   moments = subject.images_bytes

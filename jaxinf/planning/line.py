@@ -56,6 +56,7 @@ def sample_cost(subject: Subject) -> StageCost:
     STAGES["sample"].function(run)
   size = math.ceil(min(config.batch_size, config.num_samples) / subject.num_devices)
   each = 4 * math.prod(run.shape) * (1 + (steps + 1) * config.keep_trajectory)
+  each += 4 * math.prod(run.dataset.image_shape) * run.is_latent  # decoded
   written = config.num_samples * each
   cost = cost_of(
     subject, "sample", config.num_samples, "samples", found,
@@ -66,6 +67,7 @@ def sample_cost(subject: Subject) -> StageCost:
   )  # fmt: skip
   forward = _forward_operations(subject, size)  # the sampler's own are in a loop
   calls = steps * math.ceil(config.num_samples / (size * subject.num_devices))
+  calls *= 1 if config.guidance_scale == 1 else 2  # with the conditioning, and without
   operations = None if forward is None else forward * calls * subject.num_devices
   return dataclasses.replace(cost, operations=operations)
 

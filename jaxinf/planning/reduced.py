@@ -42,14 +42,20 @@ class Reduced(Run):
 
   Attributes:
     few: those.
+    classes: of the labels of all.
   """
 
   few: Dataset | None = None
+  classes: int | None = None
 
   @functools.cached_property
   def dataset(self) -> Dataset:
     assert self.few is not None
     return self.few
+
+  @property
+  def num_classes(self) -> int | None:
+    return self.classes
 
   @functools.cached_property
   def autoencoder(self) -> Autoencoder:
@@ -161,7 +167,9 @@ class Subject:
     num, few = min(examples, len(data)), min(queries, total)
     if num == few and len(data) != total:  # so that passes over them are told apart
       num, few = (num, few + 1) if few < total else (num + 1, few)
-    sections["sample"] = {"num_samples": few, **sections.get("sample", {})}
+    # Of a file of conditioning, which has a row for each sample, shapes alone would count.
+    of_samples = {"num_samples": few, "conditioning": None}
+    sections["sample"] = of_samples | sections.get("sample", {})
     changed = {
       section: dataclasses.replace(getattr(self.run.config, section), **fields)
       for section, fields in sections.items()
@@ -171,6 +179,7 @@ class Subject:
       self.folder / name,
       self.run.devices,
       few=data.take(np.arange(num)),
+      classes=self.run.num_classes,
     )
     if run.is_latent:
       keep(run, "encode", {"digest": np.zeros(1)})

@@ -85,6 +85,7 @@ class Run:
     assert given is not None
     if given != TRAINED:
       return load_autoencoder(given)
+    content_of_stage(self, "train-vae")  # finished, and of these settings and images
     artifact = artifacts.read(self.folder("train-vae"))
     params = flax.traverse_util.unflatten_dict(dict(artifact.arrays), sep="/")
     return Autoencoder(self.autoencoder_module, params, artifact.notes["scaling_factor"])
@@ -131,6 +132,12 @@ class Run:
     return Examples(np.zeros((1, *self.shape), np.float32), one.ids, one.conditioning)
 
   @property
+  def clips(self) -> bool:
+    """Whether sampling clips predicted data to [-1, 1]: by default where they are pixels."""
+    given = self.config.sample.clip
+    return not self.is_latent and self.dataset.is_pixels if given is None else given
+
+  @property
   def null_conditioning(self) -> dict[str, Any]:
     """One row of the conditioning that stands for none: a class of its own, and zeros as text.
 
@@ -150,10 +157,7 @@ class Run:
   @property
   def num_classes(self) -> int | None:
     """Of the labels that the model is given; None where it is given none."""
-    dataset = self.dataset
-    if not dataset.conditioning or "labels" not in dataset.conditioning:
-      return None
-    return len(dataset.label_names) or int(np.max(dataset.conditioning["labels"])) + 1
+    return num_classes_of(self.dataset)
 
   @functools.cached_property
   def data_content(self) -> str:
@@ -201,6 +205,13 @@ class Run:
   def draws(self, num: int, replicates: int | None, design: DrawConfig) -> Draws:
     """Draws from the run's seed."""
     return Draws(num, replicates, seed=self.config.seed, **dataclasses.asdict(design))
+
+
+def num_classes_of(dataset: Dataset) -> int | None:
+  """Classes of the labels that models are given; None where they are given none."""
+  if not dataset.conditioning or "labels" not in dataset.conditioning:
+    return None
+  return len(dataset.label_names) or int(np.max(dataset.conditioning["labels"])) + 1
 
 
 def check_measurable(run: Run, names: Sequence[str]) -> None:
@@ -302,7 +313,8 @@ def kind_of_config(config: CurvatureConfig) -> Kind:
 def load_scores(run: Run) -> Scores:
   """The scores of a run."""
   artifact = artifacts.read(run.folder("attribute"))
-  own = {name: array for name, array in artifact.arrays.items() if "/" not in name}
+  before = {"group_values": "replicate_values", "query_group_values": "query_replicate_values"}
+  own = {before.get(n, n): array for n, array in artifact.arrays.items() if "/" not in n}
   return Scores(settings=artifact.notes["settings"], **own)  # type: ignore[arg-type]
 
 

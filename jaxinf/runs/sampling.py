@@ -167,7 +167,7 @@ def _generated(run: Run) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     config.sampler,
     config.num_steps,
     config.keep_trajectory,
-    not run.is_latent and run.dataset.is_pixels if config.clip is None else config.clip,
+    run.clips,
   )
   names = ["images"] + ["trajectories"] * config.keep_trajectory
   arrays = map_batches(

@@ -14,12 +14,21 @@ import numpy as np
 
 from jaxinf import data
 from jaxinf.compression.compression import compression_named
+from jaxinf.core.arrays import read_rows
 from jaxinf.core.examples import Examples
 from jaxinf.core.moments import Moments
 from jaxinf.data import DataConfig, Dataset
 from jaxinf.engine import artifacts, processes
 from jaxinf.engine.artifacts import Artifact, Outcome
-from jaxinf.runs.run import Run, load_curvature, load_model, own_settings
+from jaxinf.networks.latents import Autoencoder
+from jaxinf.runs.run import (
+  Run,
+  content_of_stage,
+  load_curvature,
+  load_model,
+  num_classes_of,
+  own_settings,
+)
 from jaxinf.scores.scores import Ranking
 from jaxinf.store.build import build_store, open_store
 from jaxinf.store.store import Store
@@ -66,6 +75,8 @@ def query(run: Run) -> Artifact:
     "images": images.fingerprint(),
     "index": store.rows.ledger.content,
   }
+  if run.is_latent:
+    key["autoencoder"] = _autoencoder(run).fingerprint
   digest = artifacts.fingerprint_of(artifacts.plain(key))[:8]
   folder = run.folder("query") / f"{run.images.stem}-{digest}"
 
@@ -132,8 +143,10 @@ def _as_training(run: Run, images: Dataset) -> Examples:
   images = dataclasses.replace(images, random_flip=run.dataset.random_flip)
   if not run.is_latent:
     return run.training_examples(images)
-  ways = [images.images, images.images[:, :, ::-1]] if images.random_flip else [images.images]
-  vae, size = run.autoencoder, run.config.latent.batch_size
+  vae = _autoencoder(run)
+  data = read_rows(images.images, np.arange(len(images)))
+  ways = [data, data[:, :, ::-1]] if images.random_flip else [data]
+  size = run.config.latent.batch_size
   found = [vae.encode(way, batch_size=size, devices=run.devices) for way in ways]
   own, *mirrored = [(p.mean, p.logvar) for p in found]
   moments = Moments.of(
@@ -150,9 +163,47 @@ def _as_queries(run: Run, images: Dataset) -> Examples:
   """Given images as queries: the modes of their latents where the model is of latents."""
   data = images.images
   if run.is_latent:
-    vae, size = run.autoencoder, run.config.latent.batch_size
+    vae, size = _autoencoder(run), run.config.latent.batch_size
     data = vae.scaled(vae.encode(data, batch_size=size, devices=run.devices).mode())
   return Examples(data, images.ids, images.conditioning)
+
+
+def _autoencoder(run: Run) -> Autoencoder:
+  """The autoencoder, which must be the one that the training images were encoded with."""
+  content_of_stage(run, "encode")
+  return run.autoencoder
+
+
+def _with_classes_of(dataset: Dataset, images: Dataset) -> Dataset:
+  """Given images whose labels are numbered as the data set's classes are, by name where named.
+
+  Raises:
+    ValueError: a label is of no class of the data set.
+  """
+  given, num = images.conditioning, num_classes_of(dataset)
+  if not given or "labels" not in given or num is None:
+    return images
+  labels = np.asarray(given["labels"])
+  if images.label_names and dataset.label_names:
+    unknown = sorted(set(images.label_names) - set(dataset.label_names))
+    if unknown:
+      raise ValueError(
+        f"The images of --images have labels that are no classes of {dataset.name!r}: "
+        f"{', '.join(unknown)}. There are: {', '.join(dataset.label_names)}."
+      )
+    numbers = np.array([dataset.label_names.index(name) for name in images.label_names], np.int32)
+    labels = numbers[labels]
+  if not np.isin(labels, np.arange(num)).all():
+    raise ValueError(
+      f"Labels of --images must lie in 0…{num - 1}, the classes of {dataset.name!r}; got "
+      f"{labels.min()}…{labels.max()}."
+    )
+  return dataclasses.replace(
+    images,
+    labels=labels,
+    label_names=dataset.label_names,
+    conditioning={**given, "labels": labels.astype(np.int32)},
+  )
 
 
 def _given_images(run: Run) -> Dataset:
@@ -165,8 +216,15 @@ def _given_images(run: Run) -> Dataset:
   if not (run.images.is_dir() if name == "folder" else run.images.is_file()):
     raise ValueError(f"--images must be an .npz file or a folder of images; got {run.images}.")
   size = run.config.data.image_size
-  given = run.config.data.conditioning
-  return data.load(DataConfig(name, path=str(run.images), image_size=size, conditioning=given))
+  given, captions = run.config.data.conditioning, run.config.data.captions
+  config = DataConfig(
+    name,
+    path=str(run.images),
+    image_size=size,
+    conditioning=given,
+    captions=captions if name == "folder" and "text" in given else None,
+  )
+  return _with_classes_of(run.dataset, data.load(config))
 
 
 def _table(arrays: Mapping[str, np.ndarray]) -> str:

@@ -88,7 +88,7 @@ class Store:
       ValueError: ids are taken, or the rows do not fit on the disk: what is written stays.
     """
     ours = train.augmentation.settings
-    names = ("random_flip", "latents", "conditioning_dropout")
+    names = ("random_flip", "latents", "conditioning_dropout", "null_conditioning")
     for name in names:
       if ours.get(name) != self.settings.get(name):
         raise ValueError(

@@ -113,6 +113,12 @@ def test_left_out_conditioning_moves_gradients_to_the_row_that_stands_for_none()
   assert curvatures[1].settings["conditioning_dropout"] == rate
 
 
+def test_moments_are_no_queries():
+  moments = Examples(Moments.of(normal(1), normal(2)))
+  with pytest.raises(ValueError, match="give its latents, .* and no moments"):
+    scored(model_of(), moments, moments)
+
+
 def test_queries_keep_their_conditioning(queries):
   train = Examples(normal(1), conditioning={"labels": np.zeros(NUM, int)})
   asked = Examples(

@@ -97,6 +97,12 @@ def test_damage_is_found(folder, autoencoder):
     open_moments(folder, autoencoder)
 
 
+def test_a_lost_array_is_damage(folder, autoencoder):
+  (folder / "moments.npy").unlink()
+  with pytest.raises(ValueError, match="moments.npy cannot be read .* encode the images again"):
+    open_moments(folder, autoencoder)
+
+
 def test_moments_that_are_not_finite_name_the_row(tmp_path, autoencoder, images):
   params = jax.tree.map(lambda x: np.full(x.shape, np.nan, np.float32), autoencoder.params)
   with pytest.raises(ValueError, match="not finite"):

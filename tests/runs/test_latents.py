@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from jaxinf.core.augmentation import Constants
+from jaxinf.data import Dataset
 from jaxinf.diffusion.sampler import Guided
 from jaxinf.engine import artifacts
 from jaxinf.engine.artifacts import StaleArtifact
 from jaxinf.networks.latent_cache import open_moments
+from jaxinf.runs import serving
 from jaxinf.runs.perform import perform
 from jaxinf.runs.run import load_model, load_scores, moments_folder
 from jaxinf.runs.sampling import load_samples
@@ -85,6 +87,34 @@ def test_the_store_answers_images_by_their_latents(finished, tmp_path):
   asked = dataclasses.replace(finished, images=tmp_path / "one.npz")
   found = perform(asked, "query").arrays
   assert np.isfinite(found["values"]).all() and found["values"].shape == (1, 3)
+
+
+def test_labels_of_no_class_are_refused(finished, tmp_path):
+  images = finished.dataset.images[:1]
+  np.savez(tmp_path / "one.npz", images=images, labels=np.array([10]))
+  for stage in ("query", "index-append"):
+    asked = dataclasses.replace(finished, images=tmp_path / "one.npz")
+    with pytest.raises(ValueError, match=r"must lie in 0…9, the classes of .*; got 10…10"):
+      perform(asked, stage)
+
+
+def test_a_folder_of_images_has_the_classes_of_the_run():
+  """Sub-folders are numbered anew in every folder: names say which class is meant."""
+  of = lambda names, labels: Dataset(
+    "toy", np.zeros((len(labels), 2, 2, 1)), np.array(list("abc"[: len(labels)])),
+    np.array(labels), names, conditioning={"labels": np.array(labels, np.int32)},
+  )  # fmt: skip
+  found = serving._with_classes_of(of(("cat", "horse"), [0, 1]), of(("horse",), [0]))
+  assert found.labels.tolist() == found.conditioning["labels"].tolist() == [1]
+  assert found.label_names == ("cat", "horse")
+  with pytest.raises(ValueError, match="no classes of 'toy': zebra. There are: cat, horse"):
+    serving._with_classes_of(of(("cat", "horse"), [0, 1]), of(("zebra",), [0]))
+
+
+def test_an_autoencoder_of_other_settings_is_not_taken_for_this_one(finished):
+  changed = run_of(finished.workdir, FIELDS | {"vae.steps": 5})
+  with pytest.raises(StaleArtifact, match="steps: 4 → 5"):
+    perform(changed, "encode")
 
 
 def test_other_ways_to_sample_latents_are_not_taken_for_these(finished):

@@ -23,9 +23,9 @@ export MALLOC_TOP_PAD_ = 67108864
 demo: .venv/installed
 	$(RUN) -m jaxinf all --config=configs/digits.py --workdir=runs/digits
 
-# Two files at a time: compiling, most of the work, keeps one core busy.
+# Two files at a time: compiling, most of the work, keeps one core busy. tests/conftest.py orders them.
 test: .venv/installed
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The same tests on a newer JAX and kfac-jax's main branch, which is not on PyPI: KFAC_JAX=PATH takes
 # a checkout of it, ARGS=tests/core some of the tests. This JAX needs Python 3.12 (PYTHON_NEXT=PATH)
@@ -35,7 +35,7 @@ PYTHON_NEXT ?= $(call python_from,12)
 NEXT := jax==0.11.2 jaxlib==0.11.2 flax==0.12.12
 
 test-next: .venv-next/installed
-	.venv-next/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	.venv-next/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Parity with diffusers and embeddings by transformers' CLIP, in an environment of its own.
 test-interop: .venv-interop/installed

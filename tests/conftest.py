@@ -31,6 +31,23 @@ from jaxinf.engine import processes
 from jaxinf.networks import MLP
 
 
+# Files of few tests that take long, most of them because they start processes. They go first, so that
+# no worker is left alone with one of them.
+_LONG = (
+  "tests/engine/test_processes.py",
+  "tests/golden/test_golden.py",
+  "tests/runs/test_kill.py",
+  "tests/runs/test_stages.py",
+  "tests/benchmark/test_kill.py",
+  "tests/test_readme.py",
+  "tests/planning/test_planning.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+  items.sort(key=lambda item: not item.nodeid.startswith(_LONG))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def few_memory_maps():
   """Forgets what is compiled before a process has as many memory maps as Linux allows: 65,530.

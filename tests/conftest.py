@@ -30,9 +30,8 @@ from jaxinf.data import Dataset
 from jaxinf.engine import processes
 from jaxinf.networks import MLP
 
-
-# Files of few tests that take long, most of them because they start processes. They go first, so that
-# no worker is left alone with one of them.
+# Files of few tests that take long, most of them because they start processes. They go first, so
+# that no worker is left alone with one of them.
 _LONG = (
   "tests/engine/test_processes.py",
   "tests/golden/test_golden.py",

@@ -2,8 +2,8 @@
 
 python -m jaxinf all --config=configs/digits.py --workdir=runs/digits
 
-Measured: 2 min 11 s on 2 CPU cores with `make demo`, installation included. How well its scores
-predict retraining: digits_unet.py.
+Measured: 3 min 17 s on 2 CPU cores with `make demo`, 55 s of it for installation. How well its
+scores predict retraining: digits_unet.py.
 """
 
 from ml_collections import ConfigDict

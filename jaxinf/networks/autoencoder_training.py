@@ -23,7 +23,7 @@ from jaxinf.core.random import fold_in_each, stream, substreams
 from jaxinf.core.types import Params
 from jaxinf.networks.autoencoder import AutoencoderKL
 from jaxinf.networks.latents import Autoencoder
-from jaxinf.networks.training import Hooks, TrainRows, optimised
+from jaxinf.networks.training import Hooks, TrainRows, check_counts, optimised
 
 _SCALED_BY = 1_024  # images whose latents give the scaling factor
 
@@ -77,7 +77,7 @@ def module_of(config: AutoencoderConfig, image_channels: int) -> AutoencoderKL:
 
 def init_autoencoder(module: AutoencoderKL, config: AutoencoderConfig, seed: int, shape: tuple):
   """The state that training begins from; `shape` is that of an image."""
-  _check_counts(config)
+  check_counts(config, "vae")
   images = jnp.zeros((1, *shape))
   params = jax.jit(module.init)(stream(seed, "autoencoder"), images)["params"]
   return AutoencoderState(jnp.zeros((), jnp.int32), params, _optimiser(config).init(params))
@@ -135,8 +135,7 @@ def _step(
     images = augmentation.data(rows.data, keys)
     apply: Any = lambda *given, method: module.apply({"params": params}, *given, method=method)
     posterior = apply(images, method="encode")
-    normal = jax.vmap(lambda key: jax.random.normal(key, posterior.mean.shape[1:], jnp.float32))
-    latents = posterior.mean + jnp.exp(posterior.logvar / 2) * normal(substreams(keys, "posterior"))
+    latents = posterior.sample(substreams(keys, "posterior"))
     axes = tuple(range(1, images.ndim))
     errors = jnp.mean(jnp.square(apply(latents, method="decode") - images), axis=axes)
     variances = jnp.exp(posterior.logvar)
@@ -168,9 +167,3 @@ def _step(
 def _optimiser(config: AutoencoderConfig) -> optax.GradientTransformation:
   decay = optax.cosine_decay_schedule(config.learning_rate, config.steps)
   return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(decay))
-
-
-def _check_counts(config: AutoencoderConfig) -> None:
-  for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
-    if getattr(config, name) < 1:
-      raise ValueError(f"vae.{name} must be at least 1; got {getattr(config, name)}.")

@@ -58,10 +58,10 @@ def encode_moments(
   for begin in range(first, shape[0], moments_file.BLOCK_ROWS):
     rows = np.arange(begin, min(begin + moments_file.BLOCK_ROWS, shape[0]))
     block = read_rows(images, rows)
-    ways = [block, block[:, :, ::-1]][: 1 + mirrored]
-    found = [autoencoder.encode(way, batch_size=batch_size, devices=devices) for way in ways]
-    both = [np.concatenate([p.mean, p.logvar], axis=-1) for p in found]
-    moments = np.stack(both, axis=1).astype(np.float32)
+    found = moments_of(
+      autoencoder, block, mirrored=mirrored, batch_size=batch_size, devices=devices
+    )
+    moments = np.asarray(found.array, np.float32)
     if bad := rows[~np.isfinite(moments).all(axis=(1, 2, 3, 4))].tolist():
       raise ValueError(
         f"The moments of {len(bad)} images are not finite, the first of which is in row {bad[0]}: "
@@ -72,6 +72,28 @@ def encode_moments(
       _LOG.info("encode: %d of %d images", rows[-1] + 1, shape[0])
   processes.wait_for_all("moments written")
   return open_moments(folder, autoencoder)
+
+
+def moments_of(
+  autoencoder: Autoencoder,
+  images: np.ndarray,
+  *,
+  mirrored: bool,
+  batch_size: int,
+  devices: Sequence[jax.Device] | None = None,
+  sample: bool = True,
+) -> Moments:
+  """The moments of images in memory, kept nowhere; arguments as of `encode_moments`."""
+  ways = [images, images[:, :, ::-1]][: 1 + mirrored]
+  found = [autoencoder.encode(way, batch_size=batch_size, devices=devices) for way in ways]
+  own, *others = [(posterior.mean, posterior.logvar) for posterior in found]
+  return Moments.of(
+    *own,
+    mirrored=others[0] if others else None,
+    scaling_factor=autoencoder.scaling_factor,
+    shift_factor=autoencoder.shift_factor,
+    sample=sample,
+  )
 
 
 def open_moments(folder: str | Path, autoencoder: Autoencoder, *, sample: bool = True) -> Moments:

@@ -128,7 +128,7 @@ def init_state(network: nn.Module, train: Examples, config: TrainConfig, seed: i
   Raises:
     ValueError: impossible settings.
   """
-  _check_counts(config)
+  check_counts(config, "train")
   variables = jax.jit(network.init)(stream(seed, "init"), *example_inputs(train))
   params = variables["params"]
   return TrainState(
@@ -316,10 +316,11 @@ def checked_means(recent: list[dict[str, np.ndarray]], done: int) -> dict[str, f
   return {name: float(np.mean([m[name] for m in recent])) for name in recent[0]}
 
 
-def _check_counts(config: TrainConfig) -> None:
+def check_counts(config: Any, section: str) -> None:
+  """Raises ValueError where a count that every training has is below 1; `section` is its name."""
   for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
     if getattr(config, name) < 1:
-      raise ValueError(f"train.{name} must be at least 1; got {getattr(config, name)}.")
+      raise ValueError(f"{section}.{name} must be at least 1; got {getattr(config, name)}.")
 
 
 @dataclasses.dataclass

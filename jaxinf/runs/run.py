@@ -214,6 +214,16 @@ def num_classes_of(dataset: Dataset) -> int | None:
   return len(dataset.label_names) or int(np.max(dataset.conditioning["labels"])) + 1
 
 
+def check_classes(labels: np.ndarray, dataset: Dataset, whose: str) -> None:
+  """Raises ValueError where labels, of `whose`, are of no class that models are given."""
+  num = num_classes_of(dataset)
+  if num is not None and not np.isin(labels, np.arange(num)).all():
+    raise ValueError(
+      f"Labels of {whose} must lie in 0…{num - 1}, the classes of {dataset.name!r}; got "
+      f"{labels.min()}…{labels.max()}."
+    )
+
+
 def check_measurable(run: Run, names: Sequence[str]) -> None:
   """Raises ValueError where the run's process has no measurement of one of these names."""
   for name in names:

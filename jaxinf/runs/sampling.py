@@ -24,7 +24,7 @@ from jaxinf.diffusion.process import Process
 from jaxinf.engine import Rows, artifacts, map_batches, processes
 from jaxinf.engine.artifacts import Outcome
 from jaxinf.engine.checkpoints import PartialOutputs
-from jaxinf.runs.run import Run, key_of, load_model
+from jaxinf.runs.run import Run, check_classes, key_of, load_model
 
 _GIVEN = "conditioning/"  # before the names of what samples were made from
 
@@ -99,8 +99,8 @@ def sample_conditioning(run: Run) -> dict[str, np.ndarray] | None:
       f"{place} must hold {shapes}, one row for each of sample.num_samples; it holds "
       f"{ {name: array.shape for name, array in found.items()} }."
     )
-  if run.num_classes is not None and not np.isin(found["labels"], range(run.num_classes)).all():
-    raise ValueError(f"labels in {place} must lie in 0…{run.num_classes - 1}.")
+  if "labels" in found:
+    check_classes(found["labels"], run.dataset, place)
   return {name: array.astype(given[name].dtype) for name, array in found.items()}
 
 

@@ -16,13 +16,14 @@ from jaxinf import data
 from jaxinf.compression.compression import compression_named
 from jaxinf.core.arrays import read_rows
 from jaxinf.core.examples import Examples
-from jaxinf.core.moments import Moments
 from jaxinf.data import DataConfig, Dataset
 from jaxinf.engine import artifacts, processes
 from jaxinf.engine.artifacts import Artifact, Outcome
+from jaxinf.networks.latent_cache import moments_of
 from jaxinf.networks.latents import Autoencoder
 from jaxinf.runs.run import (
   Run,
+  check_classes,
   content_of_stage,
   load_curvature,
   load_model,
@@ -143,17 +144,12 @@ def _as_training(run: Run, images: Dataset) -> Examples:
   images = dataclasses.replace(images, random_flip=run.dataset.random_flip)
   if not run.is_latent:
     return run.training_examples(images)
-  vae = _autoencoder(run)
-  data = read_rows(images.images, np.arange(len(images)))
-  ways = [data, data[:, :, ::-1]] if images.random_flip else [data]
-  size = run.config.latent.batch_size
-  found = [vae.encode(way, batch_size=size, devices=run.devices) for way in ways]
-  own, *mirrored = [(p.mean, p.logvar) for p in found]
-  moments = Moments.of(
-    *own,
-    mirrored=mirrored[0] if mirrored else None,
-    scaling_factor=vae.scaling_factor,
-    shift_factor=vae.shift_factor,
+  moments = moments_of(
+    _autoencoder(run),
+    read_rows(images.images, np.arange(len(images))),
+    mirrored=images.random_flip,
+    batch_size=run.config.latent.batch_size,
+    devices=run.devices,
     sample=run.config.latent.sample,
   )
   return run.training_examples(images, moments)
@@ -193,11 +189,7 @@ def _with_classes_of(dataset: Dataset, images: Dataset) -> Dataset:
       )
     numbers = np.array([dataset.label_names.index(name) for name in images.label_names], np.int32)
     labels = numbers[labels]
-  if not np.isin(labels, np.arange(num)).all():
-    raise ValueError(
-      f"Labels of --images must lie in 0…{num - 1}, the classes of {dataset.name!r}; got "
-      f"{labels.min()}…{labels.max()}."
-    )
+  check_classes(labels, dataset, "--images")
   return dataclasses.replace(
     images,
     labels=labels,

@@ -5,6 +5,7 @@ under workdir/<stage>/.
 """
 
 import dataclasses
+import functools
 import logging
 from typing import Any
 
@@ -19,10 +20,10 @@ from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.fit import fit_curvature
 from jaxinf.curvature.saving import arrays_of, notes_of
 from jaxinf.diffusion.measurements import measurement_named
-from jaxinf.engine import artifacts
 from jaxinf.engine.artifacts import Outcome
 from jaxinf.engine.checkpoints import Checkpointing
 from jaxinf.networks import training
+from jaxinf.runs.resuming import trained
 from jaxinf.runs.run import (
   Run,
   kind_of_config,
@@ -40,27 +41,17 @@ _LOG = logging.getLogger("jaxinf")
 
 def train(run: Run) -> Outcome:
   """Trains the model, from its last checkpoint on; the arrays are its EMA parameters."""
-  config, folder = run.config.train, run.folder("train")
-  state = training.init_state(run.model, run.train, config, run.config.seed)
-  checkpoints = artifacts.Checkpoints(folder / "checkpoints")
-  step = checkpoints.latest()
-  if step is not None:
-    state = checkpoints.restore(step, state)
-    _LOG.info("train: resuming from the checkpoint at step %d", step)
-  log = artifacts.MetricsLog(folder, step or 0)
-  try:
-    hooks = training.Hooks(save=checkpoints.save, log=log.write)
-    state = _trained(run, state, hooks)
-  except training.NonFiniteLoss as error:
-    good = checkpoints.latest()
-    where = f"is that of step {good} in {folder / 'checkpoints'}" if good else "was yet to come"
-    raise ValueError(f"{error} The last good checkpoint {where}.") from error
-  finally:
-    checkpoints.close()
-    log.close()
-  arrays = flax.traverse_util.flatten_dict(state.ema_params, sep="/")
-  num = networks.num_params(state.ema_params)
-  notes = {"num_parameters": num, "last_metrics": log.last(), "resumed_at_step": step}
+  state = training.init_state(run.model, run.train, run.config.train, run.config.seed)
+  fit = functools.partial(_trained, run)
+  found = trained(run.folder("train"), "train", state, fit)
+  params = found.state.ema_params
+  num = networks.num_params(params)
+  notes = {
+    "num_parameters": num,
+    "last_metrics": found.last_metrics,
+    "resumed_at_step": found.resumed_at,
+  }
+  arrays = flax.traverse_util.flatten_dict(params, sep="/")
   return arrays, notes, f"a model of {num:,} parameters"
 
 

@@ -52,7 +52,7 @@ class Ledger:
     """
     if not _path(folder).exists():
       raise ValueError(
-        f"{folder} holds no store: it has no index.json. Build one: build_index, or stage index."
+        f"{folder} holds no store: it has no index.json. Build one: build_store, or stage index."
       )
     fields = read_sealed(_path(folder))
     if key is not None:

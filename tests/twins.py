@@ -233,7 +233,7 @@ def _inputs(pairs: Noised) -> tuple:
 # Scores.
 
 # The paper's draws: each by itself, so that replicates are nothing but parts of them.
-INDEPENDENT = dict(timesteps="uniform", antithetic=False, shared=False)
+INDEPENDENT = dict(timesteps="uniform", antithetic=False, shared=False, loss_power=1.0)
 
 
 class Killed(BaseException):

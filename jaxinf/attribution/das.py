@@ -116,6 +116,8 @@ class DAS:
     dampings, model = checked_dampings(self.dampings), self.model
     check_alike(queries, train)
     draws, asked = split_draws(draws, self.query_draws)
+    for each in (draws, asked):
+      each.check_plain("DAS")
     projection = projection_of(self.projection, draws)
     settings = settings_of_projected(model, draws, asked, projection, train) | {"method": "das"}
 

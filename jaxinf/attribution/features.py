@@ -264,6 +264,8 @@ def settings_of_projected(
     "query_seed": asked.seed,
     "design": draws.design,
     "query_design": asked.design,
+    "loss_power": draws.power,
+    "query_loss_power": asked.power,
     **train.augmentation.settings,
     "projection": projection.kind,
     "projection_dim": projection.dim,

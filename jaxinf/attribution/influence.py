@@ -3,6 +3,10 @@
 scores[q, n] = ⟨∇m_q, (H + λI)⁻¹ ∇ℓ_n⟩. Query gradients are computed once, preconditioned once a
 damping and compressed; the training gradients stream past them in blocks of examples, all queries
 and dampings at once, and are never kept.
+
+∇ℓ_n is by default that of draws weighted by ℓ^(−½) (`Draws.loss_power`): retraining confirms these
+scores more. Such gradients do not add up to zero at the optimum, as those of the loss do, and so
+their scores are centred: those of a query have the mean 0 over the training examples.
 """
 
 import dataclasses
@@ -39,6 +43,8 @@ from jaxinf.scores.sweep import Sweep
 
 _LOG = logging.getLogger("jaxinf")
 
+LOSS_POWER = 0.5  # of training gradients, where none is asked for
+
 AUTO = "auto"  # QUERY_COMPRESSION, or a finer one where that loses the order
 
 
@@ -63,8 +69,9 @@ def influence(
     train: the training examples, with random_flip where training mirrored images.
     damping: λ > 0, in the units of the curvature (squared gradient of the loss, a mean over the
       elements of an example).
-    draws: of (t, ε) for each training example. `Draws.until_stable()` goes on until the top of the
-      order is stable, and says in settings["draws"] how many that took.
+    draws: of (t, ε) for each training example; their loss_power is ½ where none is given.
+      `Draws.until_stable()` goes on until the top of the order is stable, and says in
+      settings["draws"] how many that took.
     query_draws: likewise for each query; as many by the same design where None.
     measurement: what is measured of a query, by name or as an object; see
       jaxinf.diffusion.measurements.
@@ -166,7 +173,7 @@ class _Question:
         f"{compression.description} cannot be restored batch by batch: take int4, int8, int16, "
         "bfloat16, svd or None."
       )
-    draws = draws.split()
+    draws = draws.split().of_power(LOSS_POWER)
     return cls(
       curvature,
       checked_dampings(method.dampings),
@@ -273,6 +280,8 @@ class _Question:
       "query_seed": self.asked.seed,
       "design": self.draws.design,
       "query_design": self.asked.design,
+      "loss_power": self.draws.power,
+      "query_loss_power": self.asked.power,
       **self.train.augmentation.settings,
       "compression": self.compression.description,
       "precision": self.precision,
@@ -306,6 +315,8 @@ class _Question:
 
   def _sweep(self, products: np.ndarray, num: int, checks: Sequence[dict | None]) -> Sweep:
     """Scores at each damping from products [N, G, L, Q, A]."""
+    if self.draws.power != 1:
+      products = products - products.mean(axis=0, dtype=np.float64).astype(products.dtype)
     of_draws = np.transpose(products.mean(axis=4), (2, 1, 3, 0))
     of_queries = np.transpose(products.mean(axis=1), (1, 3, 2, 0))
     settings = self._settings | {"draws": num}

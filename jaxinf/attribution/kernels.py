@@ -30,7 +30,7 @@ class Replicate:
   """One replicate of draws as a kernel makes it, whatever its seed: that is an operand.
 
   Attributes:
-    draws: of which size and design count.
+    draws: of which size, design and loss_power count.
     augmentation: what each draw does to its example.
   """
 
@@ -40,7 +40,7 @@ class Replicate:
   @classmethod
   def of(cls, draws: Draws, augmentation: Augmentation = PLAIN) -> "Replicate":
     """One of the replicates of `draws`."""
-    return cls(Draws(draws.size, 1, **draws.design), augmentation)
+    return cls(Draws(draws.size, 1, **draws.design, loss_power=draws.power), augmentation)
 
   def keys(self, origin: PyTree, batch: Batch) -> jax.Array:
     """Keys [B, S] of (example, replicate) rows; `origin` is that of `row_operands`."""

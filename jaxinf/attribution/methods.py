@@ -81,6 +81,8 @@ class Method:
     kind: of the curvature they depend on; "own" for the usual one, None for none.
     reads: names of settings that scores depend on.
     sweeps: whether damping changes more than the scale of scores.
+    loss_power: of training draws; None: the one asked for where the method has a curvature, and
+      otherwise its authors'.
     of: what of the queries it needs where it takes no measurement: "examples", "trajectories", or
       "pictures", which are the pixels of queries and training examples, where models of latents
       see others.
@@ -93,11 +95,16 @@ class Method:
   reads: tuple[str, ...] = ()
   sweeps: bool = True
   of: str = "examples"
+  loss_power: float | None = None
 
   @property
   def curved(self) -> bool:
     """Whether scores depend on a fitted curvature."""
     return self.kind is not None
+
+  def power(self, asked: float) -> float | None:
+    """The loss_power of training draws where `asked` is asked for; None: the method's default."""
+    return self.loss_power if self.loss_power is not None or not self.curved else asked
 
   def dampings(self, sweep: Sequence[float]) -> tuple[float, ...]:
     """Those of a sweep and the default, ascending; none where the method has none."""
@@ -159,13 +166,15 @@ _DRAWS = ("draws", "replicates", "query_draws", "query_replicates", "design")
 _PROJECTED = (*_DRAWS, "projection_dim", "projection")
 
 
-def _curved(kind: Kind | None, sweeps: bool = True) -> Method:
+def _curved(kind: Kind | None, sweeps: bool = True, loss_power: float | None = None) -> Method:
   make = functools.partial(_influence, kind=kind)
-  return Method(make, 1e-8, True, kind or "own", (*_DRAWS, "compression"), sweeps)
+  reads = (*_DRAWS, "compression", *(("loss_power",) if loss_power is None else ()))
+  return Method(make, 1e-8, True, kind or "own", reads, sweeps, loss_power=loss_power)
 
 
 METHODS: Mapping[str, Method] = {
   "influence": _curved(None),
+  "influence-loss": _curved(None, loss_power=1.0),
   "kfac": _curved(KFAC()),
   "ekfac": _curved(EKFAC()),
   "kfac-empirical": _curved(KFAC(fisher="empirical")),

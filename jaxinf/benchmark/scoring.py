@@ -181,7 +181,8 @@ def answered(run: Run, row: Row, method: Attribution, sums: pathlib.Path) -> Swe
   own over the training examples.
   """
   config, queries = run.config.score, samples_of(run, row)
-  draws = run.draws(config.draws, config.replicates, config.design)
+  power = row.kind.power(config.loss_power)
+  draws = run.draws(config.draws, config.replicates, config.design, power)
   compute = run.compute(config.batch_size, checkpoint=Checkpointing(sums))
   passes = checked_count(config.passes, "score.passes") if row.kind.curved else 1
   parts = np.array_split(np.arange(len(queries)), min(passes, len(queries)))

@@ -66,6 +66,11 @@ class Draws:
       on equal terms, but a sum of scores over examples is no less noisy than its terms. Otherwise
       each example has its own draws.
     seed: of the draws, in [0, 2³²).
+    loss_power: p in [0, 1], by which draws count in a gradient: each one's loss ℓ has the weight
+      ℓ^(p − 1), so that the few draws with much noise left to guess do not drown the others. The
+      weights of a replicate are scaled such that its mean loss stays what it is. 1: all count
+      alike; ½: as in the gradient of √ℓ; 0: of log ℓ. None: the default of what draws are for, 1
+      but for training gradients of influence.
     stop: when rounds of `num` draws are enough; None for one round. See `until_stable`.
 
   The default design orders scikit-learn's digits better than any other with as many draws;
@@ -82,12 +87,18 @@ class Draws:
   shared: bool = True
   seed: int = 0
   stop: Stopping | None = None
+  loss_power: float | None = None
 
   def __post_init__(self):
     set_field = lambda name, value: object.__setattr__(self, name, value)
     set_field("num", checked_count(self.num, "the number of draws"))
     set_field("seed", checked_seed(self.seed))
     named(TIMESTEPS, self.timesteps, "timesteps")
+    if self.loss_power is not None and not 0 <= self.loss_power <= 1:
+      raise ValueError(
+        f"loss_power must lie in [0, 1]: 1 for the loss itself, 0 for its logarithm; got "
+        f"{self.loss_power}."
+      )
     if self.replicates is not None:
       set_field("replicates", checked_count(self.replicates, "replicates"))
       if self.num % self.replicates:
@@ -152,12 +163,28 @@ class Draws:
       raise ValueError("Draws of queries are taken once: give query_draws a fixed number of draws.")
     if asked is None:
       num = self.num if self.stop is None else 256
-      asked = dataclasses.replace(self, num=num, replicates=None, stop=None)
+      asked = dataclasses.replace(self, num=num, replicates=None, stop=None, loss_power=None)
     return asked.split(_QUERY_REPLICATES)
 
   def numbers(self, ids: jax.Array) -> jax.Array:
     """Example numbers [B] that the keys of examples `ids` [B] are made from."""
     return jnp.zeros_like(ids) if self.shared else ids
+
+  @property
+  def power(self) -> float:
+    """The loss_power, 1 where none is given."""
+    return 1.0 if self.loss_power is None else float(self.loss_power)
+
+  def of_power(self, default: float) -> "Draws":
+    """With loss_power filled in where none is given."""
+    return self if self.loss_power is not None else dataclasses.replace(self, loss_power=default)
+
+  def check_plain(self, what: str) -> None:
+    """Raises ValueError where a loss_power is given to what weights no draws."""
+    if self.power != 1:
+      raise ValueError(
+        f"{what} is of the loss itself: give its draws no loss_power; got {self.loss_power}."
+      )
 
   @property
   def design(self) -> dict[str, Any]:

@@ -84,6 +84,7 @@ def fit_curvature(
   partitions = checked_count(partitions, "partitions")
   if draws.stop is not None:
     raise ValueError("A curvature takes a fixed number of draws: Draws(num).")
+  draws.check_plain("Curvature")
   selection = kind.selection(Selection(skip, diagonal, only))
   layers = layers_of(model, train, selection)
   _LOG.info("curvature: %s", layers.coverage.summary())

@@ -122,10 +122,24 @@ class Measurement:
     return pairs._replace(conditioning=given)
 
   def cotangents(
-    self, process: Process, pairs: Noised, draws: int
+    self, process: Process, pairs: Noised, size: int, loss_power: float = 1.0
   ) -> Callable[[jax.Array], jax.Array]:
-    """Gradient at the network's outputs of each example's measurement, a mean over `draws`."""
-    return lambda out: jax.grad(lambda y: jnp.sum(self.value(process, y, pairs)))(out) / draws
+    """Gradient at the network's outputs of each example's measurement, a mean over its draws.
+
+    Args:
+      process: the diffusion process.
+      pairs: example-major.
+      size: draws of an example, S.
+      loss_power: p; the S values of an example are weighted by value^(p − 1), see `draw_weights`.
+    """
+
+    def total(outputs: jax.Array) -> jax.Array:
+      values = self.value(process, outputs, pairs)
+      if loss_power == 1:
+        return jnp.sum(values)
+      return jnp.sum(draw_weights(values.reshape(-1, size), loss_power).reshape(-1) * values)
+
+    return lambda out: jax.grad(total)(out) / size
 
   def evaluate(
     self,
@@ -142,6 +156,19 @@ class Measurement:
     values = self.value(process, predict(apply_fn, params, pairs), pairs)
     means = values.reshape(keys.shape).mean(axis=1)
     return means if self.constant is None else means + self.constant(process, as_float(data))
+
+
+def draw_weights(values: jax.Array, loss_power: float) -> jax.Array:
+  """Weights w_s ∝ values_s^(p − 1) of S draws, with Σ_s w_s values_s = Σ_s values_s; constants.
+
+  Args:
+    values: [B, S], of which none is negative. Those below 1e-12 of their mean count as that much.
+    loss_power: p in [0, 1].
+  """
+  values = jax.lax.stop_gradient(values)
+  shares = values / jnp.maximum(values.mean(axis=1, keepdims=True), jnp.finfo(values.dtype).tiny)
+  weights = jnp.maximum(shares, 1e-12) ** (loss_power - 1)
+  return weights / (weights * shares).mean(axis=1, keepdims=True)
 
 
 def measurement_named(name: str | Measurement) -> Measurement:

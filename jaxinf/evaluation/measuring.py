@@ -71,6 +71,7 @@ def measure(
   for measurement in measurements.values():
     measurement.check(model.process)
   check_queries(queries)
+  draws.check_plain("A true measurement")
   draws = draws.split()
   stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *params)
   kernel = MeasureKernel(

@@ -39,7 +39,7 @@ def example_gradients(
     data: [B, …], what the measurement is of.
     keys: [B, S], one a draw.
     conditioning: pytree of arrays [B, …], or None.
-    draws: the design by which the S draws of an example depend on each other.
+    draws: the design by which the S draws of an example depend on each other, and how they count.
     augmentation: what each draw does to its example.
 
   Returns:
@@ -61,7 +61,7 @@ def example_gradients(
     )
     return jax.tree.map(lambda *x: jnp.concatenate(x), *map(alone, range(num)))
   pairs = measurement.pairs(process, data, keys, conditioning, draws, augmentation)
-  cotangents = measurement.cotangents(process, pairs, draws=size)
+  cotangents = measurement.cotangents(process, pairs, size, draws.power)
   grads = layers.gradients(params, pairs, cotangents, rows=num)
   chex.assert_tree_shape_prefix(grads, (num,))
   return grads

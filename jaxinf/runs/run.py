@@ -202,9 +202,12 @@ class Run:
     """How this run computes, so many pairs at a time; `how` are further fields of Compute."""
     return Compute(batch_size, self.devices, **how)
 
-  def draws(self, num: int, replicates: int | None, design: DrawConfig) -> Draws:
+  def draws(
+    self, num: int, replicates: int | None, design: DrawConfig, loss_power: float | None = None
+  ) -> Draws:
     """Draws from the run's seed."""
-    return Draws(num, replicates, seed=self.config.seed, **dataclasses.asdict(design))
+    fields = dataclasses.asdict(design) | {"loss_power": loss_power}
+    return Draws(num, replicates, seed=self.config.seed, **fields)
 
 
 def num_classes_of(dataset: Dataset) -> int | None:

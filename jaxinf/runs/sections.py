@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxinf.attribution.influence import AUTO
+from jaxinf.attribution.influence import AUTO, LOSS_POWER
 from jaxinf.compression.compression import STORE_COMPRESSION
 from jaxinf.core.draws import Draws
 from jaxinf.curvature.fit import SKIP_NORMALISATION
@@ -18,14 +18,18 @@ from jaxinf.networks import UNet
 from jaxinf.networks.autoencoder_training import AutoencoderConfig
 from jaxinf.networks.training import TrainConfig
 
+_DEFAULT = object()
 
-def added(value: Any) -> Any:
-  """A field that came after results were kept; `value` is its default, and what gave all of them.
 
-  Keys of results leave the field out while it has that value, so that they stay as they were. A
-  later change of the default keeps `before` as it is.
+def added(value: Any, before: Any = _DEFAULT) -> Any:
+  """A field that came after results were kept; `value` is its default, and `before` gave them all.
+
+  Keys of results leave the field out while it has the value `before`, which is the default where
+  none is given, so that they stay as they were.
   """
-  return dataclasses.field(default=value, metadata={"before": value})
+  return dataclasses.field(
+    default=value, metadata={"before": value if before is _DEFAULT else before}
+  )
 
 
 def renamed(before: str, value: Any) -> Any:
@@ -163,6 +167,8 @@ class AttributeConfig:
   query_draws: int | None = 1_000
   query_replicates: int = renamed("query_groups", 2)  # each takes as much memory as one
   design: DrawConfig = DrawConfig()
+  # p, by which draws of training examples are weighted, with ℓ^(p − 1): 1 for the loss itself.
+  loss_power: float = added(LOSS_POWER, before=1.0)
   # Of the preconditioned query gradients: int16, int8, …, None for float32, or auto: int16, and
   # float32 where that would lose the order.
   compression: str | None = AUTO
@@ -179,6 +185,7 @@ class IndexConfig:
   # Rows kept for each example, for standard errors; 1 takes half of the disk of 2.
   replicates: int = renamed("draw_groups", 2)
   design: DrawConfig = DrawConfig()
+  loss_power: float = added(LOSS_POWER, before=1.0)  # as attribute.loss_power
   compression: str | None = (
     STORE_COMPRESSION  # of the rows: int8, int4, int16, bfloat16, truncation or None
   )
@@ -230,6 +237,7 @@ class ScoreConfig:
   query_draws: int = 250
   query_replicates: int = renamed("query_groups", 1)
   design: DrawConfig = DrawConfig()
+  loss_power: float = added(LOSS_POWER, before=1.0)  # as attribute.loss_power, of influence alone
   compression: str | None = AUTO  # of preconditioned query gradients
   # Parts of the samples, each with a pass over the images: the more, the less memory. An eighth of
   # 200 samples at 11 dampings are 21 GB of int16 gradients.

@@ -45,7 +45,7 @@ def index(run: Run) -> Outcome:
     store_folder(run),
     load_curvature(run, load_model(run)),
     train=run.train,
-    draws=run.draws(config.draws, config.replicates, config.design),
+    draws=run.draws(config.draws, config.replicates, config.design, config.loss_power),
     compression=compression_named(config.compression, config.compression_size),
     reserve_bytes=config.reserve_mib * _MIB,
     compute=run.compute(config.batch_size),

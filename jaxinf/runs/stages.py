@@ -150,7 +150,7 @@ def _queries(run: Run) -> Examples:
 def draws_of(run: Run) -> tuple[Draws, Draws]:
   """Draws of each training image: so many, or until the order is stable; and of each query."""
   config = run.config.attribute
-  draws = run.draws(config.draws, config.replicates, config.design)
+  draws = run.draws(config.draws, config.replicates, config.design, config.loss_power)
   if config.auto_draws:
     stop, num = config.stop, config.stop.size * config.replicates
     most = Stopping(stop.top_k, stop.agreement, config.draws)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxinf.attribution.influence import LOSS_POWER
 from jaxinf.compression.compression import (
   COMPRESSIONS,
   STORE_COMPRESSION,
@@ -51,7 +52,7 @@ def build_store(
     curvature: of the model; not the exact one.
     train: the training examples, with random_flip where training mirrored images.
     draws: of (t, ε) for each example. A row is kept for each of the replicates, from which standard
-      errors come: 1 takes the least disk and leaves none.
+      errors come: 1 takes the least disk and leaves none. The loss_power is ½ where none is given.
     compression: of the rows: int4, int8, int16, bfloat16, truncation or None (float32).
     reserve_bytes: of the disk that are left free.
     compute: how.
@@ -62,7 +63,7 @@ def build_store(
   """
   if draws.stop is not None:
     raise ValueError("A store keeps a fixed number of draws: Draws(num).")
-  draws = draws.split()
+  draws = draws.split().of_power(LOSS_POWER)
   if isinstance(compression, str) or compression is None:
     compression = compression_named(compression)
   packing = packing_of(curvature, compression)
@@ -71,6 +72,7 @@ def build_store(
       "draws": draws.num,
       "replicates": draws.replicates,
       "design": draws.design,
+      **({} if draws.power == 1 else {"loss_power": draws.power}),  # as stores of before have it
       "seed": draws.seed,
       **train.augmentation.settings,
       "compression": settings_of(compression),

@@ -54,6 +54,7 @@ class Search:
     vectors: layer name → [Q · A, …] of the layers that count, query-major.
     query_replicates: A.
     devices: local devices; all of them where None.
+    centred: whether a query's scores are to have the mean 0, as `influence` centres them.
   """
 
   rows: RowStore
@@ -62,6 +63,7 @@ class Search:
   vectors: Matrices
   query_replicates: int
   devices: Sequence[jax.Device] | None
+  centred: bool = False
 
   def scores(self, query_ids: np.ndarray, settings: Mapping[str, Any]) -> Scores:
     """The scores of all examples that are not deleted."""
@@ -70,40 +72,47 @@ class Search:
     parts = [products for _, products in self._products(begin, end)]
     empty = np.zeros((0, ledger.groups, len(query_ids), self.query_replicates), np.float32)
     products = processes.gathered(np.concatenate([empty, *parts]), len(kept))[kept]
-    by_group = np.transpose(products.mean(axis=3), (1, 2, 0))
-    by_query = np.transpose(products.mean(axis=1), (2, 1, 0))
-    return Scores(
-      by_group,
-      query_ids,
-      ledger.ids[: len(kept)][kept],
-      settings,
-      by_query if self.query_replicates > 1 else None,
-    )
+    if self.centred:
+      products = products - products.mean(axis=0, dtype=np.float64).astype(np.float32)
+    return self._scored(products, query_ids, ledger.ids[: len(kept)][kept], settings)
 
   def best(self, k: int) -> Ranking:
-    """The k highest scores of each query; memory for Q × (k + a chunk)."""
+    """The k highest scores of each query; memory for Q × G × A × (k + a chunk)."""
     ids, kept = self.rows.ledger.ids, self.rows.ledger.kept
     if checked_count(k, "k") > kept.sum():
       raise ValueError(f"k must lie in 1…{kept.sum()}, the examples of the store; got {k}.")
     num_queries = len(next(iter(self.vectors.values()))) // self.query_replicates
-    found = Best.none(num_queries)
+    shape = num_queries, self.rows.ledger.groups, self.query_replicates
+    found, total = Best.none(shape), np.zeros(shape)
     begin, end = processes.share(len(kept))
     for first, products in self._products(begin, end):
       there = np.flatnonzero(kept[first : first + len(products)])
-      some = Scores(
-        np.transpose(products[there].mean(axis=3), (1, 2, 0)),
-        np.arange(num_queries),
-        there,
-        {},
-        np.transpose(products[there].mean(axis=1), (2, 1, 0))
-        if self.query_replicates > 1
-        else None,
-      )
-      found = found.merged(
-        Best(some.values, some.std_errors, np.tile(first + there, (num_queries, 1))), k
-      )
+      some = np.moveaxis(products[there], 2, 0)  # [Q, n, G, A]
+      total += some.sum(axis=1, dtype=np.float64)
+      found = found.merged(Best(some, np.tile(first + there, (num_queries, 1))), k)
     found = found.of_all_processes(k)
-    return Ranking(ids[found.positions], found.values, found.std_errors, found.positions)
+    (total,) = processes.summed([total])
+    products = found.products
+    if self.centred:
+      products = products - (total / kept.sum()).astype(np.float32)[:, None]
+    scores = [
+      self._scored(one[:, :, None], np.arange(1), places, {})
+      for one, places in zip(products, found.positions, strict=True)
+    ]
+    return Ranking(
+      ids[found.positions],
+      np.concatenate([one.values for one in scores]),
+      np.concatenate([one.std_errors for one in scores]),
+      found.positions,
+    )
+
+  def _scored(
+    self, products: np.ndarray, query_ids: np.ndarray, ids: np.ndarray, settings: Mapping[str, Any]
+  ) -> Scores:
+    """The scores that products [N, G, Q, A] are."""
+    by_query = np.transpose(products.mean(axis=1), (2, 1, 0)) if self.query_replicates > 1 else None
+    by_group = np.transpose(products.mean(axis=3), (1, 2, 0))
+    return Scores(by_group, query_ids, ids, settings, by_query)
 
   def _products(self, begin: int, end: int) -> Iterator[tuple[int, np.ndarray]]:
     """Yields (example, products [n, G, Q, A]) of the examples begin … end − 1, block by block."""
@@ -147,43 +156,47 @@ class Search:
 
 @dataclasses.dataclass(frozen=True)
 class Best:
-  """The best examples so far of each query, in no order: arrays [Q, n].
+  """The best examples so far of each query, in no order.
 
   Attributes:
-    values: scores.
-    std_errors: of the scores.
-    positions: of the examples in the store.
+    products: [Q, n, G, A] float32 of replicates of draws; a score is their mean.
+    positions: [Q, n] of the examples in the store.
   """
 
-  values: np.ndarray
-  std_errors: np.ndarray
+  products: np.ndarray
   positions: np.ndarray
 
   @classmethod
-  def none(cls, num_queries: int) -> "Best":
-    empty = np.zeros((num_queries, 0), np.float32)
-    return cls(empty, empty, empty.astype(int))
+  def none(cls, shape: tuple[int, int, int]) -> "Best":
+    """Of (Q, G, A)."""
+    num_queries, groups, query_replicates = shape
+    products = np.zeros((num_queries, 0, groups, query_replicates), np.float32)
+    return cls(products, np.zeros((num_queries, 0), int))
 
   def merged(self, other: "Best", k: int) -> "Best":
     """The k best of both, best first, ties by position."""
     joined = [
       np.concatenate(pair, axis=1) for pair in zip(self._arrays, other._arrays, strict=True)
     ]
-    order = np.lexsort((joined[2], -joined[0]))[:, :k]
-    return Best(*(np.take_along_axis(array, order, axis=1) for array in joined))
+    products, positions = joined
+    order = np.lexsort((positions, -products.mean(axis=(2, 3))))[:, :k]
+    rows = np.arange(len(order))[:, None]
+    return Best(products[rows, order], positions[rows, order])
 
   def of_all_processes(self, k: int) -> "Best":
     """The k best of what every process has found."""
     if processes.count() == 1:
       return self
-    missing = k - self.values.shape[1]
-    fill = lambda array, value: np.pad(array, ((0, 0), (0, missing)), constant_values=value)
-    padded = Best(fill(self.values, -np.inf), fill(self.std_errors, 0), fill(self.positions, 0))
-    num = len(padded.values)
+    missing = k - self.positions.shape[1]
+    fill = lambda array, value: np.pad(
+      array, ((0, 0), (0, missing), *[(0, 0)] * (array.ndim - 2)), constant_values=value
+    )
+    padded = Best(fill(self.products, -np.inf), fill(self.positions, 0))
+    num = len(padded.positions)
     everyones = [processes.gathered(array, num * processes.count()) for array in padded._arrays]
     parts = zip(*(np.split(array, processes.count()) for array in everyones), strict=True)
     return functools.reduce(lambda a, b: a.merged(b, k), (Best(*part) for part in parts))
 
   @property
-  def _arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return self.values, self.std_errors, self.positions
+  def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
+    return self.products, self.positions

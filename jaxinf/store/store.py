@@ -59,7 +59,9 @@ class Store:
   def draws(self) -> Draws:
     """Those of every training example."""
     found = self.settings
-    return Draws(found["draws"], found["replicates"], seed=found["seed"], **found["design"])
+    power = found.get("loss_power", 1.0)
+    fields = {"seed": found["seed"], "loss_power": power, **found["design"]}
+    return Draws(found["draws"], found["replicates"], **fields)
 
   @property
   def num_bytes(self) -> int:
@@ -223,7 +225,10 @@ class Store:
       dampings=(damping,),
       layers=names,
     )
-    return Search(self.rows, self.packing, self.curvature, vectors, replicates, compute.devices)
+    centred = self.draws.power != 1
+    return Search(
+      self.rows, self.packing, self.curvature, vectors, replicates, compute.devices, centred
+    )
 
   def _gradients(
     self, examples: Examples, measurement: Measurement, draws: Draws

@@ -13,7 +13,15 @@ from jaxinf import Compute, Draws, Examples
 from jaxinf.diffusion.measurements import LOSS, measurement_named
 from tests import nets
 from tests.diffusion.measured import random_examples
-from tests.twins import INDEPENDENT, assert_close, draw_gradients, keys_of, twin_scores
+from tests.twins import (
+  INDEPENDENT,
+  assert_close,
+  draw_gradients,
+  keys_of,
+  pairs_of,
+  twin_scores,
+  weighted_errors,
+)
 
 DRAWS = Draws(4, 2, **INDEPENDENT, seed=5)
 DAMPING = 1e-3
@@ -41,6 +49,46 @@ def train_grads(problem):
 def test_scores_equal_a_naive_float64_twin(problem, scores, query_grads, train_grads):
   expected = twin_scores(problem["curvature"], query_grads, train_grads, DAMPING)
   assert_close(scores.values, expected, 1e-5)
+
+
+@pytest.mark.parametrize("power", [0.5, 0.0])
+def test_draws_weighted_by_a_power_of_their_loss_equal_a_naive_twin_and_are_centred(
+  problem, settings, query_grads, train_grads, power, tmp_path
+):
+  """Each replicate's weights are ℓ^(p − 1), scaled so that its mean loss stays; so in a store."""
+  curvature, draws = problem["curvature"], dataclasses.replace(DRAWS, loss_power=power)
+  model, train = curvature.model, problem["train"]
+  values = []
+  for pairs in pairs_of(model, train, "train_gradients", DRAWS):
+    outputs = model.apply_fn(model.params, pairs.inputs, pairs.time)
+    losses = np.asarray(weighted_errors(outputs, pairs), float).reshape(DRAWS.replicates, -1)
+    weights = losses ** (power - 1)
+    weights *= losses.sum(1, keepdims=True) / (weights * losses).sum(1, keepdims=True)
+    values.append(weights.ravel())
+  weighted = {
+    name: grads * np.stack(values).reshape(*grads.shape[:2], *(1,) * (grads.ndim - 2))
+    for name, grads in train_grads.items()
+  }
+  expected = twin_scores(curvature, query_grads, weighted, DAMPING)
+  expected -= expected.mean(axis=1, keepdims=True)
+  asked = {"query_draws": DRAWS}
+  found = jaxinf.influence(**problem, **(settings | {"draws": draws} | asked))
+  assert_close(found.values, expected, 1e-5)
+  assert found.settings["loss_power"] == power and found.settings["query_loss_power"] == 1
+  store = jaxinf.build_store(tmp_path, curvature, train=train, draws=draws, compression=None)
+  assert_close(store.query(problem["queries"], damping=DAMPING, draws=DRAWS).values, expected, 1e-5)
+  assert jaxinf.open_store(tmp_path, curvature).draws.power == power
+
+
+def test_training_draws_have_half_the_power_by_default_and_no_other_has(problem, settings):
+  default = jaxinf.influence(**problem, **(settings | {"draws": Draws(4, 2)}))
+  half = jaxinf.influence(**problem, **(settings | {"draws": Draws(4, 2, loss_power=0.5)}))
+  np.testing.assert_array_equal(default.values, half.values)
+  assert Draws(4, loss_power=0.5).of_queries(None).power == 1
+  with pytest.raises(ValueError, match="Curvature is of the loss itself"):
+    jaxinf.fit_curvature(
+      problem["curvature"].model, problem["train"], draws=Draws(4, loss_power=0.5)
+    )
 
 
 def test_flips_are_of_training_images_and_never_of_queries(

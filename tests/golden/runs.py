@@ -82,6 +82,8 @@ def digits_run(workdir: Path) -> runs.Run:
   config.score.measurements = ("loss",)
   config.attribute.compression = "int8"
   config.score.compression = None  # an int8 step may swap ranks, of which few subsets have few
+  for section in (config.attribute, config.index, config.score):
+    section.loss_power = 1.0  # as when the numbers were kept
   return _run(config, workdir)
 
 
@@ -95,6 +97,7 @@ def flipped_run(workdir: Path, unet: bool) -> runs.Run:
   config.data.name, config.data.num_examples = "arrays", None
   config.data.path = str(path)
   config.index.compression = None  # an int8 step may swap the best images; digits have int8
+  config.attribute.loss_power = config.index.loss_power = 1.0  # as when the numbers were kept
   if unet:
     config.model = base.get_config().model
     config.model.channels, config.model.attention_levels = (4,), (False,)
@@ -354,10 +357,12 @@ def library(workdir: Path) -> Arrays:
       found |= {f"curvature/{name}/{layer}/{key}": value for key, value in arrays.items()}
 
   # 2. Influence: measurements, designs, compressions and ways to choose the number of draws.
-  draws, asked = Draws(4, 2, seed=SEED), Draws(8, 2, seed=SEED)
-  own = Draws(4, 2, "uniform", antithetic=False, shared=False, seed=SEED)
-  stable = Draws.until_stable(seed=SEED)
-  rounds = Draws.until_stable(top_k=3, agreement=0.95, most=16, replicates=2, size=2, seed=SEED)
+  draws, asked = Draws(4, 2, seed=SEED, loss_power=1.0), Draws(8, 2, seed=SEED)
+  own = Draws(4, 2, "uniform", antithetic=False, shared=False, seed=SEED, loss_power=1.0)
+  stable = Draws.until_stable(seed=SEED).of_power(1.0)
+  rounds = Draws.until_stable(
+    top_k=3, agreement=0.95, most=16, replicates=2, size=2, seed=SEED
+  ).of_power(1.0)
   cases: dict[str, dict[str, Any]] = {
     "loss": {},
     "elbo": {"compression": "int8"},

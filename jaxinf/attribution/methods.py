@@ -15,6 +15,7 @@ import numpy as np
 from jaxinf.attribution.das import DAS
 from jaxinf.attribution.influence import Influence
 from jaxinf.attribution.journey import JourneyTRAK
+from jaxinf.attribution.layer_weights import LayerWeighted
 from jaxinf.attribution.similarity import EmbeddingSimilarity, PixelSimilarity, RandomScores
 from jaxinf.attribution.trak import DTRAK, TRAK
 from jaxinf.compression.compression import Compression
@@ -122,6 +123,10 @@ def _influence(given: Ingredients, kind: Kind | None) -> Influence:
   )
 
 
+def _layer_weighted(given: Ingredients, weights: str) -> LayerWeighted:
+  return LayerWeighted(_influence(given, None), weights)
+
+
 def _trak(given: Ingredients) -> TRAK:
   return TRAK(
     given.model,
@@ -164,6 +169,11 @@ def _curved(kind: Kind | None, sweeps: bool = True) -> Method:
   return Method(make, 1e-8, True, kind or "own", (*_DRAWS, "compression"), sweeps)
 
 
+def _weighted(weights: str) -> Method:
+  make = functools.partial(_layer_weighted, weights=weights)
+  return Method(make, 1e-8, True, "own", (*_DRAWS, "compression"))
+
+
 METHODS: Mapping[str, Method] = {
   "influence": _curved(None),
   "kfac": _curved(KFAC()),
@@ -174,6 +184,8 @@ METHODS: Mapping[str, Method] = {
   "diagonal": _curved(Diagonal()),
   "identity": _curved(Identity(), sweeps=False),
   "exact": _curved(ExactGGN()),
+  "layer-weighted": _weighted("learnt"),
+  "layer-balanced": _weighted("balanced"),
   "trak": Method(_trak, 1e-9, measures=True, reads=_PROJECTED),
   "dtrak": Method(_d_trak, 1e-9, reads=_PROJECTED),
   "journey-trak": Method(

@@ -20,6 +20,7 @@ from jaxinf.attribution.layer_weights import (
   learn_layer_weights,
 )
 from jaxinf.attribution.methods import METHODS
+from jaxinf.attribution.posterior import PosteriorCovariance, posterior_covariance
 from jaxinf.attribution.similarity import (
   clip_embeddings,
   embedding_similarity,
@@ -93,6 +94,7 @@ __all__ = [
   "LayerWeights",
   "Measurement",
   "Moments",
+  "PosteriorCovariance",
   "Process",
   "Projection",
   "RankStability",
@@ -129,6 +131,7 @@ __all__ = [
   "open_moments",
   "open_store",
   "pixel_similarity",
+  "posterior_covariance",
   "random_scores",
   "random_subsets",
   "rank_stability",

@@ -16,6 +16,7 @@ from jaxinf.attribution.das import DAS
 from jaxinf.attribution.influence import Influence
 from jaxinf.attribution.journey import JourneyTRAK
 from jaxinf.attribution.layer_weights import LayerWeighted
+from jaxinf.attribution.posterior import PosteriorCovariance
 from jaxinf.attribution.similarity import EmbeddingSimilarity, PixelSimilarity, RandomScores
 from jaxinf.attribution.trak import DTRAK, TRAK
 from jaxinf.compression.compression import Compression
@@ -127,6 +128,12 @@ def _layer_weighted(given: Ingredients, weights: str) -> LayerWeighted:
   return LayerWeighted(_influence(given, None), weights)
 
 
+def _posterior(given: Ingredients) -> PosteriorCovariance:
+  return PosteriorCovariance(
+    given.curvature(None), tuple(given.dampings), given.measurement, given.query_draws
+  )
+
+
 def _trak(given: Ingredients) -> TRAK:
   return TRAK(
     given.model,
@@ -186,6 +193,7 @@ METHODS: Mapping[str, Method] = {
   "exact": _curved(ExactGGN()),
   "layer-weighted": _weighted("learnt"),
   "layer-balanced": _weighted("balanced"),
+  "posterior": Method(_posterior, 1e-8, True, "own", _DRAWS),
   "trak": Method(_trak, 1e-9, measures=True, reads=_PROJECTED),
   "dtrak": Method(_d_trak, 1e-9, reads=_PROJECTED),
   "journey-trak": Method(

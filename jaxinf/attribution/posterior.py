@@ -277,14 +277,14 @@ class _Question:
         numbers=replicate * self.pairs + done + np.arange(self.pairs_at_once),
       )
       count = min(self.pairs_at_once, self.pairs - done)  # the last program may draw too many
-      halves = [_halves(values, count) for values in self._values(params, replicate)]
-      sums = _added(sums, *halves, self.pairs)
+      queries, train = self._values(params, replicate)
+      sums = _added(sums, _halves(queries, count), _halves(train, count), self.pairs)
       done += count
       if partial is not None:
         partial.save(done, sums)
-    products, queries, train = sums
+    products, of_queries, of_train = sums
     # Σ (e_m − ē_m)(e_ℓ − ē_ℓ) = Σ e_m e_ℓ − P ē_m ē_ℓ
-    covariance = products - np.outer(queries, train) / self.pairs / (self.pairs - 1)
+    covariance = products - np.outer(of_queries, of_train) / self.pairs / (self.pairs - 1)
     return (covariance / temperature).astype(np.float32)
 
   def _values(self, params: Params, replicate: int) -> tuple[np.ndarray, np.ndarray]:

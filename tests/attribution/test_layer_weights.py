@@ -49,6 +49,16 @@ def test_a_store_gives_the_same_from_its_rows(problem, by_layer, tmp_path):
   assert_close(found.query_replicate_values[at], by_layer.query_replicate_values, 1e-5)
 
 
+def test_rounds_and_blocks_of_queries_are_those_of_influence(problem):
+  """Draws until the top is stable, and queries that go through in two parts."""
+  draws = jaxinf.Draws.until_stable(top_k=3, agreement=1.0, most=8, replicates=2, size=2)
+  asked = problem | dict(damping=1e-3, draws=draws, query_draws=DRAWS, compression=None)
+  found = jaxinf.layer_scores(**asked, compute=jaxinf.Compute(query_chunk=2))
+  expected = jaxinf.influence(**asked)
+  assert found.settings["draws"] == expected.settings["draws"] == 8
+  assert_close(found.sum().replicate_values, expected.replicate_values, 1e-5)
+
+
 # Of top 3: x and y where w₁ a = x, w₂ b = y. (x + 2y) / √(x² + 2y²) is largest at x = y, by
 # Cauchy and Schwarz. The third layer adds to the root mean square alone, and is best left out.
 SIGNAL = np.array([[4, 0, 0, 0, 0, 0], [0, 0.5, 0.5, 0, 0, 0], [0, 0, 0, 2, -2, 0]])

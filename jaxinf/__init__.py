@@ -12,7 +12,15 @@ _before = list(_root.handlers), _root.level
 from jaxinf.attribution.das import DAS, das
 from jaxinf.attribution.influence import Influence, influence, influence_sweep
 from jaxinf.attribution.journey import JourneyTRAK, journey_trak
+from jaxinf.attribution.layer_weights import (
+  LayerWeighted,
+  LayerWeights,
+  balanced_weights,
+  layer_scores,
+  learn_layer_weights,
+)
 from jaxinf.attribution.methods import METHODS
+from jaxinf.attribution.posterior import PosteriorCovariance, posterior_covariance
 from jaxinf.attribution.similarity import (
   clip_embeddings,
   embedding_similarity,
@@ -49,6 +57,7 @@ from jaxinf.networks.diffusers import load_autoencoder
 from jaxinf.networks.latent_cache import encode_moments, open_moments
 from jaxinf.networks.latents import Autoencoder
 from jaxinf.scores.damping import Recommendation, recommend_damping, weigh_dampings
+from jaxinf.scores.layer_scores import LayerScores
 from jaxinf.scores.scores import Ranking, Scores
 from jaxinf.scores.stability import RankStability, rank_stability
 from jaxinf.scores.sweep import Sweep
@@ -80,8 +89,12 @@ __all__ = [
   "Identity",
   "Influence",
   "JourneyTRAK",
+  "LayerScores",
+  "LayerWeighted",
+  "LayerWeights",
   "Measurement",
   "Moments",
+  "PosteriorCovariance",
   "Process",
   "Projection",
   "RankStability",
@@ -94,6 +107,7 @@ __all__ = [
   "Store",
   "Subsets",
   "Sweep",
+  "balanced_weights",
   "build_store",
   "clip_embeddings",
   "compare",
@@ -106,7 +120,9 @@ __all__ = [
   "influence",
   "influence_sweep",
   "journey_trak",
+  "layer_scores",
   "lds",
+  "learn_layer_weights",
   "load_autoencoder",
   "load_curvature",
   "loss_at_time",
@@ -115,6 +131,7 @@ __all__ = [
   "open_moments",
   "open_store",
   "pixel_similarity",
+  "posterior_covariance",
   "random_scores",
   "random_subsets",
   "rank_stability",

@@ -17,9 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from jaxinf.attribution.kernels import QUERY, TRAIN, row_operands
+from jaxinf.attribution.kernels import (
+  QUERY,
+  TRAIN,
+  LayerScoreKernel,
+  ScoreKernel,
+  row_operands,
+)
 from jaxinf.attribution.queries import QueryRows, gradient_batches, gradient_kernel, query_rows
-from jaxinf.attribution.rounds import merged_rounds
+from jaxinf.attribution.rounds import mean_of_rounds, merged_rounds
 from jaxinf.attribution.scoring import ScorePass
 from jaxinf.compression.check import LostOrder, fallback_of, keeps_order, verdict
 from jaxinf.compression.compression import (
@@ -38,6 +44,8 @@ from jaxinf.diffusion.measurements import LOSS, Measurement, measurement_named
 from jaxinf.engine import processes
 from jaxinf.engine.checkpoints import PartialOutputs
 from jaxinf.engine.compute import Compute
+from jaxinf.engine.kernels import Kernel
+from jaxinf.scores.layer_scores import LayerScores
 from jaxinf.scores.scores import Scores
 from jaxinf.scores.sweep import Sweep
 
@@ -138,6 +146,17 @@ class Influence:
     """Scores at every damping."""
     return _Question.of(self, queries, train, draws, compute).answer()
 
+  def by_layer(
+    self,
+    *,
+    queries: Examples,
+    train: Examples,
+    draws: Draws = Draws(),
+    compute: Compute = Compute(),
+  ) -> tuple[LayerScores, ...]:
+    """Scores of each layer at every damping, from one pass; see `layer_scores`."""
+    return _Question.of(self, queries, train, draws, compute).answer_by_layer()
+
 
 @dataclasses.dataclass(frozen=True)
 class _Question:
@@ -190,6 +209,31 @@ class _Question:
 
   def answer(self) -> Sweep:
     """The scores."""
+    question, score_pass, rows, checks = self._settled()
+    question._say(checks)
+    kernel = ScoreKernel(question.compression)
+    return merged_rounds(
+      lambda number: question._round(score_pass, rows, kernel, number),
+      lambda products, num: question._sweep(products, num, checks),
+      self.draws,
+    )
+
+  def answer_by_layer(self) -> tuple[LayerScores, ...]:
+    """The scores of each layer, at every damping."""
+    question, score_pass, rows, checks = self._settled()
+    question._say(checks)
+    kernel = LayerScoreKernel(question.compression, tuple(x.name for x in self.curvature.layers))
+    products, num = mean_of_rounds(
+      lambda number: question._round(score_pass, rows, kernel, number),
+      lambda products, num: question._sweep(products.sum(axis=2), num, checks),
+      self.draws,
+    )
+    return question._layer_scores(products, num, checks)
+
+  def _settled(
+    self,
+  ) -> tuple["_Question", ScorePass, QueryRows, Sequence[dict[str, Any] | None]]:
+    """The question with the compression that keeps the order, and what its rounds take."""
     score_pass = self._score_pass()
     rows = self._query_rows()
     checks = self._checks(score_pass, rows)
@@ -200,13 +244,8 @@ class _Question:
         self.compression.description,
         finer.description,
       )
-      return dataclasses.replace(self, compression=finer).answer()
-    self._say(checks)
-    return merged_rounds(
-      lambda number: self._round(score_pass, rows, number),
-      lambda products, num: self._sweep(products, num, checks),
-      self.draws,
-    )
+      return dataclasses.replace(self, compression=finer)._settled()
+    return self, score_pass, rows, checks
 
   def _checks(self, score_pass: ScorePass, rows: QueryRows) -> Sequence[dict[str, Any] | None]:
     """What compression and precision do to scores at each damping, on a sample."""
@@ -287,8 +326,10 @@ class _Question:
       "precision": self.precision,
     }
 
-  def _round(self, score_pass: ScorePass, rows: QueryRows, number: int) -> np.ndarray:
-    """[N, G, L, Q, A] scores of one round of draws."""
+  def _round(
+    self, score_pass: ScorePass, rows: QueryRows, kernel: Kernel, number: int
+  ) -> np.ndarray:
+    """[N, G, L, Q, A] scores of one round of draws; an axis of layers follows G where kept."""
     partial, checkpoint = None, self.compute.checkpoint
     replicates = self.draws.replicates or 1
     if checkpoint is not None:
@@ -300,17 +341,17 @@ class _Question:
         "dampings": self.dampings,
         "compression": settings_of(self.compression),
       }
+      key |= {"by_layer": True} if isinstance(kernel, LayerScoreKernel) else {}
       folder = checkpoint.path(f"round-{number:03d}")
       partial = PartialOutputs(folder, key, checkpoint.every)
-    products = score_pass.scores(
-      rows, self.compression, first_replicate=number * replicates, partial=partial
-    )
+    products = score_pass.scores(rows, kernel, first_replicate=number * replicates, partial=partial)
     if not np.isfinite(products).all():
       raise ValueError(
         "Some scores are not finite: gradients overflow. Check that the model's outputs are finite "
         "for these examples at every time, or raise the damping."
       )
-    shape = len(self.train), replicates, len(self.dampings), len(self.queries), -1
+    layers = products.shape[1:-1]
+    shape = len(self.train), replicates, *layers, len(self.dampings), len(self.queries), -1
     return products.reshape(shape)
 
   def _sweep(self, products: np.ndarray, num: int, checks: Sequence[dict | None]) -> Sweep:
@@ -332,6 +373,26 @@ class _Question:
         )
         for i, damping in enumerate(self.dampings)
       )
+    )
+
+  def _layer_scores(
+    self, products: np.ndarray, num: int, checks: Sequence[dict | None]
+  ) -> tuple[LayerScores, ...]:
+    """Scores of each layer at each damping from products [N, G, layers, L, Q, A]."""
+    of_draws = np.transpose(products.mean(axis=5), (3, 2, 1, 4, 0))
+    of_queries = np.transpose(products.mean(axis=1), (2, 1, 4, 3, 0))
+    settings = self._settings | {"draws": num}
+    return tuple(
+      LayerScores(
+        of_draws[i],
+        tuple(layer.name for layer in self.curvature.layers),
+        self.queries.ids,
+        self.train.ids,
+        settings | {"damping": damping, "check": checks[i]},
+        of_queries[i] if of_queries.shape[2] > 1 else None,
+        self.train.groups,
+      )
+      for i, damping in enumerate(self.dampings)
     )
 
   def _say(self, checks: Sequence[dict[str, Any] | None]) -> None:

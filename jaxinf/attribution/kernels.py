@@ -100,6 +100,24 @@ class ScoreKernel:
 
 
 @dataclasses.dataclass(frozen=True)
+class LayerScoreKernel:
+  """As `ScoreKernel`, without the sum over layers: [B, L, R].
+
+  Attributes:
+    compression: of the rows.
+    layers: names of the L layers, in order.
+  """
+
+  compression: Compression
+  layers: tuple[str, ...]
+
+  def __call__(self, rows: dict[str, tuple[PyTree, Array]], grads: Matrices) -> jax.Array:
+    restored = {name: self.compression.restore(*rows[name]) for name in grads}
+    products = layer_products(grads, restored)
+    return jnp.stack([products[name] for name in self.layers], axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
 class PlainProducts:
   """Kernel from gradients to their inner products [B, R] with R rows as they are."""
 
@@ -109,11 +127,15 @@ class PlainProducts:
 
 def inner_products(grads: Matrices, rows: Matrices) -> jax.Array:
   """Σ over layers of inner products of grads [B, …, d_out, d_in] and rows [R, …, d_out, d_in]."""
+  return jnp.sum(jnp.stack(list(layer_products(grads, rows).values())), axis=0)
+
+
+def layer_products(grads: Matrices, rows: Matrices) -> Matrices:
+  """Layer name → inner products [B, R] of its grads [B, …, d_out, d_in] and rows [R, …]."""
   for name, grad in grads.items():
     chex.assert_equal_shape_suffix([grad, rows[name]], grad.ndim - 1)
   with jax.default_matmul_precision("highest"):
-    products = [flat(grad) @ flat(rows[name]).T for name, grad in grads.items()]
-  return jnp.sum(jnp.stack(products), axis=0)
+    return {name: flat(grad) @ flat(rows[name]).T for name, grad in grads.items()}
 
 
 def flat(matrices: jax.Array) -> jax.Array:

@@ -15,6 +15,8 @@ import numpy as np
 from jaxinf.attribution.das import DAS
 from jaxinf.attribution.influence import Influence
 from jaxinf.attribution.journey import JourneyTRAK
+from jaxinf.attribution.layer_weights import LayerWeighted
+from jaxinf.attribution.posterior import PosteriorCovariance
 from jaxinf.attribution.similarity import EmbeddingSimilarity, PixelSimilarity, RandomScores
 from jaxinf.attribution.trak import DTRAK, TRAK
 from jaxinf.compression.compression import Compression
@@ -129,6 +131,16 @@ def _influence(given: Ingredients, kind: Kind | None) -> Influence:
   )
 
 
+def _layer_weighted(given: Ingredients, weights: str) -> LayerWeighted:
+  return LayerWeighted(_influence(given, None), weights)
+
+
+def _posterior(given: Ingredients) -> PosteriorCovariance:
+  return PosteriorCovariance(
+    given.curvature(None), tuple(given.dampings), given.measurement, given.query_draws
+  )
+
+
 def _trak(given: Ingredients) -> TRAK:
   return TRAK(
     given.model,
@@ -172,6 +184,11 @@ def _curved(kind: Kind | None, sweeps: bool = True, loss_power: float | None = N
   return Method(make, 1e-8, True, kind or "own", reads, sweeps, loss_power=loss_power)
 
 
+def _weighted(weights: str) -> Method:
+  make = functools.partial(_layer_weighted, weights=weights)
+  return Method(make, 1e-8, True, "own", (*_DRAWS, "compression"))
+
+
 METHODS: Mapping[str, Method] = {
   "influence": _curved(None),
   "influence-loss": _curved(None, loss_power=1.0),
@@ -183,6 +200,9 @@ METHODS: Mapping[str, Method] = {
   "diagonal": _curved(Diagonal()),
   "identity": _curved(Identity(), sweeps=False),
   "exact": _curved(ExactGGN()),
+  "layer-weighted": _weighted("learnt"),
+  "layer-balanced": _weighted("balanced"),
+  "posterior": Method(_posterior, 1e-8, True, "own", _DRAWS),
   "trak": Method(_trak, 1e-9, measures=True, reads=_PROJECTED),
   "dtrak": Method(_d_trak, 1e-9, reads=_PROJECTED),
   "journey-trak": Method(

@@ -117,10 +117,7 @@ def gradient_kernel(
   """
   model = curvature.model
   measurement.check(model.process)
-  if curvature.settings["conditional"] != (examples.conditioning is not None):
-    raise ValueError(
-      "The curvature was fitted with conditioning, or these examples have it: one of both."
-    )
+  check_conditioning(curvature, examples)
   layers = layers_of(
     model, examples, curvature.selection, axes=measurement.axes, precision=precision
   )
@@ -128,6 +125,14 @@ def gradient_kernel(
     raise ValueError("The curvature has other layers than the model: fit it for this model.")
   replicate = Replicate.of(draws, examples.augmentation)
   return GradientKernel(layers, measurement, model.process, replicate)
+
+
+def check_conditioning(curvature: Curvature, examples: Examples) -> None:
+  """Raises ValueError unless both have conditioning or neither has."""
+  if curvature.settings["conditional"] != (examples.conditioning is not None):
+    raise ValueError(
+      "The curvature was fitted with conditioning, or these examples have it: one of both."
+    )
 
 
 def gradient_batches(

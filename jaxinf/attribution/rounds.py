@@ -25,12 +25,23 @@ def merged_rounds(
     sweep_of: (mean of the rounds, draws of an example in them) → scores at each damping.
     draws: of a round, with the rule that says when rounds are enough.
   """
+  return sweep_of(*mean_of_rounds(scored_round, sweep_of, draws))
+
+
+def mean_of_rounds(
+  scored_round: Callable[[int], np.ndarray],
+  sweep_of: Callable[[np.ndarray, int], Sweep],
+  draws: Draws,
+) -> tuple[np.ndarray, int]:
+  """The mean of as many rounds as are enough, and the draws of an example in them.
+
+  Args: as of `merged_rounds`; the sweep is what tells whether rounds are enough.
+  """
   total, rounds = np.asarray(scored_round(0)), 1
   while True:
-    num = rounds * draws.num
-    found = sweep_of(total / rounds, num)
-    if draws.stop is None or _is_enough(found, num, draws, draws.stop):
-      return found
+    mean, num = total / rounds, rounds * draws.num
+    if draws.stop is None or _is_enough(sweep_of(mean, num), num, draws, draws.stop):
+      return mean, num
     total = total + scored_round(rounds)
     rounds += 1
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxinf.attribution.kernels import PlainProducts, ScoreKernel
+from jaxinf.attribution.kernels import PlainProducts
 from jaxinf.attribution.queries import QueryRows
 from jaxinf.compression.compression import Compression
 from jaxinf.core.arrays import read_rows
@@ -60,12 +60,19 @@ class ScorePass:
   def scores(
     self,
     queries: QueryRows,
-    compression: Compression,
+    kernel: Kernel,
     *,
     first_replicate: int = 0,
     partial: PartialRows | None = None,
   ) -> np.ndarray:
-    """[N · G, R] scores of all rows, whose replicates are numbered from `first_replicate`."""
+    """[N · G, R] scores of all rows, or [N · G, L, R] by layer.
+
+    Args:
+      queries: the R rows.
+      kernel: a `ScoreKernel`, or a `LayerScoreKernel`, of their compression.
+      first_replicate: from which the replicates of draws are numbered.
+      partial: where products are kept and, where it has some, gone on from.
+    """
     names = [layer.name for layer in self.curvature.layers]
     operands = [
       {name: (block[name], self.curvature.eigenvalues(name)) for name in names}
@@ -80,7 +87,7 @@ class ScorePass:
       label="training gradients",
       unit="(example, replicate) rows",
       devices=self.compute.devices,
-      then=Blocks(ScoreKernel(compression), operands),
+      then=Blocks(kernel, operands),
       partial=partial,
     )
 

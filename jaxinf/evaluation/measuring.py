@@ -101,7 +101,7 @@ class MeasureKernel:
   Attributes:
     apply_fn, process: of every model.
     measurements: what is measured; those with one way to draw share a forward pass.
-    replicate: of the draws.
+    replicate: of the draws, with what each does to its example.
   """
 
   apply_fn: ApplyFn
@@ -118,7 +118,12 @@ class MeasureKernel:
     found: dict[int, jax.Array] = {}
     for alike in by_draw.values():
       pairs = alike[0].pairs(
-        self.process, batch.data, keys, batch.conditioning, self.replicate.draws
+        self.process,
+        batch.data,
+        keys,
+        batch.conditioning,
+        self.replicate.draws,
+        self.replicate.augmentation,
       )
       outputs = jax.vmap(lambda p: predict(self.apply_fn, p, pairs))(params)  # noqa: B023
       for measurement in alike:

@@ -70,9 +70,10 @@ class Layer:
     bias = xp.asarray(leaves[self.bias]).reshape((*batch, *rows, 1))
     return xp.concatenate([matrix, bias], axis=-1)
 
-  def from_matrix(self, matrix: np.ndarray) -> dict[int, np.ndarray]:
-    """Leaf position → array; the inverse of `to_matrix`."""
-    leaves, batch = {}, matrix.shape[: matrix.ndim - len(self.matrix_shape)]
+  def from_matrix(self, matrix: Array) -> dict[int, Array]:
+    """Leaf position → array; the inverse of `to_matrix`, and on the host or not likewise."""
+    leaves: dict[int, Array] = {}
+    batch = matrix.shape[: matrix.ndim - len(self.matrix_shape)]
     if self.bias is not None:
       assert self.bias_shape is not None
       leaves[self.bias] = matrix[..., -1].reshape((*batch, *self.bias_shape))

@@ -8,6 +8,9 @@ import numpy as np
 
 from jaxinf.scores.scores import Scores
 
+# Settings that differ between the dampings of a sweep.
+OWN = ("damping", "check", "layer_weights", "temperature")
+
 
 class Sweep(tuple[Scores, ...]):
   """A tuple of L ≥ 1 scores that differ in damping only, in the order in which they were given.
@@ -19,7 +22,7 @@ class Sweep(tuple[Scores, ...]):
 
   Raises:
     ValueError: there are none, a damping comes twice or is missing, or the scores have other ids,
-      replicates of draws or settings (but "damping" and "check", which are each damping's own).
+      replicates of draws or settings (but those of OWN, which are each damping's own).
   """
 
   __slots__ = ()
@@ -82,8 +85,7 @@ def _of_parts(parts: Sequence[Scores]) -> Scores:
 
 def shared_settings(scores: Scores) -> dict[str, Any]:
   """The settings that scores of a sweep have in common."""
-  own = ("damping", "check")
-  return {name: value for name, value in scores.settings.items() if name not in own}
+  return {name: value for name, value in scores.settings.items() if name not in OWN}
 
 
 def _check_alike(scores: Scores, first: Scores) -> None:

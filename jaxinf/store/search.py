@@ -19,6 +19,7 @@ from jaxinf.core.types import Matrices
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.engine import local_devices, processes
 from jaxinf.engine.kernels import on_one_device
+from jaxinf.scores.layer_scores import LayerScores
 from jaxinf.scores.scores import Ranking, Scores
 from jaxinf.store.eigenrows import ProductKernel, product_operands
 from jaxinf.store.flat import bits_of
@@ -75,6 +76,24 @@ class Search:
     if self.centred:
       products = products - products.mean(axis=0, dtype=np.float64).astype(np.float32)
     return self._scored(products, query_ids, ledger.ids[: len(kept)][kept], settings)
+
+  def layer_scores(self, query_ids: np.ndarray, settings: Mapping[str, Any]) -> LayerScores:
+    """The scores of all examples through each layer, whose columns are read once."""
+    each = [
+      dataclasses.replace(self, vectors={name: vectors}).scores(query_ids, settings)
+      for name, vectors in self.vectors.items()
+    ]
+    of_queries = [
+      scores.query_replicate_values for scores in each if scores.query_replicate_values is not None
+    ]
+    return LayerScores(
+      np.stack([scores.replicate_values for scores in each]),
+      tuple(self.vectors),
+      query_ids,
+      each[0].train_ids,
+      settings,
+      np.stack(of_queries) if of_queries else None,
+    )
 
   def best(self, k: int) -> Ranking:
     """The k highest scores of each query; memory for Q × G × A × (k + a chunk)."""

@@ -25,6 +25,7 @@ from jaxinf.engine import processes
 from jaxinf.engine.compute import Compute
 from jaxinf.engine.maps import Blocks, stream_batches
 from jaxinf.engine.worklist import Rows
+from jaxinf.scores.layer_scores import LayerScores
 from jaxinf.scores.scores import Ranking, Scores
 from jaxinf.store.eigenrows import PackKernel, query_vectors, rotations
 from jaxinf.store.packing import Packing
@@ -166,16 +167,23 @@ class Store:
     asked = draws.of_queries(draws)
     measured = measurement_named(measurement)
     search = self._search(queries, damping, asked, measured, layers, compute)
-    settings = {
-      **self.settings,
-      "damping": damping,
-      "layers": tuple(search.vectors),
-      "measurement": measured.name or "custom",
-      "query_draws": asked.num,
-      "query_replicates": asked.replicates,
-      "query_seed": asked.seed,
-    }
-    return search.scores(queries.ids, settings)
+    return search.scores(queries.ids, self._settings_of(search, damping, asked, measured))
+
+  def layer_scores(
+    self,
+    queries: Examples,
+    *,
+    damping: float,
+    draws: Draws = Draws(),
+    measurement: str | Measurement = "loss",
+    layers: Sequence[str] | None = None,
+    compute: Compute = Compute(),
+  ) -> LayerScores:
+    """Scores through each layer, otherwise as `query`, whose scores are their sum."""
+    asked = draws.of_queries(draws)
+    measured = measurement_named(measurement)
+    search = self._search(queries, damping, asked, measured, layers, compute)
+    return search.layer_scores(queries.ids, self._settings_of(search, damping, asked, measured))
 
   def top(
     self,
@@ -195,6 +203,20 @@ class Store:
     asked = draws.of_queries(draws)
     measured = measurement_named(measurement)
     return self._search(queries, damping, asked, measured, layers, compute).best(k)
+
+  def _settings_of(
+    self, search: Search, damping: float, draws: Draws, measurement: Measurement
+  ) -> dict[str, Any]:
+    """What an answer was computed with, as JSON."""
+    return {
+      **self.settings,
+      "damping": damping,
+      "layers": tuple(search.vectors),
+      "measurement": measurement.name or "custom",
+      "query_draws": draws.num,
+      "query_replicates": draws.replicates,
+      "query_seed": draws.seed,
+    }
 
   def _search(
     self,

@@ -16,6 +16,8 @@ from tests.twins import assert_close
 SCORING = {
   "influence": (jaxinf.influence, 1),
   "influence_sweep": (jaxinf.influence_sweep, 1),
+  "layer_scores": (jaxinf.layer_scores, 1),
+  "posterior_covariance": (jaxinf.posterior_covariance, 1),
   "trak": (jaxinf.trak, 1),
   "dtrak": (jaxinf.dtrak, 1),
   "das": (jaxinf.das, 1),

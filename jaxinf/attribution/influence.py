@@ -354,10 +354,15 @@ class _Question:
     shape = len(self.train), replicates, *layers, len(self.dampings), len(self.queries), -1
     return products.reshape(shape)
 
+  def _centred(self, products: np.ndarray) -> np.ndarray:
+    """Products [N, …] of mean 0 over the training examples, where draws are weighted."""
+    if self.draws.power == 1:
+      return products
+    return products - products.mean(axis=0, dtype=np.float64).astype(products.dtype)
+
   def _sweep(self, products: np.ndarray, num: int, checks: Sequence[dict | None]) -> Sweep:
     """Scores at each damping from products [N, G, L, Q, A]."""
-    if self.draws.power != 1:
-      products = products - products.mean(axis=0, dtype=np.float64).astype(products.dtype)
+    products = self._centred(products)
     of_draws = np.transpose(products.mean(axis=4), (2, 1, 3, 0))
     of_queries = np.transpose(products.mean(axis=1), (1, 3, 2, 0))
     settings = self._settings | {"draws": num}
@@ -379,6 +384,7 @@ class _Question:
     self, products: np.ndarray, num: int, checks: Sequence[dict | None]
   ) -> tuple[LayerScores, ...]:
     """Scores of each layer at each damping from products [N, G, layers, L, Q, A]."""
+    products = self._centred(products)
     of_draws = np.transpose(products.mean(axis=5), (3, 2, 1, 4, 0))
     of_queries = np.transpose(products.mean(axis=1), (2, 1, 4, 3, 0))
     settings = self._settings | {"draws": num}

@@ -233,6 +233,7 @@ class _Question:
         f"distance must be a positive share of the parameters' norm; got {method.distance}."
       )
     draws = draws.split()
+    draws.check_plain("A covariance of losses")
     pairs = _pairs_of(checked_count(method.parameter_draws, "parameter_draws"), draws)
     return cls(
       curvature,

@@ -49,7 +49,8 @@ from jaxinf.networks.diffusers import load_autoencoder
 from jaxinf.networks.latent_cache import encode_moments, open_moments
 from jaxinf.networks.latents import Autoencoder
 from jaxinf.scores.damping import Recommendation, recommend_damping, weigh_dampings
-from jaxinf.scores.scores import Ranking, Scores
+from jaxinf.scores.models import mean_scores
+from jaxinf.scores.scores import NEGATIVE_WEIGHT, Prediction, Ranking, Scores
 from jaxinf.scores.stability import RankStability, rank_stability
 from jaxinf.scores.sweep import Sweep
 from jaxinf.store.build import build_store, open_store
@@ -66,6 +67,7 @@ __all__ = [
   "EKFAC",
   "KFAC",
   "METHODS",
+  "NEGATIVE_WEIGHT",
   "SKIP_NORMALISATION",
   "TRAK",
   "Autoencoder",
@@ -82,6 +84,7 @@ __all__ = [
   "JourneyTRAK",
   "Measurement",
   "Moments",
+  "Prediction",
   "Process",
   "Projection",
   "RankStability",
@@ -111,6 +114,7 @@ __all__ = [
   "load_curvature",
   "loss_at_time",
   "loss_at_timestep",
+  "mean_scores",
   "noise_ceiling",
   "open_moments",
   "open_store",

@@ -1,6 +1,7 @@
 """The stage `evaluate`: how well the scores of every method predict every true measurement.
 
 It is derived in minutes from what the other stages keep, and made anew where these have changed.
+Scores are read in several ways: as they are, and with negative ones discounted.
 """
 
 import dataclasses
@@ -11,14 +12,15 @@ import numpy as np
 
 from jaxinf.benchmark.measuring import check_measurements, key_of_measurement, retrained
 from jaxinf.benchmark.retraining import folder, subsets_of
-from jaxinf.benchmark.scoring import Row, check_rows, rows_of, score_key, scored
+from jaxinf.benchmark.scoring import Row, check_rows, has_scores, rows_of, score_key, scored
 from jaxinf.engine import artifacts
 from jaxinf.engine.artifacts import Outcome
 from jaxinf.evaluation.comparison import DampingLDS, damping_lds
 from jaxinf.evaluation.lds import LDS, Retrained, lds, percent_range
 from jaxinf.evaluation.oracle import noise_ceiling, retraining_lds
 from jaxinf.runs.run import Run
-from jaxinf.scores.scores import Scores
+from jaxinf.scores.scores import NEGATIVE_WEIGHT
+from jaxinf.scores.sweep import Sweep
 
 _NO_SIGNAL = (
   "Models of one subset may differ as much as those of different ones: no method can be judged. "
@@ -26,6 +28,26 @@ _NO_SIGNAL = (
 )
 
 REFERENCE = "influence"  # p-values are of differences from this method, where it is there
+
+
+@dataclasses.dataclass(frozen=True)
+class Readout:
+  """A way to predict from scores; the first of all is that of one model's scores as they are.
+
+  Attributes:
+    negative_weight: of negative scores.
+  """
+
+  negative_weight: float = 1.0
+
+  @property
+  def name(self) -> str:
+    """In a few words, as a column's head."""
+    weight = self.negative_weight
+    return "as they are" if weight == 1 else f"negative × {weight:g}"
+
+
+READOUTS = (Readout(), Readout(NEGATIVE_WEIGHT))
 
 
 def evaluate(run: Run) -> None:
@@ -51,16 +73,24 @@ def evaluate(run: Run) -> None:
 
 
 def evaluate_key(run: Run) -> dict:
-  """What the tables depend on: settings of all scores, and the measurements that are there."""
-  measurements = run.config.measure.measurements
-  return {
-    "scores": {row.name: score_key(run, row) for row in rows_of(run)},
+  """What the tables depend on: settings of all scores, and the measurements that are there.
+
+  Tables from before there were readouts stay valid, without them, where their scores are gone:
+  otherwise results that are kept without scores would be made anew for hours.
+  """
+  rows, measurements = rows_of(run), run.config.measure.measurements
+  before = {
+    "scores": {row.name: score_key(run, row) for row in rows},
     "measured": {
       name: {"key": key_of_measurement(run, name), "content": _content(retrained(run, name))}
       for name in measurements
     },
     "num_resamples": run.config.evaluate.num_resamples,
   }
+  kept = artifacts.holds(folder(run, "evaluate"), before)
+  if kept and not all(has_scores(run, row) for row in rows):
+    return before
+  return before | {"readouts": [dataclasses.asdict(readout) for readout in READOUTS]}
 
 
 def _content(truth: Retrained) -> str:
@@ -90,40 +120,65 @@ def _evaluated(run: Run) -> Outcome:
 def _entries(
   run: Run,
   rows: Mapping[str, Row],
-  sweeps: Mapping[str, Sequence[Scores]],
+  sweeps: Mapping[str, Sweep],
   truth: Retrained,
 ) -> tuple[list[dict], dict[str, np.ndarray]]:
-  """A dict a row for the table, and per row its LDS by query and its predictions."""
-  subsets = subsets_of(run)
-  options: dict[str, Any] = dict(
-    seed=run.config.seed, num_resamples=run.config.evaluate.num_resamples
-  )
-  defaults: dict[str, LDS] = {}
-  bests: dict[str, DampingLDS] = {}
-  for name, row in rows.items():
-    if row.kind.default_damping is None:
-      (scores,) = sweeps[name]
-      defaults[name] = lds(scores, subsets, truth, **options)
-      continue
-    bests[name] = damping_lds(
-      sweeps[name], subsets, truth, default=row.kind.default_damping, **options
-    )
-    defaults[name] = bests[name].default
+  """A dict a row for the table, and per row its LDS by query."""
+  found = {
+    name: [_judged(run, row, sweeps[name], truth, r) for r in READOUTS]
+    for name, row in rows.items()
+  }
   references = [f"{REFERENCE}, {truth.measurement}", *(n for n in rows if n.startswith(REFERENCE))]
   reference = next((name for name in references if name in rows), next(iter(rows)))
+  against = found[reference][0].default
   entries, arrays = [], {}
   for name, row in rows.items():
+    first = found[name][0]
     entry = dataclasses.asdict(row) | {"name": name, "reference": reference}
-    entry["default"] = _summary(defaults[name], defaults[reference], row.kind.default_damping)
-    if name in bests:
-      best = bests[name]
-      entry["best"] = _summary(best.best_on_benchmark, defaults[reference], best.best_damping)
-      entry["dampings"] = best.dampings.tolist()
-      entry["sweep"] = best.means.tolist()
-      entry["sweep_errors"] = best.std_errors.tolist()
+    entry |= first.summaries(against)
+    if first.sweep is not None:
+      entry["dampings"] = first.sweep.dampings.tolist()
+      entry["sweep"] = first.sweep.means.tolist()
+      entry["sweep_errors"] = first.sweep.std_errors.tolist()
+    entry["readouts"] = {
+      readout.name: judged.summaries(against)
+      for readout, judged in zip(READOUTS, found[name], strict=True)
+    }
     entries.append(entry)
-    arrays[f"{name}/per query"] = defaults[name].per_query.astype(np.float32)
+    arrays[f"{name}/per query"] = first.default.per_query.astype(np.float32)
   return entries, arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class _Judged:
+  """The LDS of one row in one readout: at its default, and over dampings where it has any."""
+
+  default: LDS
+  sweep: DampingLDS | None = None
+
+  def summaries(self, against: LDS) -> dict[str, Any]:
+    """Of "default", and of "best" on the benchmark; p-values are of differences from `against`."""
+    if self.sweep is None:
+      return {"default": _summary(self.default, against, None)}
+    best = self.sweep.best_on_benchmark
+    return {
+      "default": _summary(self.default, against, self.sweep.default_damping),
+      "best": _summary(best, against, self.sweep.best_damping),
+    }
+
+
+def _judged(run: Run, row: Row, sweep: Sweep, truth: Retrained, readout: Readout) -> _Judged:
+  options: dict[str, Any] = dict(
+    negative_weight=readout.negative_weight,
+    seed=run.config.seed,
+    num_resamples=run.config.evaluate.num_resamples,
+  )
+  subsets, default = subsets_of(run), row.kind.default_damping
+  if default is None:
+    (scores,) = sweep
+    return _Judged(lds(scores, subsets, truth, **options))
+  found = damping_lds(sweep, subsets, truth, default=default, **options)
+  return _Judged(found.default, found)
 
 
 def _summary(found: LDS, reference: LDS, damping: float | None) -> dict[str, Any]:
@@ -175,7 +230,24 @@ def table_text(target: str, table: Mapping[str, Any]) -> str:
     )
     if ceiling["interval"][0] <= 0:
       lines.append(_NO_SIGNAL)
+  if "readouts" in entries[0]:
+    lines += _readout_lines(entries, width)
   return "\n".join(lines)
+
+
+def _readout_lines(entries: Sequence[Mapping[str, Any]], width: int) -> list[str]:
+  """A row a method and a column a readout: at the default damping, in brackets at the best."""
+  names = list(entries[0]["readouts"])
+  heads = "".join(f"{name:>22}" for name in names)
+  lines = [f"{'scores, default (best)':<{width}}{heads}"]
+  for entry in entries:
+    cells = []
+    for name in names:
+      found = entry["readouts"][name]
+      best = f" ({100 * found['best']['mean']:.1f})" if "best" in found else ""
+      cells.append(f"{_score(found['default'])}{best}")
+    lines.append(f"{entry['name']:<{width}}" + "".join(f"{cell:>22}" for cell in cells))
+  return lines
 
 
 def _cells(summary: Mapping[str, Any]) -> str:

@@ -115,6 +115,11 @@ def is_scored(run: Run, row: Row) -> bool:
   return artifacts.finished(_folder(run, row), score_key(run, row))
 
 
+def has_scores(run: Run, row: Row) -> bool:
+  """Likewise, without an error where they were made otherwise."""
+  return artifacts.holds(_folder(run, row), score_key(run, row))
+
+
 def scored(run: Run, row: Row) -> Sweep:
   """Scores of one row at every damping (or one), computed where they are not there yet.
 

@@ -103,7 +103,13 @@ class Search:
         Best(some.values, some.std_errors, np.tile(first + there, (num_queries, 1))), k
       )
     found = found.of_all_processes(k)
-    return Ranking(ids[found.positions], found.values, found.std_errors, found.positions)
+    return Ranking(
+      ids=ids[found.positions],
+      values=found.values,
+      std_errors=found.std_errors,
+      model_std_errors=np.full_like(found.values, np.nan),
+      positions=found.positions,
+    )
 
   def _products(self, begin: int, end: int) -> Iterator[tuple[int, np.ndarray]]:
     """Yields (example, products [n, G, Q, A]) of the examples begin … end − 1, block by block."""

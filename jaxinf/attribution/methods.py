@@ -99,6 +99,11 @@ class Method:
     """Whether scores depend on a fitted curvature."""
     return self.kind is not None
 
+  @property
+  def sees_model(self) -> bool:
+    """Whether scores depend on the model, so that another training run gives others."""
+    return self.curved or self.measures or "draws" in self.reads
+
   def dampings(self, sweep: Sequence[float]) -> tuple[float, ...]:
     """Those of a sweep and the default, ascending; none where the method has none."""
     if self.default_damping is None:

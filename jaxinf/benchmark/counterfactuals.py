@@ -19,11 +19,12 @@ from jaxinf.benchmark.measuring import (
   of_models,
 )
 from jaxinf.benchmark.retraining import Spec, subset_name, subset_specs, train_models
-from jaxinf.benchmark.scoring import at_damping, at_default, is_scored, row_of, score_key
+from jaxinf.benchmark.scoring import at_damping, is_scored, models_of, row_of, score_key
 from jaxinf.engine import artifacts
 from jaxinf.engine.artifacts import Outcome
 from jaxinf.networks.retraining import Member
 from jaxinf.runs.run import Run, own_settings
+from jaxinf.scores.models import mean_scores
 from jaxinf.scores.scores import Scores
 from jaxinf.scores.statistics import mean_and_error
 
@@ -62,11 +63,16 @@ def counterfactual_key(run: Run) -> dict:
   """What the changes depend on."""
   config = run.config.counterfactual
   rows = [row_of(method, config.measurement) for method in config.methods]
-  return {
+  key = {
     "counterfactual": own_settings(run, "counterfactual"),
     "measurement": key_of_measurement(run, config.measurement),
     "scores": {row.name: score_key(run, row) for row in rows},
   }
+  if run.config.train.num_models > 1:
+    key["models"] = {
+      row.name: [score_key(model, row) for model in models_of(run, row)[1:]] for row in rows
+    }
+  return key
 
 
 def _methods(run: Run) -> tuple[str, ...]:
@@ -214,11 +220,15 @@ def _orders(run: Run, method: str) -> list[np.ndarray]:
 
 
 def _scores(run: Run, method: str) -> Scores:
-  """The scores of a method at the damping that the config names, or at its default."""
+  """The scores of a method at the damping that the config names, or at its default.
+
+  Means over all models, where it sees the model.
+  """
   config = run.config.counterfactual
   row = row_of(method, config.measurement)
   damping = dict(zip(config.methods, config.dampings, strict=False)).get(method)
-  return at_default(run, row) if damping is None else at_damping(run, row, damping)
+  damping = row.kind.default_damping if damping is None else damping
+  return mean_scores([at_damping(model, row, damping) for model in models_of(run, row)])
 
 
 def _without(run: Run, positions: np.ndarray, seed: int) -> Spec:

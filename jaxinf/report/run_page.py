@@ -19,6 +19,7 @@ from jaxinf.report.rows import TITLES, Neighbour, Row, common_unit, explained_ro
 from jaxinf.report.words import Unit, count, memory, number, power, scientific
 from jaxinf.runs.config import as_dict
 from jaxinf.runs.sections import Config
+from jaxinf.scores.models import shared_top
 from jaxinf.scores.scores import NEGATIVE_WEIGHT, Scores
 from jaxinf.scores.support import SupportCheck, support_check
 
@@ -97,6 +98,7 @@ def write_report(
   )
   trust = [
     *_noise(answer),
+    *_models(answer),
     *_rounding(scores.settings, answer.noun),
     *_order(manifests.get("attribute", {}).get("notes", {}), answer.noun),
   ]
@@ -234,6 +236,26 @@ def _noise(answer: _Answer) -> list[str]:
   ]
 
 
+def _models(answer: _Answer) -> list[str]:
+  """Which supporting examples survive a new training run, where there are several models."""
+  scores, noun = answer.scores, answer.noun
+  if scores.model_values is None:
+    return []
+  num_models, num_queries, num_train = scores.model_values.shape
+  k = min(_CHECKED, num_train)
+  best, shared = scores.top(k), k * shared_top(scores, k)
+  mean, worst = (number(x, ".1f") for x in (shared.mean(), shared.mean(axis=1).min()))
+  clear = int((best.values > 2 * best.model_std_errors).sum())
+  return [
+    f"The scores are means over {num_models} models, which differ in the seed of their training "
+    "alone; “models ±” is one standard error between them, which is what another training run may "
+    f"move. Of the {k} {noun}s that support a sample most, {mean} are among the {k} of a single "
+    f"model (mean over samples and models; in the worst sample {worst}, by chance "
+    f"{number(k * k / num_train, '.1f')}). {count(clear)} of all {count(k * num_queries)} have a "
+    "score above twice its error between models: these survive a new training run."
+  ]
+
+
 def _rounding(settings: Mapping[str, Any], noun: str) -> list[str]:
   """What rounding the samples' gradients did to the order of the scores, where it was measured."""
   check = settings.get("check")
@@ -337,11 +359,13 @@ def _sample(answer: _Answer, row: Row, q: int) -> Sample:
 
 
 def _neighbour_tile(neighbour: Neighbour, unit: Unit, noun: str) -> Tile:
+  between = neighbour.model_std_error
   tile = Tile(
     neighbour.id,
     alt=f"training {noun} {neighbour.id}",
     score=unit.number(neighbour.score),
     error=unit.error(neighbour.std_error),
+    between="" if math.isnan(between) else f"models {unit.error(between)}",
     label=neighbour.label or "",
   )
   return _with_picture(tile, neighbour.picture)

@@ -56,6 +56,20 @@ def mean_scores(scores: Sequence[Scores]) -> Scores:
   )
 
 
+def shared_top(scores: Scores, k: int) -> np.ndarray:
+  """[Q, K] |top-k of the mean ∩ top-k of a model| / k, of scores of K models.
+
+  Raises:
+    ValueError: the scores are of one model, or k is not in 1…N.
+  """
+  if scores.model_values is None:
+    raise ValueError("These scores are of one model: pass what mean_scores gives of several.")
+  best = scores.top(k).positions
+  own = np.argsort(-scores.model_values, axis=2, kind="stable")[:, :, :k]
+  shared = (best[None, :, :, None] == own[:, :, None]).any(axis=3)
+  return shared.mean(axis=2).T
+
+
 def _in_order_of(first: Scores, other: Scores, number: int) -> Scores:
   """`other` with queries and training examples as in `first`; ValueError where they differ."""
   shapes = lambda x: [

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from jaxinf.scores.models import mean_scores
+from jaxinf.scores.models import mean_scores, shared_top
 from jaxinf.scores.scores import Scores
 from jaxinf.scores.sweep import Sweep
 
@@ -56,6 +56,17 @@ def test_predictions_carry_the_error_between_models():
   np.testing.assert_allclose(found.changes, each.mean(axis=0), rtol=1e-5)  # float32 means
   of_groups = mean.discounted(0.5).by_group().predicted_change(["klee"], 1)
   np.testing.assert_allclose(of_groups.model_std_errors, found.model_std_errors, rtol=1e-5)
+
+
+def test_the_shared_top_counts_examples_of_both_lists():
+  values = np.array([[[5, 4, 3, 2, 1, 0]], [[0, 5, 4, 3, 2, 1]], [[5, 4, 0, 1, 2, 3]]], np.float32)
+  ids = np.array(["a"]), np.arange(6)
+  mean = mean_scores([Scores(each[None], *ids, {}) for each in values])
+  # The sums are 10, 13, 7, 6, 5, 4: examples 1, 0 and 2 lead; the models' lists are
+  # {0, 1, 2}, {1, 2, 3} and {0, 1, 5}.
+  np.testing.assert_allclose(shared_top(mean, 3), [[1, 2 / 3, 2 / 3]])
+  with pytest.raises(ValueError, match="of one model"):
+    shared_top(model(0), 3)
 
 
 def test_ids_are_matched_whatever_their_order():

@@ -4,7 +4,7 @@ The scores of one model carry the noise of its training run, which no number of 
 The mean over K models carries less, and what is left shows in how far the models differ.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ def mean_scores(scores: Sequence[Scores]) -> Scores:
     return scores[0]
   first, *others = scores
   matched = [first, *(_in_order_of(first, other, i + 1) for i, other in enumerate(others))]
-  mean = lambda name: np.mean([getattr(x, name) for x in matched], axis=0, dtype=np.float32)
+  mean = lambda name: np.stack([getattr(x, name) for x in matched]).mean(axis=0)
   return Scores(
     replicate_values=mean("replicate_values"),
     query_ids=first.query_ids,
@@ -72,21 +72,8 @@ def shared_top(scores: Scores, k: int) -> np.ndarray:
 
 def _in_order_of(first: Scores, other: Scores, number: int) -> Scores:
   """`other` with queries and training examples as in `first`; ValueError where they differ."""
-  shapes = lambda x: [
-    None if values is None else len(values)
-    for values in (x.replicate_values, x.query_replicate_values)
-  ]
-  sizes = lambda x: len(x.train_ids) if x.num_examples is None else x.num_examples
-  same: dict[str, Callable[[Scores], Any]] = {
-    "query ids": lambda x: sorted(x.query_ids.tolist(), key=repr),
-    "training ids": lambda x: sorted(x.train_ids.tolist(), key=repr),
-    "numbers of replicates": shapes,
-    "number of training examples N": sizes,
-    "groups of training examples": lambda x: x.train_groups is None,
-    "models (one of them is a mean)": lambda x: x.model_values is not None,
-    **{name: lambda x, name=name: x.settings.get(name) for name in _SAME},
-  }
-  different = [name for name, of in same.items() if of(first) != of(other)]
+  pairs = zip(_nature(first).items(), _nature(other).values(), strict=True)
+  different = [name for (name, one), two in pairs if one != two]
   if different or first.model_values is not None:
     raise ValueError(
       f"Scores of models must differ in nothing but the model; those of model {number} and of the "
@@ -95,20 +82,34 @@ def _in_order_of(first: Scores, other: Scores, number: int) -> Scores:
     )
   rows = _positions(other.query_ids, first.query_ids)
   columns = _positions(other.train_ids, first.train_ids)
-  ordered = other.with_values(
-    lambda values: values[:, rows][..., columns],
-    query_ids=first.query_ids,
-    train_ids=first.train_ids,
-    train_groups=None if other.train_groups is None else other.train_groups[columns],
-  )
-  if first.train_groups is not None and not np.array_equal(
-    first.train_groups, ordered.train_groups
-  ):
+  groups = None if other.train_groups is None else other.train_groups[columns]
+  if groups is not None and not np.array_equal(groups, np.asarray(first.train_groups)):
     raise ValueError(
       f"Scores of models must be of the same training examples; in those of model {number} some "
       "belong to other groups than in the first."
     )
-  return ordered
+  return other.with_values(
+    lambda values: values[:, rows][..., columns],
+    query_ids=first.query_ids,
+    train_ids=first.train_ids,
+    train_groups=groups,
+  )
+
+
+def _nature(scores: Scores) -> dict[str, Any]:
+  """What scores of several models have in common, by the words for it."""
+  ids = lambda values: sorted(np.asarray(values).tolist(), key=repr)
+  both = scores.replicate_values, scores.query_replicate_values
+  num = scores.num_examples
+  return {
+    "query ids": ids(scores.query_ids),
+    "training ids": ids(scores.train_ids),
+    "numbers of replicates": [None if values is None else len(values) for values in both],
+    "number of training examples N": len(scores.train_ids) if num is None else num,
+    "groups of training examples": scores.train_groups is None,
+    "models (one of them is a mean)": scores.model_values is not None,
+    **{name: scores.settings.get(name) for name in _SAME},
+  }
 
 
 def _positions(given: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -209,7 +209,7 @@ class Scores:
     """The scores with `change` made to all arrays [..., Q, N] of values, and other fields."""
     names = ("replicate_values", "query_replicate_values", "model_values")
     given = {name: values for name in names if (values := getattr(self, name)) is not None}
-    changed = {name: change(values) for name, values in given.items()}
+    changed: dict[str, Any] = {name: change(values) for name, values in given.items()}
     return dataclasses.replace(self, **changed, **fields)
 
   def size(self) -> str:

@@ -70,7 +70,7 @@ def _of_parts(parts: Sequence[Scores]) -> Scores:
   if len(parts) == 1:
     return parts[0]
   names = ("replicate_values", "query_replicate_values", "model_values")
-  joined = {
+  joined: dict[str, Any] = {
     name: np.concatenate([getattr(part, name) for part in parts], axis=1)
     for name in names
     if getattr(parts[0], name) is not None

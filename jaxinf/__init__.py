@@ -58,7 +58,8 @@ from jaxinf.networks.latent_cache import encode_moments, open_moments
 from jaxinf.networks.latents import Autoencoder
 from jaxinf.scores.damping import Recommendation, recommend_damping, weigh_dampings
 from jaxinf.scores.layer_scores import LayerScores
-from jaxinf.scores.scores import Ranking, Scores
+from jaxinf.scores.models import mean_scores
+from jaxinf.scores.scores import NEGATIVE_WEIGHT, Prediction, Ranking, Scores
 from jaxinf.scores.stability import RankStability, rank_stability
 from jaxinf.scores.sweep import Sweep
 from jaxinf.store.build import build_store, open_store
@@ -75,6 +76,7 @@ __all__ = [
   "EKFAC",
   "KFAC",
   "METHODS",
+  "NEGATIVE_WEIGHT",
   "SKIP_NORMALISATION",
   "TRAK",
   "Autoencoder",
@@ -95,6 +97,7 @@ __all__ = [
   "Measurement",
   "Moments",
   "PosteriorCovariance",
+  "Prediction",
   "Process",
   "Projection",
   "RankStability",
@@ -127,6 +130,7 @@ __all__ = [
   "load_curvature",
   "loss_at_time",
   "loss_at_timestep",
+  "mean_scores",
   "noise_ceiling",
   "open_moments",
   "open_store",

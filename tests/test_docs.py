@@ -34,6 +34,7 @@ def given() -> dict:
   return {
     "apply_fn": apply_fn,
     "params": params,
+    "other_params": {name: array + np.float32(0.1) for name, array in params.items()},
     "schedule": schedule,
     "model": jaxinf.DiffusionModel(apply_fn, params, jaxinf.Process.epsilon(schedule)),
     "images": of(12, 2, 2, 1),
@@ -96,6 +97,8 @@ def test_data_are_given_with_labels_and_text(run):
 def test_methods_are_compared_by_retrained_models(run, capsys):
   names = run("retraining.md")
   assert set(names["ldses"]) == {"influence", "trak"}
+  assert names["between"].shape == (3, 10) and (names["between"] > 0).all()
+  assert names["change"].model_std_errors.shape == (3,)
   assert "p against influence" in capsys.readouterr().out
 
 

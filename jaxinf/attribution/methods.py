@@ -108,6 +108,11 @@ class Method:
     """The loss_power of training draws where `asked` is asked for; None: the method's default."""
     return self.loss_power if self.loss_power is not None or not self.curved else asked
 
+  @property
+  def sees_model(self) -> bool:
+    """Whether scores depend on the model, so that another training run gives others."""
+    return self.curved or self.measures or "draws" in self.reads
+
   def dampings(self, sweep: Sequence[float]) -> tuple[float, ...]:
     """Those of a sweep and the default, ascending; none where the method has none."""
     if self.default_damping is None:

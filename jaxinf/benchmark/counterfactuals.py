@@ -19,11 +19,13 @@ from jaxinf.benchmark.measuring import (
   of_models,
 )
 from jaxinf.benchmark.retraining import Spec, subset_name, subset_specs, train_models
-from jaxinf.benchmark.scoring import at_damping, at_default, is_scored, row_of, score_key
+from jaxinf.benchmark.scoring import at_damping, is_scored, models_of, row_of, score_key
 from jaxinf.engine import artifacts
 from jaxinf.engine.artifacts import Outcome
 from jaxinf.networks.retraining import Member
 from jaxinf.runs.run import Run, own_settings
+from jaxinf.scores.models import mean_scores
+from jaxinf.scores.scores import Scores
 from jaxinf.scores.statistics import mean_and_error
 
 _LOG = logging.getLogger("jaxinf")
@@ -52,19 +54,25 @@ def counterfactual(run: Run) -> None:
       _LOG.info("counterfactual: %d models are left to other shards", left)
       return
   artifact = artifacts.cached(place, key, lambda: _changes(run), label="counterfactual", anew=True)
-  change, notes = artifact.arrays["change"], artifact.notes
-  print(table_text(change, notes["methods"], notes["shares"], notes["measurement"]))
+  arrays, notes = artifact.arrays, artifact.notes
+  labels = notes["methods"], notes["shares"], notes["measurement"]
+  print(table_text(arrays["change"], *labels, predicted=arrays.get("predicted")))
 
 
 def counterfactual_key(run: Run) -> dict:
   """What the changes depend on."""
   config = run.config.counterfactual
   rows = [row_of(method, config.measurement) for method in config.methods]
-  return {
+  key = {
     "counterfactual": own_settings(run, "counterfactual"),
     "measurement": key_of_measurement(run, config.measurement),
     "scores": {row.name: score_key(run, row) for row in rows},
   }
+  if run.config.train.num_models > 1:
+    key["models"] = {
+      row.name: [score_key(model, row) for model in models_of(run, row)[1:]] for row in rows
+    }
+  return key
 
 
 def _methods(run: Run) -> tuple[str, ...]:
@@ -117,11 +125,33 @@ def _changes(run: Run) -> Outcome:
   for (m, s, q, seed), row in zip(specs, rows, strict=True):
     change[m, s, q, seed] = row[q] - before[seed, q]
   samples = artifacts.read(run.folder("sample")).arrays["ids"]
-  arrays = {"change": change.astype(np.float32), "query_ids": samples[: config.num_queries]}
+  arrays = {
+    "change": change.astype(np.float32),
+    "predicted": _predicted(run).astype(np.float32),
+    "query_ids": samples[: config.num_queries],
+  }
   chosen = dict(zip(config.methods, config.dampings, strict=False))
   shown = [f"{m}, λ = {chosen[m]:g}" if m in chosen else m for m in methods]
   notes = {"methods": shown, "shares": config.shares, "measurement": config.measurement}
   return arrays, notes, f"changes by {len(methods)} methods"
+
+
+def _predicted(run: Run) -> np.ndarray:
+  """[methods, shares, samples] changes that the scores predict for these removals.
+
+  NaN of methods whose scores are no changes of a measurement: all that take no curvature.
+  """
+  config, methods = run.config.counterfactual, _methods(run)
+  found = np.full((len(methods), len(config.shares), config.num_queries), np.nan)
+  for m, method in enumerate(methods):
+    if method == RANDOM or not row_of(method, config.measurement).kind.curved:
+      continue
+    scores = _scores(run, method)
+    for q, order in enumerate(_orders(run, method)):
+      for s, share in enumerate(config.shares):
+        removed = scores.train_ids[order[: round(share * len(order))]]
+        found[m, s, q] = scores.predicted_change(removed).changes[q]
+  return found
 
 
 def _specs(run: Run) -> dict[tuple[int, int, int, int], Spec]:
@@ -149,9 +179,17 @@ def _full(run: Run) -> list[Spec]:
 
 
 def table_text(
-  change: np.ndarray, methods: Sequence[str], shares: Sequence[float], measurement: str
+  change: np.ndarray,
+  methods: Sequence[str],
+  shares: Sequence[float],
+  measurement: str,
+  *,
+  predicted: np.ndarray | None = None,
 ) -> str:
-  """Mean change ± standard error over samples of change [methods, shares, samples, seeds]."""
+  """Mean change ± standard error over samples of change [methods, shares, samples, seeds].
+
+  Where changes are predicted [methods, shares, samples], and are no NaN, so are their means.
+  """
   means, errors = mean_and_error(change.mean(axis=3))
   num = change.shape[2]
   heads = "".join(f"{f'without {100 * share:g} %':>26}" for share in shares)
@@ -162,6 +200,12 @@ def table_text(
   for method, row, error in zip(methods, means, errors, strict=True):
     cells = (f"{f'{m:.3g} ± {e:.1g}':>26}" for m, e in zip(row, error, strict=True))
     lines.append(f"{method:<24}{''.join(cells)}")
+  for method, row in zip(
+    methods, [] if predicted is None else predicted.mean(axis=2), strict=False
+  ):
+    if np.isfinite(row).all():
+      cells = (f"{f'{mean:.3g}':>26}" for mean in row)
+      lines.append(f"{f'{method}, predicted':<24}{''.join(cells)}")
   return "\n".join(lines)
 
 
@@ -171,10 +215,20 @@ def _orders(run: Run, method: str) -> list[np.ndarray]:
   if method == RANDOM:
     order = lambda query: np.random.default_rng((run.config.seed, query))
     return [order(query).permutation(len(run.dataset)) for query in range(config.num_queries)]
+  values = _scores(run, method).values[: config.num_queries]
+  return list(np.argsort(-values, axis=1, kind="stable"))
+
+
+def _scores(run: Run, method: str) -> Scores:
+  """The scores of a method at the damping that the config names, or at its default.
+
+  Means over all models, where it sees the model.
+  """
+  config = run.config.counterfactual
   row = row_of(method, config.measurement)
   damping = dict(zip(config.methods, config.dampings, strict=False)).get(method)
-  scores = at_default(run, row) if damping is None else at_damping(run, row, damping)
-  return list(np.argsort(-scores.values[: config.num_queries], axis=1, kind="stable"))
+  damping = row.kind.default_damping if damping is None else damping
+  return mean_scores([at_damping(model, row, damping) for model in models_of(run, row)])
 
 
 def _without(run: Run, positions: np.ndarray, seed: int) -> Spec:

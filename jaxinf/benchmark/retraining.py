@@ -24,7 +24,7 @@ from jaxinf.engine.progress import clock
 from jaxinf.engine.resources import measured
 from jaxinf.networks.retraining import Member, Retraining
 from jaxinf.networks.training import Hooks, TrainConfig, TrainState
-from jaxinf.runs.run import Run, key_of, own_settings
+from jaxinf.runs.run import SEED_STEP, Run, key_of, own_settings
 
 _LOG = logging.getLogger("jaxinf")
 
@@ -67,6 +67,11 @@ def subset_specs(run: Run) -> list[Spec]:
   seeds = range(config.num_seeds)
   if config.num_seeds < 1:
     raise ValueError(f"retrain.num_seeds must be at least 1; got {config.num_seeds}.")
+  if run.config.train.num_models > 1 and config.num_seeds >= SEED_STEP:
+    raise ValueError(
+      f"retrain.num_seeds must be below {SEED_STEP} where train.num_models is above 1, because "
+      f"further models are trained with seeds {SEED_STEP} apart; got {config.num_seeds}."
+    )
   if not 0 <= config.outside_weight < 1:
     raise ValueError(
       f"retrain.outside_weight must lie in [0, 1); got {config.outside_weight}. 0 removes images."

@@ -89,6 +89,12 @@ def row_of(method: str, measurement: str) -> Row:
   return Row(method, measurement if method_named(method).measures else None)
 
 
+def models_of(run: Run, row: Row) -> list[Run]:
+  """The runs of all models whose scores a row has: of the first alone where it sees no model."""
+  models = run.each_model()
+  return models if row.kind.sees_model else models[:1]
+
+
 def at_default(run: Run, row: Row) -> Scores:
   """The scores of a row at the damping recommended without a benchmark, or its only ones."""
   return at_damping(run, row, row.kind.default_damping)
@@ -100,6 +106,7 @@ def at_damping(run: Run, row: Row, damping: float | None) -> Scores:
   Raises:
     ValueError: it was not scored at that damping.
   """
+  run = run.of_model(run.model_number)
   sweep = scored(run, row)
   if row.kind.default_damping is None:
     return sweep[0]
@@ -111,18 +118,31 @@ def at_damping(run: Run, row: Row, damping: float | None) -> Scores:
 
 
 def is_scored(run: Run, row: Row) -> bool:
-  """Whether the scores of a row are there; StaleArtifact where they were made otherwise."""
-  return artifacts.finished(_folder(run, row), score_key(run, row))
+  """Whether the scores of a row, by all models, are there.
+
+  Raises:
+    StaleArtifact: some were made otherwise.
+  """
+  there = [artifacts.finished(_folder(m, row), score_key(m, row)) for m in models_of(run, row)]
+  return all(there)
+
+
+def has_scores(run: Run, row: Row) -> bool:
+  """Likewise, without an error where they were made otherwise."""
+  return all(artifacts.holds(_folder(m, row), score_key(m, row)) for m in models_of(run, row))
 
 
 def scored(run: Run, row: Row) -> Sweep:
   """Scores of one row at every damping (or one), computed where they are not there yet.
+
+  They are of one model, the first unless the run is `Run.of_model`.
 
   Raises:
     ValueError: there are several processes, or the method lacks something.
   """
   if processes.count() > 1:
     raise ValueError("Scores for a proof take one process: start it alone.")
+  run = run.of_model(run.model_number)
   folder = _folder(run, row)
 
   def compute() -> Outcome:
@@ -135,10 +155,14 @@ def scored(run: Run, row: Row) -> Sweep:
     notes = {"settings": [dict(scores.settings) for scores in found]}
     return arrays, notes, f"scores at {len(found)} dampings"
 
-  artifact = artifacts.cached(folder, score_key(run, row), compute, label=f"score: {row.name}")
+  artifact = artifacts.cached(folder, score_key(run, row), compute, label=_label(run, row))
   ids = artifact.arrays["query_ids"], artifact.arrays["train_ids"]
   pairs = zip(artifact.arrays["values"], artifact.notes["settings"], strict=True)
   return Sweep(Scores(values[None], *ids, settings) for values, settings in pairs)
+
+
+def _label(run: Run, row: Row) -> str:
+  return f"score: {row.name}" + (f", model {run.model_number}" if run.model_number else "")
 
 
 def _folder(run: Run, row: Row) -> pathlib.Path:
@@ -148,7 +172,7 @@ def _folder(run: Run, row: Row) -> pathlib.Path:
 def score_key(run: Run, row: Row) -> dict[str, Any]:
   """What the scores of a row depend on."""
   key = settings(run.config.score, only=row.kind.reads) | {
-    "seed": run.config.seed,
+    "seed": run.seed,
     "method": row.method,
     "measurement": row.measurement,
     "dampings": row.kind.dampings(run.config.score.dampings),
@@ -208,7 +232,7 @@ def ingredients(run: Run, row: Row) -> Ingredients:
     measurement=row.measurement or "loss",
     query_draws=run.draws(config.query_draws, config.query_replicates, config.design),
     compression=config.compression,
-    projection=Projection(config.projection_dim, run.config.seed, config.projection),
+    projection=Projection(config.projection_dim, run.seed, config.projection),
     journey_steps=config.journey_steps,
     clip=run.clips,
     embed=lambda examples: _embeddings(run, examples),
@@ -233,6 +257,6 @@ def _curvature(run: Run, model: DiffusionModel, kind: Kind | None) -> Curvature:
       own, kind=kind.name, approx=kind.approx, fisher=kind.fisher, samples=kind.samples
     )
     name = "curvature-" + "-".join((section.kind, section.approx, section.fisher))
-    run = run.with_curvature(section, run.workdir / "score" / name)
+    run = run.with_curvature(section, name)
   perform(run, "curvature")
   return load_curvature(run, model)

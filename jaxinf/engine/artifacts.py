@@ -161,7 +161,11 @@ def write(
 
 def holds(folder: Path, key: Mapping[str, Any]) -> bool:
   """Whether the folder holds the finished result of exactly `key`; no error where of another."""
-  return has_manifest(folder) and read_manifest(folder)["key"] == plain(key)
+  if not has_manifest(folder):
+    return False
+  manifest = read_manifest(folder)
+  there = all((folder / name).exists() for name in manifest["notes"].get("files", ()))
+  return there and manifest["key"] == plain(key)
 
 
 def has_manifest(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -69,6 +70,7 @@ def damping_lds(
   retrained: Retrained,
   *,
   default: float,
+  negative_weight: float = 1.0,
   seed: int = 0,
   num_resamples: int = 1000,
 ) -> DampingLDS:
@@ -77,21 +79,20 @@ def damping_lds(
   Args:
     sweep: scores at several dampings.
     default: one of these dampings, chosen without looking at the benchmark.
-    subsets, retrained, seed, num_resamples: as of `lds`.
+    subsets, retrained, negative_weight, seed, num_resamples: as of `lds`.
 
   Raises:
     ValueError: the default is none of the dampings, the scores are no `Sweep`, or as of `lds`.
   """
   sweep = Sweep(sweep).ascending()
   place = list(sweep).index(sweep.at(default))
-  per_query = np.stack(
-    [spearman(*predicted_and_measured(scores, subsets, retrained), axis=0) for scores in sweep]
-  )
+  pair = lambda scores: predicted_and_measured(scores, subsets, retrained, negative_weight)
+  per_query = np.stack([spearman(*pair(scores), axis=0) for scores in sweep])
   best = int(per_query.mean(axis=1).argmax())
-  whole = {
-    i: lds(sweep[i], subsets, retrained, seed=seed, num_resamples=num_resamples)
-    for i in {place, best}
-  }
+  options: dict[str, Any] = dict(
+    negative_weight=negative_weight, seed=seed, num_resamples=num_resamples
+  )
+  whole = {i: lds(sweep[i], subsets, retrained, **options) for i in {place, best}}
   chosen = float(sweep.dampings[place])
   return DampingLDS(sweep.dampings, per_query, chosen, whole[place], whole[best])
 

@@ -2,8 +2,9 @@
 
 M models are retrained on subsets of the training examples, with K seeds each, and measured on Q
 queries. Scores predict that removing the set I changes the measurement of query q by
-Σ_{n∈I} scores[q, n] / N. The LDS of a query is Spearman's rank correlation over the M subsets of
-the prediction and the mean measurement over seeds; that of a method is the mean over queries.
+Σ_{n∈I} w(scores[q, n]) · scores[q, n] / N, where w = 1, or less for negative scores. The LDS of a
+query is Spearman's rank correlation over the M subsets of the prediction and the mean measurement
+over seeds; that of a method is the mean over queries.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import numpy as np
 
 from jaxinf.data.subsets import Subsets
 from jaxinf.scores import statistics
-from jaxinf.scores.scores import Scores
+from jaxinf.scores.scores import Scores, negative_weights
 from jaxinf.scores.statistics import PairedTest
 
 
@@ -99,7 +100,7 @@ class LDS:
     resampled: [B, Q] float32, per_query in bootstrap resamples of subsets.
     seed: of the resamples.
     measurement: what was measured of the retrained models.
-    settings: what the scores were computed with.
+    settings: what the scores were computed with, and "negative_weight" of the predictions.
   """
 
   per_query: np.ndarray
@@ -160,6 +161,9 @@ class LDS:
       f"{num_queries} queries, {num_subsets} subsets); 95 % interval "
       f"{percent_range(self.interval)} over subsets, {percent_range(self.interval_both)} over both"
     )
+    weight = self.settings.get("negative_weight", 1)
+    if weight != 1:
+      line += f"; negative scores × {weight:g}"
     ordered = (self.predicted != self.predicted[:1]).any(axis=0)
     if not ordered.all():
       line += f"; {(~ordered).sum()} queries with equal predictions for all subsets count as 0"
@@ -175,6 +179,7 @@ def lds(
   subsets: Subsets,
   retrained: Retrained,
   *,
+  negative_weight: float = 1.0,
   seed: int = 0,
   num_resamples: int = 1000,
 ) -> LDS:
@@ -184,13 +189,16 @@ def lds(
     scores: of the queries of `retrained` for the training examples of `subsets`.
     subsets: what the models were trained on.
     retrained: their measurements; subsets without any model are left out.
+    negative_weight: of negative scores in the predictions, as of `Scores.predicted_change`; 1: the
+      scores as they are, which is the LDS of the literature.
     seed: of the bootstrap resamples; the same for methods that are compared.
     num_resamples: B.
 
   Raises:
-    ValueError: ids or numbers of subsets differ, or scores are not finite.
+    ValueError: ids or numbers of subsets differ, scores are not finite, or the weight is not in
+      [0, 1].
   """
-  predicted, measured = predicted_and_measured(scores, subsets, retrained)
+  predicted, measured = predicted_and_measured(scores, subsets, retrained, negative_weight)
   counts = statistics.resamples(*predicted.shape, seed=seed, num_resamples=num_resamples).subsets
   return LDS(
     per_query=statistics.spearman(predicted, measured, axis=0),
@@ -201,12 +209,12 @@ def lds(
     resampled=statistics.resampled_spearman(predicted, measured, counts),
     seed=seed,
     measurement=retrained.measurement,
-    settings=scores.settings,
+    settings={**scores.settings, "negative_weight": negative_weight},
   )
 
 
 def predicted_and_measured(
-  scores: Scores, subsets: Subsets, retrained: Retrained
+  scores: Scores, subsets: Subsets, retrained: Retrained, negative_weight: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
   """[M, Q] predicted changes and mean measurements, of the M subsets that have a model."""
   if len(subsets) != len(retrained.values):
@@ -216,19 +224,22 @@ def predicted_and_measured(
     )
   columns = _matched(scores.query_ids, retrained.query_ids, "queries", "the retrained models'")
   kept = retrained.kept
-  return predictions(scores, subsets)[kept][:, columns], retrained.means()[kept]
+  predicted = predictions(scores, subsets, negative_weight)
+  return predicted[kept][:, columns], retrained.means()[kept]
 
 
-def predictions(scores: Scores, subsets: Subsets) -> np.ndarray:
+def predictions(scores: Scores, subsets: Subsets, negative_weight: float = 1.0) -> np.ndarray:
   """[M, Q] predicted changes of the queries' measurements, of models trained on the subsets only.
 
-  Σ_{n∉subset m} scores[q, n] / N in float64, queries in the order of the scores.
+  Those of `Scores.predicted_change` for removing what subset m lacks, of all subsets at once:
+  Σ_{n∉subset m} w(scores[q, n]) · scores[q, n] / N in float64, queries in the order of the scores.
   """
   columns = _matched(scores.train_ids, subsets.train_ids, "training examples", "the subsets'")
   values = scores.values
   if not np.isfinite(values).all():
     raise ValueError("Some scores are not finite: they predict nothing.")
-  return (~subsets.membership).astype(float) @ values[:, columns].T.astype(float) / len(columns)
+  weighted = values * negative_weights(values, negative_weight)
+  return (~subsets.membership).astype(float) @ weighted[:, columns].T / len(columns)
 
 
 def _matched(given: np.ndarray, wanted: np.ndarray, what: str, whose: str) -> np.ndarray:

@@ -48,6 +48,7 @@ class TrainConfig:
     ema_max_decay, ema_warmup_power: see `ema_decay`.
     conditioning_dropout: share of draws in which the conditioning is left out, for guidance.
     checkpoint_every, log_every: steps between checkpoints, and between lines of the log.
+    num_models: trained on all examples with seeds of their own, each by a call of `fit`.
   """
 
   steps: int = 160_000
@@ -63,6 +64,7 @@ class TrainConfig:
   conditioning_dropout: float = dataclasses.field(default=0.0, metadata={"before": 0.0})
   checkpoint_every: int = 5_000
   log_every: int = 100
+  num_models: int = 1
 
 
 @flax.struct.dataclass

@@ -39,6 +39,20 @@ class StageCost:
     """Of everything; None where a part is."""
     return added(self.seconds.values())
 
+  def times(self, num: int) -> "StageCost":
+    """Of doing the same for so many models, one after another, with what was compiled once."""
+    if num == 1:
+      return self
+    again = lambda part, value: value if part == "compiling" or value is None else num * value
+    return dataclasses.replace(
+      self,
+      amount=num * self.amount,
+      operations=None if self.operations is None else num * self.operations,
+      seconds={part: again(part, value) for part, value in self.seconds.items()},
+      disk={part: num * value for part, value in self.disk.items()},
+      notes=(*self.notes, f"for {num} models, one after another."),
+    )
+
   @property
   def rate(self) -> float | None:
     """Operations a second while batches run."""

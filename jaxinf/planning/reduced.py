@@ -170,6 +170,7 @@ class Subject:
     # Of a file of conditioning, which has a row for each sample, shapes alone would count.
     of_samples = {"num_samples": few, "conditioning": None}
     sections["sample"] = of_samples | sections.get("sample", {})
+    sections["train"] = {"num_models": 1} | sections.get("train", {})
     changed = {
       section: dataclasses.replace(getattr(self.run.config, section), **fields)
       for section, fields in sections.items()

@@ -61,11 +61,17 @@ def plan(
     for cost in costs(subject):
       _LOG.info("plan: rehearsed %s", cost.stage)
       found.append(cost)
+  found = [cost.times(run.config.train.num_models) if _is_of_each(cost) else cost for cost in found]
   finished, notes = finished_stages(run, [cost.stage for cost in found])
   return Plan(
     tuple(found), len(devices), limits, process["peak_host_mib"] * 2**20, finished,
     time.perf_counter() - began, notes,
   )  # fmt: skip
+
+
+def _is_of_each(cost: StageCost) -> bool:
+  """Whether each model takes as much; evaluate scores by each, its few other methods are cheap."""
+  return STAGES[cost.stage].models == "each" or cost.stage == "evaluate"
 
 
 @contextlib.contextmanager
@@ -112,7 +118,10 @@ def finished_stages(run: Run, names: Sequence[str]) -> tuple[tuple[str, ...], tu
   notes: dict[str, None] = {}  # in order, once: what depends on a stale stage says the same
   for name in names:
     try:
-      if STAGES[name].kept and artifacts.finished(run.folder(name), key_of(run, name)):
+      models = run.each_model() if STAGES[name].models == "each" else [run]
+      if STAGES[name].kept and all(
+        artifacts.finished(model.folder(name), key_of(model, name)) for model in models
+      ):
         found.append(name)
     except StaleArtifact as error:
       notes[str(error)] = None

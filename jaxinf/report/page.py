@@ -64,7 +64,7 @@ class Tile:
     alt: what the picture shows.
     png: the picture; None: it has none.
     sharp: whether it is enlarged without smoothing.
-    score, error, label: more lines of text; empty for none.
+    score, error, between, label: more lines of text; empty for none.
   """
 
   name: str
@@ -73,6 +73,7 @@ class Tile:
   sharp: bool = False
   score: str = ""
   error: str = ""
+  between: str = ""
   label: str = ""
 
 

@@ -22,6 +22,9 @@ TITLES = {
 }
 
 
+_SHOWN = ("positions", "values", "std_errors", "model_std_errors")  # of a ranking
+
+
 @dataclasses.dataclass(frozen=True)
 class Neighbour:
   """One training example beside a query.
@@ -32,6 +35,7 @@ class Neighbour:
     label: name of its label, or None.
     score: its score for the query.
     std_error: of the score; NaN where unknown.
+    model_std_error: of the score between models; NaN of one model.
   """
 
   picture: np.ndarray | None
@@ -39,6 +43,7 @@ class Neighbour:
   label: str | None
   score: float
   std_error: float
+  model_std_error: float = math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,9 +132,10 @@ def _neighbours(dataset: Dataset, ranking: Ranking, query: int) -> list[Neighbou
       label=_label(dataset, n),
       score=float(score),
       std_error=float(error),
+      model_std_error=float(between),
     )
-    for n, score, error in zip(
-      ranking.positions[query], ranking.values[query], ranking.std_errors[query], strict=True
+    for n, score, error, between in zip(
+      *(getattr(ranking, name)[query] for name in _SHOWN), strict=True
     )
   ]
 

@@ -19,7 +19,8 @@ from jaxinf.report.rows import TITLES, Neighbour, Row, common_unit, explained_ro
 from jaxinf.report.words import Unit, count, memory, number, power, scientific
 from jaxinf.runs.config import as_dict
 from jaxinf.runs.sections import Config
-from jaxinf.scores.scores import Scores
+from jaxinf.scores.models import shared_top
+from jaxinf.scores.scores import NEGATIVE_WEIGHT, Scores
 from jaxinf.scores.support import SupportCheck, support_check
 
 _CHECKED = 10  # supporting examples in the check, fewer where there are not twice as many
@@ -97,6 +98,7 @@ def write_report(
   )
   trust = [
     *_noise(answer),
+    *_models(answer),
     *_rounding(scores.settings, answer.noun),
     *_order(manifests.get("attribute", {}).get("notes", {}), answer.noun),
   ]
@@ -116,10 +118,7 @@ def _introduction(answer: _Answer) -> list[str]:
   """What a score means, with the first sample's highest as an example, and its unit and error."""
   dataset, scores, noun, unit = answer.dataset, answer.scores, answer.noun, answer.unit
   num, measurement = len(dataset), str(scores.settings["measurement"]).replace("_", " ")
-  first = answer.rows[0]
   article = "An" if noun[0] in "aeiou" else "A"
-  best = first.groups["supporting"][0]
-  change = best.score / num
   replicates = scores.query_replicate_values
   whose = "(those of the sample itself are not in it)"
   if replicates is not None and len(replicates) > 1:
@@ -143,20 +142,38 @@ def _introduction(answer: _Answer) -> list[str]:
       "the model been trained without it, it would fit the sample worse. One with a negative score "
       '<b class="opposing">opposes</b> it: without it, the model would fit the sample better. '
       "Leaving one {noun} out is predicted to change the sample’s {measurement} by its score "
-      "divided by {num}; leaving several out, by the sum of theirs. For example, leaving out "
-      "{train} is predicted to {verb} the {measurement} of {query} by {change}."
+      "divided by {num}; leaving several out, by the sum of theirs. Negative scores count "
+      "{weight:g} times in such a sum, because models trained anew without {noun}s seldom fit a "
+      "sample better. {example}"
     ).format(
       article=article,
       noun=noun,
       measurement=measurement,
       num=count(num),
-      train=best.id,
-      verb="raise" if change >= 0 else "lower",
-      query=first.id,
-      change=scientific(abs(change)),
+      weight=NEGATIVE_WEIGHT,
+      example=_example(answer, measurement),
     ),
     units + errors,
   ]
+
+
+def _example(answer: _Answer, measurement: str) -> str:
+  """What leaving out the first sample's most supporting examples is predicted to do."""
+  row, scores = answer.rows[0], answer.scores
+  num = len(row.groups["supporting"])
+  best = scores.top(num).ids[0]
+
+  def predicted(ids: np.ndarray) -> str:
+    found = scores.predicted_change(ids)
+    change, error = found.changes[0], found.std_errors[0]
+    known = "" if math.isnan(error) else f" ± {scientific(error)}"
+    return f"{'raise' if change >= 0 else 'lower'} it by {scientific(abs(change))}{known}"
+
+  text = f"Of the {measurement} of {row.id}: leaving out {best[0]} is predicted to "
+  text += predicted(best[:1])
+  return (
+    f"{text}, and all {num} that support it most, to {predicted(best)}." if num > 1 else f"{text}."
+  )
 
 
 def _facts(answer: _Answer, coverage: Coverage) -> list[tuple[str, str]]:
@@ -216,6 +233,26 @@ def _noise(answer: _Answer) -> list[str]:
     f"{noun}s less that of the random ones is " + found + ".",
     f"{verdict} The check does not show that leaving those {noun}s out would change the samples as "
     "predicted; only retraining without them proves that.",
+  ]
+
+
+def _models(answer: _Answer) -> list[str]:
+  """Which supporting examples survive a new training run, where there are several models."""
+  scores, noun = answer.scores, answer.noun
+  if scores.model_values is None:
+    return []
+  num_models, num_queries, num_train = scores.model_values.shape
+  k = min(_CHECKED, num_train)
+  best, shared = scores.top(k), k * shared_top(scores, k)
+  mean, worst = (number(x, ".1f") for x in (shared.mean(), shared.mean(axis=1).min()))
+  clear = int((best.values > 2 * best.model_std_errors).sum())
+  return [
+    f"The scores are means over {num_models} models, which differ in the seed of their training "
+    "alone; “models ±” is one standard error between them, which is what another training run may "
+    f"move. Of the {k} {noun}s that support a sample most, {mean} are among the {k} of a single "
+    f"model (mean over samples and models; in the worst sample {worst}, by chance "
+    f"{number(k * k / num_train, '.1f')}). {count(clear)} of all {count(k * num_queries)} have a "
+    "score above twice its error between models: these survive a new training run."
   ]
 
 
@@ -322,11 +359,13 @@ def _sample(answer: _Answer, row: Row, q: int) -> Sample:
 
 
 def _neighbour_tile(neighbour: Neighbour, unit: Unit, noun: str) -> Tile:
+  between = neighbour.model_std_error
   tile = Tile(
     neighbour.id,
     alt=f"training {noun} {neighbour.id}",
     score=unit.number(neighbour.score),
     error=unit.error(neighbour.std_error),
+    between="" if math.isnan(between) else f"models {unit.error(between)}",
     label=neighbour.label or "",
   )
   return _with_picture(tile, neighbour.picture)

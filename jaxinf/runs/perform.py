@@ -15,7 +15,8 @@ def perform(run: Run, name: str, *words: str) -> Any:
 
   Args:
     run: the experiment.
-    name: of STAGES.
+    name: of STAGES. Those of each model are done for one after another, and the first's artefact is
+      returned.
     words: that follow the name, as in `study lds`.
 
   Raises:
@@ -27,6 +28,9 @@ def perform(run: Run, name: str, *words: str) -> Any:
   check_conditioning(run)
   if not stage.does:
     return [perform(run, step) for step in steps_of(run, name)][-1]
+  if stage.models == "each" and run.config.train.num_models != 1:
+    first, *_ = [perform(model, name, *words) for model in run.each_model()]
+    return first
   if not stage.kept:
     return stage.function(run, *words)
   if run.devices is not None and processes.count() > 1:
@@ -37,8 +41,9 @@ def perform(run: Run, name: str, *words: str) -> Any:
     folder,
     key_of(run, name),
     lambda: stage.function(run),
-    label=name,
+    label=f"{name}, model {run.model_number}" if run.model_number else name,
     alone=stage.alone,
+    anew=stage.anew,
     then=hint(name).format(folder=folder.absolute()),
   )
 

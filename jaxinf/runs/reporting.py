@@ -9,20 +9,32 @@ from jaxinf.report.run_page import write_report
 from jaxinf.runs.latents import preparations
 from jaxinf.runs.run import Run, load_scores
 from jaxinf.runs.sampling import load_samples
-from jaxinf.runs.stage import MAIN_LINE
+from jaxinf.runs.stage import MAIN_LINE, STAGES
+from jaxinf.scores.stability import rank_stability
 
 
 def report(run: Run) -> Outcome:
   """Draws the page report/index.html."""
   line = (*preparations(run), *MAIN_LINE[:-1])
+  scores, models = load_scores(run), run.each_model()
   manifests = {name: artifacts.read_manifest(run.folder(name)) for name in line}
+  for model in models[1:]:
+    others = (name for name in line if STAGES[name].models == "each")
+    manifests |= {
+      f"{name}, model {model.model_number}": artifacts.read_manifest(model.folder(name))
+      for name in others
+    }
+  if len(models) > 1:  # how the order of the means holds; each model's notes are of its own
+    replicates = len(scores.replicate_values)
+    notes = {"stability": rank_stability(scores).summary()} if replicates > 1 else {}
+    manifests["attribute"] = {**manifests["attribute"], "notes": notes}
   samples = load_samples(run, "pictures")
   files = write_report(
     run.folder("report"),
     config=run.config,
     dataset=run.dataset,
     samples=samples.data,
-    scores=load_scores(run),
+    scores=scores,
     coverage=coverage_from(manifests["curvature"]["notes"]),
     manifests=manifests,
     labels=_made_from(run, samples),

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxinf import data, networks
+from jaxinf.core.checks import checked_count
 from jaxinf.core.draws import Draws
 from jaxinf.core.examples import Examples
 from jaxinf.core.moments import Moments
@@ -38,9 +39,16 @@ from jaxinf.runs.config import settings
 from jaxinf.runs.process import process_of
 from jaxinf.runs.sections import Config, CurvatureConfig, DrawConfig
 from jaxinf.runs.stage import STAGES
+from jaxinf.scores.models import mean_scores
 from jaxinf.scores.scores import Scores
 
 TRAINED = "trained"  # latent.autoencoder where the stage train-vae makes it
+
+# Between the seeds of models trained on all images. Retrained models of the proof have the run's
+# seed + 1, + 2, …, so that fewer than this share no seed with them.
+SEED_STEP = 1000
+_LOADED = ("train", "autoencoder", "stand_in")  # of a run, where it has asked for them
+_OF_EACH = {name for name, stage in STAGES.items() if stage.models == "each"} | {"score"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +63,8 @@ class Run:
     ids: of training images, likewise.
     shard: (i, n), the part of the models to retrain that this process trains: the i-th of n.
     folders: stage → folder, for those that lie elsewhere than in workdir/<stage>.
+    model_number: of the model that the run is of, from 0. The others have seeds of their own, lie
+      in workdir/models/<number>, and share data, autoencoder and samples with the first.
   """
 
   config: Config
@@ -64,9 +74,39 @@ class Run:
   ids: tuple[str, ...] = ()
   shard: tuple[int, int] = (0, 1)
   folders: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+  model_number: int = 0
 
   def folder(self, stage: str) -> Path:
-    return self.folders.get(stage, self.workdir / stage)
+    """Where the result of a stage lies: this model's own, or what all models share."""
+    name = f"{self._prefix}{stage}" if stage in _OF_EACH else stage
+    return self.folders.get(name, self.workdir / name)
+
+  @property
+  def _prefix(self) -> str:
+    return f"models/{self.model_number}/" if self.model_number else ""
+
+  @property
+  def seed(self) -> int:
+    """Of training, and of the draws of curvature and scores."""
+    return self.config.seed + SEED_STEP * self.model_number
+
+  def of_model(self, number: int) -> "Run":
+    """The run of one of the models alone; what was loaded is shared."""
+    if number == self.model_number and self.config.train.num_models == 1:
+      return self
+    section = dataclasses.replace(self.config.train, num_models=1)
+    config = dataclasses.replace(self.config, train=section)
+    return self._sharing(dataclasses.replace(self, config=config, model_number=number))
+
+  @property
+  def first(self) -> "Run":
+    """The run whose samples, autoencoder and proof all models share."""
+    return self.of_model(0) if self.model_number else self
+
+  def each_model(self) -> list["Run"]:
+    """The runs of all models, each alone, the first before the others."""
+    num = checked_count(self.config.train.num_models, "train.num_models")
+    return [self.of_model(self.model_number + number) for number in range(num)]
 
   @functools.cached_property
   def dataset(self) -> Dataset:
@@ -181,16 +221,22 @@ class Run:
     """The network as a function of parameters."""
     return networks.apply_fn_of(self.model, self.process)
 
-  def with_curvature(self, section: CurvatureConfig, folder: Path) -> "Run":
-    """The same run with another curvature in a folder of its own; what was loaded is shared."""
+  def with_curvature(self, section: CurvatureConfig, name: str) -> "Run":
+    """The same run with another curvature, which is kept under score/<name>, beside this model's
+    scores; what was loaded is shared."""
+    folder = self.workdir / self._prefix / "score" / name
     other = dataclasses.replace(
       self,
       config=dataclasses.replace(self.config, curvature=section),
-      folders={**self.folders, "curvature": folder},
+      folders={**self.folders, f"{self._prefix}curvature": folder},
     )
+    return self._sharing(other)
+
+  def _sharing(self, other: "Run") -> "Run":
+    """`other`, with what was loaded or found for this run, which is the same there."""
     shared = ("dataset", "data_content", "model", "apply_fn", "found")
     vars(other).update({name: getattr(self, name) for name in shared})
-    vars(other).update({name: vars(self)[name] for name in ("train",) if name in vars(self)})
+    vars(other).update({name: vars(self)[name] for name in _LOADED if name in vars(self)})
     return other
 
   @functools.cached_property
@@ -207,7 +253,7 @@ class Run:
   ) -> Draws:
     """Draws from the run's seed."""
     fields = dataclasses.asdict(design) | {"loss_power": loss_power}
-    return Draws(num, replicates, seed=self.config.seed, **fields)
+    return Draws(num, replicates, seed=self.seed, **fields)
 
 
 def num_classes_of(dataset: Dataset) -> int | None:
@@ -250,7 +296,9 @@ def key_of(run: Run, name: str) -> dict[str, Any]:
     ValueError: an input is not finished, or was made with other settings (StaleArtifact).
   """
   stage = named(STAGES, name, "stage")
-  key: dict[str, Any] = {"seed": run.config.seed, name: own_settings(run, name)}
+  if stage.models != "each":
+    run = run.first
+  key: dict[str, Any] = {"seed": run.seed, name: own_settings(run, name)}
   for path in stage.reads:
     key[path.rpartition(".")[2]] = settings(operator.attrgetter(path)(run.config))
   if stage.data:
@@ -259,7 +307,12 @@ def key_of(run: Run, name: str) -> dict[str, Any]:
     key["data"] |= _labels(run.dataset)
   if stage.key:
     key |= pkgutil.resolve_name(stage.key)(run)
-  return key | {f"{needed}_content": content_of_stage(run, needed) for needed in stage.needs}
+  inputs = lambda run: {
+    f"{needed}_content": content_of_stage(run, needed) for needed in stage.needs
+  }
+  if stage.models == "all" and (others := run.each_model()[1:]):
+    key["models"] = [inputs(other) for other in others]
+  return key | inputs(run)
 
 
 def data_key(run: Run, latents: bool = True) -> dict[str, Any]:
@@ -324,7 +377,11 @@ def kind_of_config(config: CurvatureConfig) -> Kind:
 
 
 def load_scores(run: Run) -> Scores:
-  """The scores of a run."""
+  """The scores of a run, means over its models."""
+  return mean_scores([_own_scores(model) for model in run.each_model()])
+
+
+def _own_scores(run: Run) -> Scores:
   artifact = artifacts.read(run.folder("attribute"))
   before = {"group_values": "replicate_values", "query_group_values": "query_replicate_values"}
   own = {before.get(n, n): array for n, array in artifact.arrays.items() if "/" not in n}

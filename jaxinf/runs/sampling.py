@@ -115,6 +115,7 @@ def load_samples(run: Run, of: str = "examples") -> Examples:
   Raises:
     ValueError: the samples have no such thing.
   """
+  run = run.first
   arrays = artifacts.read(run.folder("sample")).arrays
   given = {n.removeprefix(_GIVEN): x for n, x in arrays.items() if n.startswith(_GIVEN)} or None
   if of in ("examples", "pictures"):

@@ -7,8 +7,9 @@ under workdir/query/, in a folder named after the file. `index-append`, `index-d
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,7 @@ from jaxinf.runs.run import (
   num_classes_of,
   own_settings,
 )
+from jaxinf.scores.models import mean_scores
 from jaxinf.scores.scores import Ranking
 from jaxinf.store.build import build_store, open_store
 from jaxinf.store.store import Store
@@ -66,24 +68,33 @@ def store_folder(run: Run) -> Path:
 
 
 def query(run: Run) -> Artifact:
-  """The best training images of each of `run.images`, from the store; printed, and kept."""
+  """The best training images of each of `run.images`, from the store; printed, and kept.
+
+  Where the run has several models, scores are means over their stores.
+  """
   images = _given_images(run)
   assert run.images is not None
-  store = load_store(run)
+  stores = _stores(run)
+  contents = [store.rows.ledger.content for _, store in stores]
   key = {
     "seed": run.config.seed,
     "query": own_settings(run, "query"),
     "images": images.fingerprint(),
-    "index": store.rows.ledger.content,
+    "index": contents[0],
   }
+  if len(stores) > 1:
+    key["models"] = contents[1:]
   if run.is_latent:
     key["autoencoder"] = _autoencoder(run).fingerprint
   digest = artifacts.fingerprint_of(artifacts.plain(key))[:8]
   folder = run.folder("query") / f"{run.images.stem}-{digest}"
 
   def compute() -> Outcome:
-    arrays = {"query_ids": images.ids, **dataclasses.asdict(_found(run, store, images))}
-    return arrays, {"settings": store.settings}, f"the best training images of {len(images)}"
+    found = dataclasses.asdict(_found(stores, images))
+    if len(stores) == 1:
+      del found["model_std_errors"]  # which are NaN
+    notes = {"settings": stores[0][1].settings}
+    return {"query_ids": images.ids, **found}, notes, f"the best training images of {len(images)}"
 
   artifact = artifacts.cached(folder, key, compute, label="query")
   if processes.is_primary():
@@ -92,15 +103,21 @@ def query(run: Run) -> Artifact:
 
 
 def append(run: Run) -> Store:
-  """Adds `run.images` to the store as training images."""
+  """Adds `run.images` to the store as training images, and to those of further models.
+
+  Where this was stopped between two stores, those that have the images are left as they are.
+  """
   images, config = _given_images(run), run.config.index
   processes.check_same(images.fingerprint(), "the images of --images")
-  store = load_store(run)
-  store.append(
-    _as_training(run, images),
-    reserve_bytes=config.reserve_mib * _MIB,
-    compute=run.compute(config.batch_size),
-  )
+  stores = _stores(run)
+  lacking = [pair for pair in stores if not np.isin(images.ids, _ids_of(pair[1])).all()]
+  for model, store in lacking or stores[:1]:  # a store that has them all says so
+    store.append(
+      _as_training(model, images),
+      reserve_bytes=config.reserve_mib * _MIB,
+      compute=run.compute(config.batch_size),
+    )
+  _, store = stores[0]
   _LOG.info("index-append: %d images, now %d in the store", len(images), len(store))
   return store
 
@@ -110,28 +127,55 @@ def delete(run: Run) -> Store:
   if not run.ids:
     raise ValueError("Say which images to delete: --ids=ID,ID,…")
   processes.check_same(" ".join(run.ids), "--ids")
-  store = load_store(run)
-  store.delete(run.ids)
+  stores = _stores(run)
+  for _, store in stores:
+    store.delete(run.ids)
+  _, store = stores[0]
   _LOG.info("index-delete: %d images, now %d in the store", len(run.ids), len(store))
   return store
 
 
 def verify(run: Run) -> Store:
   """Reads the whole store and compares its checksums."""
-  store = load_store(run)
-  size = store.verify() / _MIB
-  _LOG.info("index-verify: %s is sound: %d images, %.1f MiB", store.rows.folder, len(store), size)
-  return store
+  stores = _stores(run)
+  for _, store in stores:
+    size = store.verify() / _MIB
+    _LOG.info("index-verify: %s is sound: %d images, %.1f MiB", store.rows.folder, len(store), size)
+  return stores[0][1]
 
 
-def _found(run: Run, store: Store, images: Dataset) -> Ranking:
+def _stores(run: Run) -> list[tuple[Run, Store]]:
+  """The store of each model, with the run of that model."""
+  return [(model, load_store(model)) for model in run.each_model()]
+
+
+def _ids_of(store: Store) -> np.ndarray:
+  """Of the examples that are not deleted."""
+  ledger = store.rows.ledger
+  return ledger.ids[ledger.kept]
+
+
+def _found(stores: Sequence[tuple[Run, Store]], images: Dataset) -> Ranking:
+  """The best of one store, without a score of every image; or by means over several stores."""
+  if len(stores) == 1:
+    ((run, store),) = stores
+    return store.top(**_question(run, store, images), k=_num_shown(run, store))
+  scores = mean_scores([store.query(**_question(run, store, images)) for run, store in stores])
+  return scores.top(_num_shown(*stores[0]))
+
+
+def _num_shown(run: Run, store: Store) -> int:
+  return min(run.config.query.top_k, len(store))
+
+
+def _question(run: Run, store: Store, images: Dataset) -> dict[str, Any]:
+  """The arguments of a query of the store."""
   config = run.config.query
-  return store.top(
-    _as_queries(run, images),
-    min(config.top_k, len(store)),
+  return dict(
+    queries=_as_queries(run, images),
     damping=config.damping,
     draws=dataclasses.replace(
-      store.draws, num=config.draws, replicates=config.query_replicates, seed=run.config.seed
+      store.draws, num=config.draws, replicates=config.query_replicates, seed=run.seed
     ),
     measurement=config.measurement,
     layers=config.layers,
@@ -221,9 +265,13 @@ def _given_images(run: Run) -> Dataset:
 
 def _table(arrays: Mapping[str, np.ndarray]) -> str:
   """The best training images of each query as aligned text."""
-  lines = ["The training images that support each image most: score ± standard error"]
-  fields = zip(*(arrays[n] for n in ("query_ids", "ids", "values", "std_errors")), strict=True)
-  for query_id, *row in fields:
+  between = arrays.get("model_std_errors", np.full_like(arrays["values"], np.nan))
+  head = "The training images that support each image most: score ± standard error"
+  lines = [head + ", and between models" * ("model_std_errors" in arrays)]
+  rows = (*(arrays[n] for n in ("query_ids", "ids", "values", "std_errors")), between)
+  for query_id, *row in zip(*rows, strict=True):
     lines.append(f"{query_id}")
-    lines += [f"  {i!s:24} {v:12.5g} ± {e:.2g}" for i, v, e in zip(*row, strict=True)]
+    for i, value, error, other in zip(*row, strict=True):
+      last = "" if np.isnan(other) else f" ± {other:.2g}"
+      lines.append(f"  {i!s:24} {value:12.5g} ± {error:.2g}{last}")
   return "\n".join(lines)

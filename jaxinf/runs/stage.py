@@ -39,6 +39,9 @@ class Stage:
     kept: whether its result is an artefact in the run's folder of that name, under `run.key_of`.
       The others keep what they make themselves, or nothing.
     alone: the first process computes, and the others wait.
+    models: of the run's models trained with other seeds, which its result is of: the "first", on
+      its own; "each", so that every model has a result; or "all" of them together.
+    anew: the result of other settings is replaced, because it is made in seconds.
     steps: stages that it is made of, in order.
     takes: the word that follows the name on the command line, where there is one.
     flags: of the command line, that it reads beside --config and --workdir.
@@ -59,6 +62,8 @@ class Stage:
   data: str | None = "images"
   kept: bool = False
   alone: bool = False
+  models: str = "first"
+  anew: bool = False
   steps: tuple[str, ...] = ()
   takes: str = ""
   flags: tuple[str, ...] = ()
@@ -87,14 +92,15 @@ STAGES: dict[str, Stage] = {stage.name: stage for stage in (
         section="latent", pace=("batch_size", "autoencoder", "sample"),
         key="jaxinf.runs.latents:autoencoder_key", then="next: train"),
   Stage("train", "train the model; checkpoints, metrics.jsonl and TensorBoard events on the way",
-        does="jaxinf.runs.stages:train", kept=True,
-        section="train", pace=("log_every", "checkpoint_every"), reads=("model", "diffusion")),
+        does="jaxinf.runs.stages:train", kept=True, models="each",
+        section="train", pace=("log_every", "checkpoint_every"), extent=("num_models",),
+        reads=("model", "diffusion")),
   Stage("sample", "generate the samples to be explained",
         does="jaxinf.runs.sampling:sample", kept=True, data=None,
         section="sample", pace=("batch_size", "conditioning"), reads=("diffusion",),
         needs=("train",), key="jaxinf.runs.sampling:sampling_key"),
   Stage("curvature", "fit the K-FAC curvature over all training images",
-        does="jaxinf.runs.stages:curvature", kept=True,
+        does="jaxinf.runs.stages:curvature", kept=True, models="each",
         section="curvature", pace=("batch_size", "partitions", "checkpoint_every"),
         reads=("diffusion",), needs=("train",), dry_run="jaxinf.runs.studies:curvature_memory"),
   Stage("curvature-study",
@@ -107,17 +113,18 @@ STAGES: dict[str, Stage] = {stage.name: stage for stage in (
         section="compress_study", pace=("batch_size",), needs=("train", "sample", "curvature"),
         then=_OPEN),
   Stage("attribute", "score every training image for every sample",
-        does="jaxinf.runs.stages:attribute", kept=True,
+        does="jaxinf.runs.stages:attribute", kept=True, models="each",
         section="attribute", pace=("batch_size", "query_chunk", "checkpoint_every"),
         needs=("train", "sample", "curvature")),
   Stage("report", "draw DIR/report/index.html",
         does="jaxinf.runs.reporting:report", kept=True, alone=True, data="labelled",
+        models="all", anew=True,
         section="report", needs=("attribute",), then=_OPEN),
   Stage("all", "all of these that the config needs; finished stages are reused",
         steps=("train", "sample", "curvature", "attribute", "report")),
 
   Stage("index", "compute the gradients of all training images, and keep them in DIR/index/store",
-        does="jaxinf.runs.serving:index", group=STORE, kept=True,
+        does="jaxinf.runs.serving:index", group=STORE, kept=True, models="each",
         section="index", pace=("batch_size", "reserve_mib"), needs=("train", "curvature"),
         then="next: query, with --images"),
   Stage("query", "score --images=new.npz (or a folder), at any config.query.damping",

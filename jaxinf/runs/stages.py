@@ -41,7 +41,7 @@ _LOG = logging.getLogger("jaxinf")
 
 def train(run: Run) -> Outcome:
   """Trains the model, from its last checkpoint on; the arrays are its EMA parameters."""
-  state = training.init_state(run.model, run.train, run.config.train, run.config.seed)
+  state = training.init_state(run.model, run.train, run.config.train, run.seed)
   fit = functools.partial(_trained, run)
   found = trained(run.folder("train"), "train", state, fit)
   params = found.state.ema_params
@@ -91,7 +91,7 @@ def _trained(run: Run, state: training.TrainState, hooks: training.Hooks) -> tra
     run.process,
     run.train,
     run.config.train,
-    seed=run.config.seed,
+    seed=run.seed,
     state=state,
     hooks=hooks,
     devices=run.devices,
@@ -105,7 +105,7 @@ def _fitted(run: Run) -> Curvature:
     load_model(run),
     run.train,
     kind_of_config(config),
-    draws=Draws(config.draws, seed=run.config.seed),
+    draws=Draws(config.draws, seed=run.seed),
     skip=config.skip,
     diagonal=config.diagonal,
     only=config.only,

@@ -72,15 +72,14 @@ def _of_parts(parts: Sequence[Scores]) -> Scores:
   """The scores of all queries, from those of parts of them."""
   if len(parts) == 1:
     return parts[0]
-  of_queries = [
-    part.query_replicate_values for part in parts if part.query_replicate_values is not None
-  ]
-  return dataclasses.replace(
-    parts[0],
-    replicate_values=np.concatenate([part.replicate_values for part in parts], axis=1),
-    query_ids=np.concatenate([part.query_ids for part in parts]),
-    query_replicate_values=np.concatenate(of_queries, axis=1) if of_queries else None,
-  )
+  names = ("replicate_values", "query_replicate_values", "model_values")
+  joined: dict[str, Any] = {
+    name: np.concatenate([getattr(part, name) for part in parts], axis=1)
+    for name in names
+    if getattr(parts[0], name) is not None
+  }
+  query_ids = np.concatenate([part.query_ids for part in parts])
+  return dataclasses.replace(parts[0], query_ids=query_ids, **joined)
 
 
 def shared_settings(scores: Scores) -> dict[str, Any]:
@@ -92,7 +91,7 @@ def _check_alike(scores: Scores, first: Scores) -> None:
   same = {
     "query ids": np.array_equal(scores.query_ids, first.query_ids),
     "training ids": np.array_equal(scores.train_ids, first.train_ids),
-    "replicates of draws": _shapes(scores) == _shapes(first),
+    "replicates of draws or models": _shapes(scores) == _shapes(first),
     "settings": shared_settings(scores) == shared_settings(first),
   }
   if not all(same.values()):
@@ -104,5 +103,5 @@ def _check_alike(scores: Scores, first: Scores) -> None:
 
 
 def _shapes(scores: Scores) -> list[tuple[int, ...] | None]:
-  both = scores.replicate_values, scores.query_replicate_values
-  return [None if groups is None else groups.shape for groups in both]
+  every = scores.replicate_values, scores.query_replicate_values, scores.model_values
+  return [None if values is None else values.shape for values in every]

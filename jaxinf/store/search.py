@@ -118,11 +118,13 @@ class Search:
       self._scored(one[:, :, None], np.arange(1), places, {})
       for one, places in zip(products, found.positions, strict=True)
     ]
+    values = np.concatenate([one.values for one in scores])
     return Ranking(
-      ids[found.positions],
-      np.concatenate([one.values for one in scores]),
-      np.concatenate([one.std_errors for one in scores]),
-      found.positions,
+      ids=ids[found.positions],
+      values=values,
+      std_errors=np.concatenate([one.std_errors for one in scores]),
+      model_std_errors=np.full_like(values, np.nan),
+      positions=found.positions,
     )
 
   def _scored(

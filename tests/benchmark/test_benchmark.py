@@ -1,6 +1,7 @@
 """A whole proof in seconds: what is trained, measured, scored and compared is what it says."""
 
 import dataclasses
+import json
 import shutil
 from functools import partial
 
@@ -172,6 +173,36 @@ def test_the_table_holds_the_rank_correlations(finished):
       np.testing.assert_allclose(entry["default"]["mean"], means[default], atol=1e-6)
       if "best" in entry:
         np.testing.assert_allclose(entry["best"]["mean"], max(means), atol=1e-6)
+      plain, discounted = entry["readouts"].values()
+      assert plain["default"] == entry["default"]
+      values = sweep[default].values
+      predicted = np.where(subsets.membership, 0, 1) @ np.where(values < 0, 0.5 * values, values).T
+      expected = [stats.spearmanr(*x).statistic for x in zip(predicted.T, truth.T, strict=True)]
+      np.testing.assert_allclose(discounted["default"]["mean"], np.mean(expected), atol=1e-6)
+
+
+def test_tables_of_before_are_shown_where_their_scores_are_gone_and_made_anew_otherwise(
+  finished, tmp_path, capsys
+):
+  run = copied(finished, tmp_path, {})
+  artifact = artifacts.read(run.folder("evaluate"))
+  before = {k: v for k, v in artifact.manifest["key"].items() if k != "readouts"}
+  notes = json.loads(json.dumps(artifact.notes))
+  for table in notes["tables"].values():
+    for entry in table["entries"]:
+      del entry["readouts"]
+  place = run.folder("evaluate")
+  artifacts.write(place, before, artifact.arrays, notes=notes, cost={})
+  shutil.move(run.folder("score") / "pixel", tmp_path / "pixel")
+  capsys.readouterr()
+  benchmark.evaluate(run)
+  assert artifacts.read(place).manifest["key"] == before
+  assert "negative" not in capsys.readouterr().out
+  shutil.move(tmp_path / "pixel", run.folder("score") / "pixel")
+  benchmark.evaluate(run)
+  assert artifacts.read(place).notes == artifact.notes
+  shown = capsys.readouterr().out
+  assert "as they are" in shown and "negative × 0.5" in shown
 
 
 def test_counterfactual_models_lack_the_top_images(finished):
@@ -184,6 +215,14 @@ def test_counterfactual_models_lack_the_top_images(finished):
   without = measures.of_models(finished, "loss", [spec.name], "counterfactual/measure")
   full = measures.of_models(finished, "loss", ["full-seed-0"])
   assert artifact.notes["methods"] == ["influence", "pixel", "random"]
+  scores = scoring.at_default(finished, scoring.row_of("influence", "loss"))
+  removed = scores.train_ids[scores.top(6).positions[1]]
+  predicted = artifact.arrays["predicted"]
+  # Float32.
+  np.testing.assert_allclose(
+    predicted[0, 1, 1], scores.predicted_change(removed).changes[1], rtol=1e-6
+  )
+  assert np.isnan(predicted[1:]).all()
   np.testing.assert_array_equal(artifact.arrays["change"][1, 1, 1, 0], (without - full)[0, 1])
   config = models.model_key(finished, spec)
   assert config["steps"] == finished.config.train.steps  # as many as the full model's

@@ -43,6 +43,31 @@ def test_predictions_are_sums_over_removed_examples():
     np.testing.assert_allclose(row, expected, rtol=1e-12)  # float64, sums in another order
 
 
+@pytest.mark.parametrize("weight", [1, 0.5, 0])
+def test_predictions_of_a_subset_are_those_of_removing_the_others(weight):
+  scores, subsets, _ = world()
+  found = predictions(scores, subsets, weight)
+  for m in (0, 5):
+    removed = np.delete(scores.train_ids, subsets.positions(m))
+    expected = scores.predicted_change(removed, weight).changes
+    np.testing.assert_allclose(found[m], expected, rtol=1e-6)  # of float32 means, or a mean of sums
+
+
+def test_truth_that_lacks_negative_changes_is_predicted_best_without_them():
+  scores, subsets, retrained = world()
+  kept = predictions(scores, subsets, 0.25)
+  truth = dataclasses.replace(retrained, values=np.stack([kept, kept], axis=1))
+  found = {w: lds(scores, subsets, truth, negative_weight=w, **FAST) for w in (1.0, 0.25)}
+  assert (found[0.25].per_query == 1).all() and found[1.0].mean < 1
+  assert found[0.25].settings == {"method": "toy", "negative_weight": 0.25}
+  assert "; negative scores × 0.25" in found[0.25].summary() and "×" not in found[1.0].summary()
+  sweep = [dataclasses.replace(scores, settings={"damping": damping}) for damping in (0.1, 1.0)]
+  swept = damping_lds(sweep, subsets, truth, default=0.1, negative_weight=0.25, **FAST)
+  assert (swept.per_query == 1).all()
+  with pytest.raises(ValueError, match="negative_weight must lie in"):
+    lds(scores, subsets, truth, negative_weight=2)
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_scores_that_retraining_confirms_have_lds_of_their_sign(sign):
   scores, subsets, retrained = world()

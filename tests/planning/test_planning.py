@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxinf import planning
+from jaxinf.planning.cost import StageCost
 from jaxinf.planning.line import attribute_cost, curvature_cost, index_cost, train_cost
 from jaxinf.planning.proof import proof_costs
 from jaxinf.planning.reduced import Subject, random_params
@@ -248,3 +249,15 @@ def test_unknown_lines_and_impossible_settings_are_refused(tmp_path):
   with pytest.raises(ValueError, match=r"num_steps must lie in 1…20; got 30"):
     planning.plan(run_of(tmp_path, sample__num_steps=30), limits=PLENTY)
   assert not list(tmp_path.iterdir())
+
+
+def test_several_models_take_their_number_of_times_but_one_compilation():
+  seconds = {"compiling": 3.0, "batches": 2.0, "besides": None}
+  one = StageCost("train", 20, "steps", 5.0, seconds, {"state": 7}, {"state": 8}, {"kept": 9})
+  assert one.times(1) is one
+  four = one.times(4)
+  assert (four.amount, four.operations, four.disk) == (80, 20.0, {"kept": 36})
+  assert four.seconds == {"compiling": 3.0, "batches": 8.0, "besides": None}
+  assert (four.device, four.host) == (one.device, one.host) and "4 models" in four.notes[0]
+  unknown = dataclasses.replace(one, operations=None).times(2)
+  assert unknown.operations is None

@@ -10,7 +10,7 @@ from jaxinf.data.dataset import Dataset
 from jaxinf.layers.coverage import Coverage, Row
 from jaxinf.report.rows import common_unit, explained_rows
 from jaxinf.report.run_page import write_report
-from jaxinf.report.words import Unit
+from jaxinf.report.words import Unit, scientific
 from jaxinf.runs.config import typed
 from jaxinf.scores.scores import Scores
 from tests.report.parsed import Page, decoded
@@ -126,6 +126,16 @@ def test_settings_coverage_costs_and_versions_are_there(tmp_path):
     "git revision not recorded; abc1", "Model parameters 40", "Damping λ 10⁻⁸",
   ):  # fmt: skip
     assert part in text
+
+
+def test_the_example_is_what_the_scores_predict(tmp_path):
+  scores = scores_of(dataset_of())
+  best = scores.top(TOP_K).ids[0]
+  found = scores.predicted_change(best)
+  text = write(tmp_path, dataset_of(), scores).text
+  change, error = scientific(found.changes[0]), scientific(found.std_errors[0])
+  assert f"leaving out {best[0]} is predicted to raise it by " in text
+  assert f"all {TOP_K} that support it most, to raise it by {change} ± {error}." in text
 
 
 def test_labels_are_named_where_there_are_any(tmp_path):

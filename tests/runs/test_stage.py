@@ -21,7 +21,7 @@ def test_a_row_is_complete(row):
   assert bool(row.does) or bool(row.steps)
   assert not row.does or callable(row.function)
   assert set(row.needs) | set(row.steps) <= set(STAGES)
-  assert row.data in (None, "images", "labelled")
+  assert row.data in (None, "images", "labelled") and row.models in ("first", "each", "all")
   assert set(row.flags) <= {"images", "ids", "shard"}
   assert not row.kept or row.section
   fields = set()

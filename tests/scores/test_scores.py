@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from jaxinf.scores.scores import Scores
+from jaxinf.scores.scores import NEGATIVE_WEIGHT, Scores
 
 
 def bilinear_scores(*, noise, num_groups=4, num_query_groups=3, num_repeats=40_000, size=3):
@@ -99,25 +99,41 @@ def test_errors_of_sums_are_right_whether_or_not_examples_share_their_draws(shar
 
 
 @pytest.mark.parametrize("num_query_groups", [0, 1, 3])
-def test_removal_is_the_sum_of_scores_over_n_with_the_error_of_the_sum(num_query_groups):
+@pytest.mark.parametrize("weight", [1, 0.3, 0])
+def test_a_predicted_change_is_the_weighted_sum_over_n_with_the_error_of_the_sum(
+  num_query_groups, weight
+):
   scores = grouped_scores(num_query_groups=num_query_groups)
-  change, errors = scores.removal([15, 10, 12, 10])
-  groups = scores.replicate_values[..., [0, 2, 5]].astype(np.float64).sum(axis=-1) / 6
+  found = scores.predicted_change([15, 10, 12, 10], weight)
+  weights = np.where(scores.values < 0, weight, 1.0)
+  summed = lambda values: (weights * values)[..., [0, 2, 5]].sum(axis=-1) / 6
+  replicates = summed(scores.replicate_values)
   # Sums of float32 numbers in float64, on both sides.
-  np.testing.assert_allclose(change, groups.mean(axis=0), rtol=1e-12)
-  variance = groups.var(axis=0, ddof=1) / 4
+  np.testing.assert_allclose(found.changes, replicates.mean(axis=0), rtol=1e-12)
+  variance = replicates.var(axis=0, ddof=1) / 4
   if num_query_groups == 3:
-    parts = scores.query_replicate_values[..., [0, 2, 5]].astype(np.float64).sum(axis=-1) / 6
-    variance = variance + parts.var(axis=0, ddof=1) / 3
-  np.testing.assert_allclose(errors, np.sqrt(variance), rtol=1e-12)
+    variance = variance + summed(scores.query_replicate_values).var(axis=0, ddof=1) / 3
+  np.testing.assert_allclose(found.std_errors, np.sqrt(variance), rtol=1e-12)
+  assert np.isnan(found.model_std_errors).all()
   # A group is removed by its name, and N still counts examples; sums are rounded to float32.
-  for ours, theirs in zip(scores.by_group().removal(["miro"]), (change, errors), strict=True):
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
-  nothing, no_error = scores.removal([])
-  assert (nothing == 0).all() and (no_error == 0).all()
+  of_groups = scores.discounted(weight).by_group().predicted_change(["miro"], 1)
+  np.testing.assert_allclose(of_groups.changes, found.changes, rtol=1e-5)
+  np.testing.assert_allclose(of_groups.std_errors, found.std_errors, rtol=1e-5)
+
+
+def test_a_prediction_without_removals_is_zero_and_others_are_refused():
+  scores = grouped_scores()
+  nothing = scores.predicted_change([])
+  assert (nothing.changes == 0).all() and (nothing.std_errors == 0).all()
+  default = scores.predicted_change([10, 11, 12])
+  expected = scores.predicted_change([10, 11, 12], NEGATIVE_WEIGHT)
+  np.testing.assert_array_equal(default.changes, expected.changes)
   for identity in (9, "10"):
     with pytest.raises(ValueError, match=f"1 ids are of no training example: {identity!r}. There"):
-      scores.removal([identity, 10] if identity == 9 else [identity])
+      scores.predicted_change([identity, 10] if identity == 9 else [identity])
+  for weight in (-0.1, 1.5, float("nan")):
+    with pytest.raises(ValueError, match="negative_weight must lie in"):
+      scores.predicted_change([10], weight)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +145,7 @@ def test_removal_is_the_sum_of_scores_over_n_with_the_error_of_the_sum(num_query
     (dict(train_ids=np.arange(2)), "train_ids must be 6, as replicate_values (4, 2, 6) has them"),
     (dict(train_groups=np.arange(5)), "train_groups must be 6"),
     (dict(query_replicate_values=np.zeros((3, 6, 2))), "scores [A, 2, 6]"),
+    (dict(model_values=np.zeros((3, 2, 5))), "model_values must be scores [K, 2, 6]"),
   ],
 )
 def test_shapes_that_do_not_agree_are_refused(change, message):

@@ -27,7 +27,7 @@ from jaxinf.core.moments import Moments
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.fit import fit_curvature
 from jaxinf.curvature.ggn import Solver
-from jaxinf.curvature.kinds import EKFAC, KFAC, Diagonal, ExactGGN, Identity
+from jaxinf.curvature.kinds import EKFAC, KFAC, Diagonal, ExactGGN, Identity, Shampoo
 from jaxinf.curvature.saving import load_curvature
 from jaxinf.data.subsets import Subsets, random_subsets
 from jaxinf.diffusion.measurements import (
@@ -90,6 +90,7 @@ __all__ = [
   "Retrained",
   "Schedule",
   "Scores",
+  "Shampoo",
   "Solver",
   "Store",
   "Subsets",

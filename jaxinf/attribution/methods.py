@@ -24,7 +24,7 @@ from jaxinf.core.examples import Examples
 from jaxinf.core.registry import named
 from jaxinf.core.types import Array
 from jaxinf.curvature.curvature import Curvature
-from jaxinf.curvature.kinds import EKFAC, KFAC, Diagonal, ExactGGN, Identity, Kind
+from jaxinf.curvature.kinds import EKFAC, KFAC, Diagonal, ExactGGN, Identity, Kind, Shampoo
 from jaxinf.diffusion.model import DiffusionModel
 from jaxinf.engine.compute import Compute
 from jaxinf.scores.sweep import Sweep
@@ -168,6 +168,7 @@ METHODS: Mapping[str, Method] = {
   "influence": _curved(None),
   "kfac": _curved(KFAC()),
   "ekfac": _curved(EKFAC()),
+  "shampoo": _curved(Shampoo()),
   "kfac-empirical": _curved(KFAC(fisher="empirical")),
   "kfac-reduce": _curved(KFAC("reduce")),
   "kfac-reduce-empirical": _curved(KFAC("reduce", "empirical")),

@@ -103,7 +103,7 @@ class DrawConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CurvatureConfig:
-  kind: str = renamed("method", "kfac")  # kfac, ekfac, diagonal, identity or exact (small sets)
+  kind: str = renamed("method", "kfac")  # kfac, ekfac, shampoo, diagonal, identity or exact
   approx: str = renamed("sharing", "expand")  # expand or reduce, over positions
   fisher: str = renamed("estimator", "mc")  # mc, empirical or exact
   samples: int = renamed("targets", 1)  # model-sampled targets for each draw

@@ -599,7 +599,7 @@ def test_exact_curvature_has_no_store(problem, tmp_path):
     f.name: getattr(problem.curvature, f.name) for f in dataclasses.fields(problem.curvature)
   }
   exact = ExactCurvature(**fields)
-  with pytest.raises(ValueError, match="fit KFAC, EKFAC or Diagonal"):
+  with pytest.raises(ValueError, match="fit KFAC, EKFAC, Shampoo or Diagonal"):
     build(problem._replace(curvature=exact), tmp_path / "store")
   assert not (tmp_path / "store").exists()
 

@@ -21,6 +21,7 @@ from jaxinf.attribution.similarity import (
 )
 from jaxinf.attribution.trak import DTRAK, TRAK, dtrak, trak
 from jaxinf.compression.projection import Projection
+from jaxinf.core.damping import RelativeDamping
 from jaxinf.core.draws import Draws
 from jaxinf.core.examples import Examples
 from jaxinf.core.moments import Moments
@@ -87,6 +88,7 @@ __all__ = [
   "RankStability",
   "Ranking",
   "Recommendation",
+  "RelativeDamping",
   "Retrained",
   "Schedule",
   "Scores",

@@ -25,7 +25,14 @@ from jaxinf.compression.compression import (
   compression_named,
   settings_of,
 )
-from jaxinf.core.checks import checked_dampings
+from jaxinf.core.checks import checked_layer_dampings
+from jaxinf.core.damping import (
+  Damping,
+  damping_settings,
+  kind_settings,
+  number_of,
+  symbol_of,
+)
 from jaxinf.core.draws import Draws
 from jaxinf.core.examples import Examples, check_alike
 from jaxinf.curvature.curvature import Curvature
@@ -47,7 +54,7 @@ def influence(
   *,
   queries: Examples,
   train: Examples,
-  damping: float,
+  damping: Damping,
   draws: Draws = Draws(),
   query_draws: Draws | None = None,
   measurement: str | Measurement = "loss",
@@ -62,7 +69,7 @@ def influence(
     queries: what is to be explained; states [Q, K, …] where the measurement is of trajectories.
     train: the training examples, with random_flip where training mirrored images.
     damping: λ > 0, in the units of the curvature (squared gradient of the loss, a mean over the
-      elements of an example).
+      elements of an example); or RelativeDamping(ρ), by which each layer has its own.
     draws: of (t, ε) for each training example. `Draws.until_stable()` goes on until the top of the
       order is stable, and says in settings["draws"] how many that took.
     query_draws: likewise for each query; as many by the same design where None.
@@ -92,7 +99,7 @@ def influence_sweep(
   *,
   queries: Examples,
   train: Examples,
-  dampings: Sequence[float],
+  dampings: Sequence[Damping],
   draws: Draws = Draws(),
   query_draws: Draws | None = None,
   measurement: str | Measurement = "loss",
@@ -100,11 +107,11 @@ def influence_sweep(
   precision: str | None = None,
   compute: Compute = Compute(),
 ) -> Sweep:
-  """`influence` at several dampings, all scored in one pass over the training gradients.
+  """`influence` at several dampings of one kind, scored in one pass over the training gradients.
 
   Each damping takes as much memory for the preconditioned query gradients as one.
   """
-  several = checked_dampings(dampings)
+  several = checked_layer_dampings(dampings)
   method = Influence(curvature, several, measurement, compression, precision, query_draws)
   return method.scores(queries=queries, train=train, draws=draws, compute=compute)
 
@@ -114,7 +121,7 @@ class Influence:
   """Influence functions as a method: see `influence` for the fields."""
 
   curvature: Curvature
-  dampings: tuple[float, ...] = (1e-8,)
+  dampings: tuple[Damping, ...] = (1e-8,)
   measurement: str | Measurement = "loss"
   compression: str | Compression | None = AUTO
   precision: str | None = None
@@ -137,7 +144,7 @@ class _Question:
   """One call of the method: its arguments checked and with their defaults filled in."""
 
   curvature: Curvature
-  dampings: tuple[float, ...]
+  dampings: tuple[Damping, ...]
   measurement: Measurement
   compression: Compression
   precision: str | None
@@ -155,6 +162,9 @@ class _Question:
     """Raises ValueError where arguments don't fit together."""
     curvature, measured = method.curvature, measurement_named(method.measurement)
     measured.check(curvature.model.process)
+    dampings = checked_layer_dampings(method.dampings)
+    for damping in dampings:
+      curvature.check_damping(damping)
     check_alike(queries, train, measured.axes)
     if compute.checkpoint is not None and measured.name is None:
       raise ValueError("With a checkpoint, give the Measurement a name that tells it from others.")
@@ -169,7 +179,7 @@ class _Question:
     draws = draws.split()
     return cls(
       curvature,
-      checked_dampings(method.dampings),
+      dampings,
       measured,
       compression,
       method.precision,
@@ -276,6 +286,7 @@ class _Question:
       **self.train.augmentation.settings,
       "compression": self.compression.description,
       "precision": self.precision,
+      **kind_settings(self.dampings[0]),
     }
 
   def _round(self, score_pass: ScorePass, rows: QueryRows, number: int) -> np.ndarray:
@@ -288,7 +299,7 @@ class _Question:
       )
       key |= {
         "curvature_content": self.curvature.content(),
-        "dampings": self.dampings,
+        "dampings": tuple(map(number_of, self.dampings)),
         "compression": settings_of(self.compression),
       }
       folder = checkpoint.path(f"round-{number:03d}")
@@ -315,7 +326,7 @@ class _Question:
           of_draws[i],
           self.queries.ids,
           self.train.ids,
-          settings | {"damping": damping, "check": checks[i]},
+          settings | damping_settings(damping) | {"check": checks[i]},
           of_queries[i] if of_queries.shape[1] > 1 else None,
           self.train.groups,
         )
@@ -329,9 +340,10 @@ class _Question:
       if check is None or check["spearman"] is None or not processes.is_primary():
         continue
       _LOG.info(
-        "attribute: at λ = %.1e, %s queries%s against float32 on %d training examples and %d "
+        "attribute: at %s = %.1e, %s queries%s against float32 on %d training examples and %d "
         "queries: rank correlation of scores %.4f (least %.4f)",
-        damping,
+        symbol_of(damping),
+        number_of(damping),
         self.compression.description,
         f" and {self.precision} products" if self.precision else "",
         check["num_examples"],

@@ -19,6 +19,7 @@ from jaxinf.attribution.similarity import EmbeddingSimilarity, PixelSimilarity, 
 from jaxinf.attribution.trak import DTRAK, TRAK
 from jaxinf.compression.compression import Compression
 from jaxinf.compression.projection import Projection
+from jaxinf.core.damping import Damping, RelativeDamping
 from jaxinf.core.draws import Draws
 from jaxinf.core.examples import Examples
 from jaxinf.core.registry import named
@@ -46,7 +47,7 @@ class Ingredients:
   Attributes:
     model: that is attributed.
     curvature: kind of curvature → the curvature of that kind; None: the usual one.
-    dampings: of methods that have one.
+    dampings: numbers, λ or ρ, of methods that have one.
     measurement: whose gradient is taken at the queries.
     query_draws: of (t, ε) for each query.
     compression: of preconditioned query gradients.
@@ -76,7 +77,8 @@ class Method:
 
   Attributes:
     make: ingredients → the method.
-    default_damping: λ recommended without a benchmark (paper, J.4); None: the method has none.
+    default_damping: λ recommended without a benchmark (paper, J.4), or ρ where damping is relative
+      to the layers; None: the method has none.
     measures: whether scores depend on the measurement whose gradient is taken.
     kind: of the curvature they depend on; "own" for the usual one, None for none.
     reads: names of settings that scores depend on.
@@ -111,10 +113,12 @@ def method_named(name: str) -> Method:
   return named(METHODS, name, "method")
 
 
-def _influence(given: Ingredients, kind: Kind | None) -> Influence:
+def _influence(
+  given: Ingredients, kind: Kind | None, damping: Callable[[float], Damping] = float
+) -> Influence:
   return Influence(
     given.curvature(kind),
-    tuple(given.dampings),
+    tuple(map(damping, given.dampings)),
     given.measurement,
     given.compression,
     given.precision,
@@ -164,6 +168,12 @@ def _curved(kind: Kind | None, sweeps: bool = True) -> Method:
   return Method(make, 1e-8, True, kind or "own", (*_DRAWS, "compression"), sweeps)
 
 
+def _relative(kind: Kind | None) -> Method:
+  """With damping ρ · mean(Λ) of each layer; ρ = 0.01 is the middle of what others sweep."""
+  make = functools.partial(_influence, kind=kind, damping=RelativeDamping)
+  return dataclasses.replace(_curved(kind), make=make, default_damping=1e-2)
+
+
 METHODS: Mapping[str, Method] = {
   "influence": _curved(None),
   "kfac": _curved(KFAC()),
@@ -175,6 +185,9 @@ METHODS: Mapping[str, Method] = {
   "diagonal": _curved(Diagonal()),
   "identity": _curved(Identity(), sweeps=False),
   "exact": _curved(ExactGGN()),
+  "influence-relative": _relative(None),
+  "ekfac-relative": _relative(EKFAC()),
+  "shampoo-relative": _relative(Shampoo()),
   "trak": Method(_trak, 1e-9, measures=True, reads=_PROJECTED),
   "dtrak": Method(_d_trak, 1e-9, reads=_PROJECTED),
   "journey-trak": Method(

@@ -109,7 +109,8 @@ def _entries(
       sweeps[name], subsets, truth, default=row.kind.default_damping, **options
     )
     defaults[name] = bests[name].default
-  references = [f"{REFERENCE}, {truth.measurement}", *(n for n in rows if n.startswith(REFERENCE))]
+  of_any = (name for name, row in rows.items() if row.method == REFERENCE)
+  references = [f"{REFERENCE}, {truth.measurement}", *of_any]
   reference = next((name for name in references if name in rows), next(iter(rows)))
   entries, arrays = [], {}
   for name, row in rows.items():

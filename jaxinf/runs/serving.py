@@ -15,6 +15,7 @@ import numpy as np
 from jaxinf import data
 from jaxinf.compression.compression import compression_named
 from jaxinf.core.arrays import read_rows
+from jaxinf.core.damping import damping_named
 from jaxinf.core.examples import Examples
 from jaxinf.data import DataConfig, Dataset
 from jaxinf.engine import artifacts, processes
@@ -129,7 +130,7 @@ def _found(run: Run, store: Store, images: Dataset) -> Ranking:
   return store.top(
     _as_queries(run, images),
     min(config.top_k, len(store)),
-    damping=config.damping,
+    damping=damping_named(config.damping_kind, config.damping),
     draws=dataclasses.replace(
       store.draws, num=config.draws, replicates=config.query_replicates, seed=run.config.seed
     ),

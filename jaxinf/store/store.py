@@ -16,7 +16,7 @@ import numpy as np
 from jaxinf.attribution.kernels import QUERY, TRAIN, GradientKernel, row_operands
 from jaxinf.attribution.queries import gradient_batches, gradient_kernel
 from jaxinf.core.arrays import blocks
-from jaxinf.core.checks import checked_damping
+from jaxinf.core.damping import Damping, damping_settings
 from jaxinf.core.draws import Draws
 from jaxinf.core.examples import Examples, check_queries
 from jaxinf.curvature.curvature import Curvature
@@ -135,7 +135,7 @@ class Store:
     self,
     queries: Examples,
     *,
-    damping: float,
+    damping: Damping,
     draws: Draws = Draws(),
     measurement: str | Measurement = "loss",
     layers: Sequence[str] | None = None,
@@ -149,7 +149,7 @@ class Store:
 
     Args:
       queries: what is to be explained; trajectories as for `influence`.
-      damping: λ > 0, in the units of the curvature; any, at no cost.
+      damping: λ > 0, in the units of the curvature, or RelativeDamping; any, at no cost.
       draws: of (t, ε) for each query.
       measurement: what is measured of a query, by name or as an object.
       layers: regular expressions on layer names, of which only the matching count; None: all.
@@ -166,7 +166,7 @@ class Store:
     search = self._search(queries, damping, asked, measured, layers, compute)
     settings = {
       **self.settings,
-      "damping": damping,
+      **damping_settings(damping),
       "layers": tuple(search.vectors),
       "measurement": measured.name or "custom",
       "query_draws": asked.num,
@@ -180,7 +180,7 @@ class Store:
     queries: Examples,
     k: int,
     *,
-    damping: float,
+    damping: Damping,
     draws: Draws = Draws(),
     measurement: str | Measurement = "loss",
     layers: Sequence[str] | None = None,
@@ -197,14 +197,14 @@ class Store:
   def _search(
     self,
     queries: Examples,
-    damping: float,
+    damping: Damping,
     draws: Draws,
     measurement: Measurement,
     layers: Sequence[str] | None,
     compute: Compute,
   ) -> Search:
     """The query vectors, to be compared with the rows."""
-    checked_damping(damping)
+    self.curvature.check_damping(damping)
     check_queries(queries)
     self.rows.refresh()
     names = matching_layers(self.packing.shapes, layers)

@@ -72,7 +72,8 @@ class Curvature:
   def multiply(self, grads: Params, damping: Damping) -> Params:
     """(H + λI) · grads for a pytree shaped like the parameters; zeros outside the curvature.
 
-    λ is a number, or each layer's own by RelativeDamping.
+    With RelativeDamping, each layer has a λ of its own; ExactGGN has none and refuses it.
+
     In float64 on the host, and so returned: at a damping far below the largest eigenvalue, float32
     could not tell the small eigendirections from the rounding of the large ones.
     """

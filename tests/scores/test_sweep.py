@@ -34,6 +34,7 @@ def test_a_sweep_is_of_one_kind_of_damping():
   absolute = Sweep([scores_at(0.1), scores_at(0.2)])
   relative = Sweep([scores_at(x, damping_kind="relative") for x in (0.1, 0.2)])
   assert relative.is_relative and repr(relative).startswith("Sweep(ρ = 0.1, 0.2; ")
+  assert repr(relative[1]).endswith("; ρ = 0.2)")
   assert relative.at(RelativeDamping(0.2)) is relative.at(0.2) is relative[1]
   with pytest.raises(ValueError, match=r"no scores at the damping RelativeDamping\(rho=0.2\)"):
     absolute.at(RelativeDamping(0.2))

@@ -29,13 +29,14 @@ from jaxinf.attribution.similarity import (
 )
 from jaxinf.attribution.trak import DTRAK, TRAK, dtrak, trak
 from jaxinf.compression.projection import Projection
+from jaxinf.core.damping import RelativeDamping
 from jaxinf.core.draws import Draws
 from jaxinf.core.examples import Examples
 from jaxinf.core.moments import Moments
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.fit import fit_curvature
 from jaxinf.curvature.ggn import Solver
-from jaxinf.curvature.kinds import EKFAC, KFAC, Diagonal, ExactGGN, Identity
+from jaxinf.curvature.kinds import EKFAC, KFAC, Diagonal, ExactGGN, Identity, Shampoo
 from jaxinf.curvature.saving import load_curvature
 from jaxinf.data.subsets import Subsets, random_subsets
 from jaxinf.diffusion.measurements import (
@@ -103,9 +104,11 @@ __all__ = [
   "RankStability",
   "Ranking",
   "Recommendation",
+  "RelativeDamping",
   "Retrained",
   "Schedule",
   "Scores",
+  "Shampoo",
   "Solver",
   "Store",
   "Subsets",

@@ -35,7 +35,14 @@ from jaxinf.compression.compression import (
   compression_named,
   settings_of,
 )
-from jaxinf.core.checks import checked_dampings
+from jaxinf.core.checks import checked_layer_dampings
+from jaxinf.core.damping import (
+  Damping,
+  damping_settings,
+  kind_settings,
+  number_of,
+  symbol_of,
+)
 from jaxinf.core.draws import Draws
 from jaxinf.core.examples import Examples, check_alike
 from jaxinf.curvature.curvature import Curvature
@@ -61,7 +68,7 @@ def influence(
   *,
   queries: Examples,
   train: Examples,
-  damping: float,
+  damping: Damping,
   draws: Draws = Draws(),
   query_draws: Draws | None = None,
   measurement: str | Measurement = "loss",
@@ -76,7 +83,7 @@ def influence(
     queries: what is to be explained; states [Q, K, …] where the measurement is of trajectories.
     train: the training examples, with random_flip where training mirrored images.
     damping: λ > 0, in the units of the curvature (squared gradient of the loss, a mean over the
-      elements of an example).
+      elements of an example); or RelativeDamping(ρ), by which each layer has its own.
     draws: of (t, ε) for each training example; their loss_power is ½ where none is given.
       `Draws.until_stable()` goes on until the top of the order is stable, and says in
       settings["draws"] how many that took.
@@ -107,7 +114,7 @@ def influence_sweep(
   *,
   queries: Examples,
   train: Examples,
-  dampings: Sequence[float],
+  dampings: Sequence[Damping],
   draws: Draws = Draws(),
   query_draws: Draws | None = None,
   measurement: str | Measurement = "loss",
@@ -115,11 +122,11 @@ def influence_sweep(
   precision: str | None = None,
   compute: Compute = Compute(),
 ) -> Sweep:
-  """`influence` at several dampings, all scored in one pass over the training gradients.
+  """`influence` at several dampings of one kind, scored in one pass over the training gradients.
 
   Each damping takes as much memory for the preconditioned query gradients as one.
   """
-  several = checked_dampings(dampings)
+  several = checked_layer_dampings(dampings)
   method = Influence(curvature, several, measurement, compression, precision, query_draws)
   return method.scores(queries=queries, train=train, draws=draws, compute=compute)
 
@@ -129,7 +136,7 @@ class Influence:
   """Influence functions as a method: see `influence` for the fields."""
 
   curvature: Curvature
-  dampings: tuple[float, ...] = (1e-8,)
+  dampings: tuple[Damping, ...] = (1e-8,)
   measurement: str | Measurement = "loss"
   compression: str | Compression | None = AUTO
   precision: str | None = None
@@ -163,7 +170,7 @@ class _Question:
   """One call of the method: its arguments checked and with their defaults filled in."""
 
   curvature: Curvature
-  dampings: tuple[float, ...]
+  dampings: tuple[Damping, ...]
   measurement: Measurement
   compression: Compression
   precision: str | None
@@ -181,6 +188,9 @@ class _Question:
     """Raises ValueError where arguments don't fit together."""
     curvature, measured = method.curvature, measurement_named(method.measurement)
     measured.check(curvature.model.process)
+    dampings = checked_layer_dampings(method.dampings)
+    for damping in dampings:
+      curvature.check_damping(damping)
     check_alike(queries, train, measured.axes)
     if compute.checkpoint is not None and measured.name is None:
       raise ValueError("With a checkpoint, give the Measurement a name that tells it from others.")
@@ -195,7 +205,7 @@ class _Question:
     draws = draws.split().of_power(LOSS_POWER)
     return cls(
       curvature,
-      checked_dampings(method.dampings),
+      dampings,
       measured,
       compression,
       method.precision,
@@ -324,6 +334,7 @@ class _Question:
       **self.train.augmentation.settings,
       "compression": self.compression.description,
       "precision": self.precision,
+      **kind_settings(self.dampings[0]),
     }
 
   def _round(
@@ -338,7 +349,7 @@ class _Question:
       )
       key |= {
         "curvature_content": self.curvature.content(),
-        "dampings": self.dampings,
+        "dampings": tuple(map(number_of, self.dampings)),
         "compression": settings_of(self.compression),
       }
       key |= {"by_layer": True} if isinstance(kernel, LayerScoreKernel) else {}
@@ -372,7 +383,7 @@ class _Question:
           of_draws[i],
           self.queries.ids,
           self.train.ids,
-          settings | {"damping": damping, "check": checks[i]},
+          settings | damping_settings(damping) | {"check": checks[i]},
           of_queries[i] if of_queries.shape[1] > 1 else None,
           self.train.groups,
         )
@@ -394,7 +405,7 @@ class _Question:
         tuple(layer.name for layer in self.curvature.layers),
         self.queries.ids,
         self.train.ids,
-        settings | {"damping": damping, "check": checks[i]},
+        settings | damping_settings(damping) | {"check": checks[i]},
         of_queries[i] if of_queries.shape[2] > 1 else None,
         self.train.groups,
       )
@@ -407,9 +418,10 @@ class _Question:
       if check is None or check["spearman"] is None or not processes.is_primary():
         continue
       _LOG.info(
-        "attribute: at λ = %.1e, %s queries%s against float32 on %d training examples and %d "
+        "attribute: at %s = %.1e, %s queries%s against float32 on %d training examples and %d "
         "queries: rank correlation of scores %.4f (least %.4f)",
-        damping,
+        symbol_of(damping),
+        number_of(damping),
         self.compression.description,
         f" and {self.precision} products" if self.precision else "",
         check["num_examples"],

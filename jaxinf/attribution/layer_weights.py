@@ -23,6 +23,7 @@ import optax
 from jaxinf.attribution.influence import AUTO, Influence
 from jaxinf.compression.compression import Compression
 from jaxinf.core.checks import checked_count, checked_seed
+from jaxinf.core.damping import Damping
 from jaxinf.core.draws import Draws
 from jaxinf.core.examples import Examples
 from jaxinf.core.random import stream
@@ -47,7 +48,7 @@ def layer_scores(
   *,
   queries: Examples,
   train: Examples,
-  damping: float,
+  damping: Damping,
   draws: Draws = Draws(),
   query_draws: Draws | None = None,
   measurement: str | Measurement = "loss",

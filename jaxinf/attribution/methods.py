@@ -21,12 +21,13 @@ from jaxinf.attribution.similarity import EmbeddingSimilarity, PixelSimilarity, 
 from jaxinf.attribution.trak import DTRAK, TRAK
 from jaxinf.compression.compression import Compression
 from jaxinf.compression.projection import Projection
+from jaxinf.core.damping import Damping, RelativeDamping
 from jaxinf.core.draws import Draws
 from jaxinf.core.examples import Examples
 from jaxinf.core.registry import named
 from jaxinf.core.types import Array
 from jaxinf.curvature.curvature import Curvature
-from jaxinf.curvature.kinds import EKFAC, KFAC, Diagonal, ExactGGN, Identity, Kind
+from jaxinf.curvature.kinds import EKFAC, KFAC, Diagonal, ExactGGN, Identity, Kind, Shampoo
 from jaxinf.diffusion.model import DiffusionModel
 from jaxinf.engine.compute import Compute
 from jaxinf.scores.sweep import Sweep
@@ -48,7 +49,7 @@ class Ingredients:
   Attributes:
     model: that is attributed.
     curvature: kind of curvature → the curvature of that kind; None: the usual one.
-    dampings: of methods that have one.
+    dampings: numbers, λ or ρ, of methods that have one.
     measurement: whose gradient is taken at the queries.
     query_draws: of (t, ε) for each query.
     compression: of preconditioned query gradients.
@@ -78,7 +79,8 @@ class Method:
 
   Attributes:
     make: ingredients → the method.
-    default_damping: λ recommended without a benchmark (paper, J.4); None: the method has none.
+    default_damping: λ recommended without a benchmark (paper, J.4), or ρ where damping is relative
+      to the layers; None: the method has none.
     measures: whether scores depend on the measurement whose gradient is taken.
     kind: of the curvature they depend on; "own" for the usual one, None for none.
     reads: names of settings that scores depend on.
@@ -125,10 +127,12 @@ def method_named(name: str) -> Method:
   return named(METHODS, name, "method")
 
 
-def _influence(given: Ingredients, kind: Kind | None) -> Influence:
+def _influence(
+  given: Ingredients, kind: Kind | None, damping: Callable[[float], Damping] = float
+) -> Influence:
   return Influence(
     given.curvature(kind),
-    tuple(given.dampings),
+    tuple(map(damping, given.dampings)),
     given.measurement,
     given.compression,
     given.precision,
@@ -191,7 +195,13 @@ def _curved(kind: Kind | None, sweeps: bool = True, loss_power: float | None = N
 
 def _weighted(weights: str) -> Method:
   make = functools.partial(_layer_weighted, weights=weights)
-  return Method(make, 1e-8, True, "own", (*_DRAWS, "compression"))
+  return dataclasses.replace(_curved(None), make=make)
+
+
+def _relative(kind: Kind | None) -> Method:
+  """With damping ρ · mean(Λ) of each layer; ρ = 0.01 is the middle of what others sweep."""
+  make = functools.partial(_influence, kind=kind, damping=RelativeDamping)
+  return dataclasses.replace(_curved(kind), make=make, default_damping=1e-2)
 
 
 METHODS: Mapping[str, Method] = {
@@ -199,15 +209,19 @@ METHODS: Mapping[str, Method] = {
   "influence-loss": _curved(None, loss_power=1.0),
   "kfac": _curved(KFAC()),
   "ekfac": _curved(EKFAC()),
+  "shampoo": _curved(Shampoo()),
   "kfac-empirical": _curved(KFAC(fisher="empirical")),
   "kfac-reduce": _curved(KFAC("reduce")),
   "kfac-reduce-empirical": _curved(KFAC("reduce", "empirical")),
   "diagonal": _curved(Diagonal()),
   "identity": _curved(Identity(), sweeps=False),
   "exact": _curved(ExactGGN()),
+  "influence-relative": _relative(None),
+  "ekfac-relative": _relative(EKFAC()),
+  "shampoo-relative": _relative(Shampoo()),
   "layer-weighted": _weighted("learnt"),
   "layer-balanced": _weighted("balanced"),
-  "posterior": Method(_posterior, 1e-8, True, "own", _DRAWS),
+  "posterior": Method(_posterior, 1e-8, True, "own", _DRAWS, loss_power=1.0),
   "trak": Method(_trak, 1e-9, measures=True, reads=_PROJECTED),
   "dtrak": Method(_d_trak, 1e-9, reads=_PROJECTED),
   "journey-trak": Method(

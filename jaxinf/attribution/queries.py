@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxinf.attribution.kernels import GradientKernel, Replicate
 from jaxinf.compression.compression import Compression
+from jaxinf.core.damping import Damping
 from jaxinf.core.draws import Draws
 from jaxinf.core.examples import Examples
 from jaxinf.core.types import Array, Matrices, PyTree
@@ -52,7 +53,7 @@ def query_rows(
   gradient_batches: Iterator[Matrices],
   *,
   num_rows: int,
-  dampings: Sequence[float],
+  dampings: Sequence[Damping],
   compression: Compression,
   groups: int = 1,
 ) -> QueryRows:
@@ -63,7 +64,7 @@ def query_rows(
     gradient_batches: layer name → ∇m [b, …, d_out, d_in], this process's share of the Q · A rows
       in order, a few at a time.
     num_rows: Q · A.
-    dampings: the L values of λ.
+    dampings: L of them.
     compression: of the rows.
     groups: A.
   """

@@ -160,7 +160,8 @@ def _entries(
     }
     for name, row in rows.items()
   }
-  references = [f"{REFERENCE}, {truth.measurement}", *(n for n in rows if n.startswith(REFERENCE))]
+  of_any = (name for name, row in rows.items() if row.method == REFERENCE)
+  references = [f"{REFERENCE}, {truth.measurement}", *of_any]
   reference = next((name for name in references if name in rows), next(iter(rows)))
   own = readouts[0].name
   against = found[reference][own].default

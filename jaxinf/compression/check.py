@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxinf.compression.compression import COMPRESSIONS, Compression, Uncompressed
 from jaxinf.compression.quantise import Quantisation
+from jaxinf.core.damping import Damping, RelativeDamping, number_of
 
 # A rank correlation of r costs an LDS a factor of about r: measured on an MLP, r = 0.74 took an LDS
 # of 87 to 69. At 0.99 that is 0.9, about two standard errors of an LDS over 100 subsets.
@@ -24,7 +25,7 @@ def verdict(
   check: Mapping[str, Any] | None,
   compression: Compression,
   *,
-  damping: float | None = None,
+  damping: Damping | None = None,
   precision: str | None = None,
 ) -> str | None:
   """What to warn of, or None where the order is kept or was not measured.
@@ -37,12 +38,13 @@ def verdict(
       `num_queries` queries and `num_examples` training examples. None, or a mean of None, where
       nothing was measured.
     compression: of the query rows.
-    damping: λ of these scores, for the wording.
+    damping: of these scores, for the wording.
     precision: of the network's products; None where it is the network's own.
   """
   if check is None or check["spearman"] is None or keeps_order(check):
     return None
-  where = "" if damping is None else f"At damping {damping:g}, "
+  kind = "relative " if isinstance(damping, RelativeDamping) else ""
+  where = "" if damping is None else f"At {kind}damping {number_of(damping):g}, "
   what = f"{compression.description} query gradients" * (compression != Uncompressed())
   products = f"{precision} products" * (precision is not None)
   causes = " and ".join(filter(None, (what, products))) or "rounding"

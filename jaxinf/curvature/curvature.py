@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxinf.core.arrays import fingerprint
 from jaxinf.core.checks import checked_damping
+from jaxinf.core.damping import Damping, RelativeDamping, of_layer
 from jaxinf.core.types import Array, Eigenbasis, Matrices, Params
 from jaxinf.curvature.eigenbasis import multiply, precondition
 from jaxinf.curvature.ggn import GGN
@@ -55,26 +56,37 @@ class Curvature:
     """Whether H is diagonal in the bases, so that gradients can be kept there for any damping."""
     return True
 
+  def check_damping(self, damping: Damping) -> None:
+    """Raises ValueError unless the damping is positive, and one that this curvature can have."""
+    if not isinstance(damping, RelativeDamping):  # which has checked itself
+      checked_damping(damping)
+
+  def damping_in(self, name: str, damping: Damping) -> float:
+    """λ of a layer."""
+    return of_layer(damping, self.bases[name].eigenvalues)
+
   def content(self) -> str:
     """A hash of what (H + λI)⁻¹ is made from."""
     return fingerprint(self._arrays())
 
-  def multiply(self, grads: Params, damping: float) -> Params:
+  def multiply(self, grads: Params, damping: Damping) -> Params:
     """(H + λI) · grads for a pytree shaped like the parameters; zeros outside the curvature.
+
+    With RelativeDamping, each layer has a λ of its own; ExactGGN has none and refuses it.
 
     In float64 on the host, and so returned: at a damping far below the largest eigenvalue, float32
     could not tell the small eigendirections from the rounding of the large ones.
     """
     return self._apply(multiply, grads, damping)
 
-  def precondition(self, grads: Params, damping: float) -> Params:
+  def precondition(self, grads: Params, damping: Damping) -> Params:
     """(H + λI)⁻¹ · grads; otherwise as `multiply`, whose inverse it is inside the curvature."""
     return self._apply(precondition, grads, damping)
 
-  def precondition_rows(self, grads: Matrices, damping: float) -> Iterator[tuple[str, jax.Array]]:
+  def precondition_rows(self, grads: Matrices, damping: Damping) -> Iterator[tuple[str, jax.Array]]:
     """Yields (layer name, (H + λI)⁻¹ ∇) for gradients [B, …, d_out, d_in], layer by layer."""
     for name, matrices in grads.items():
-      yield name, _precondition(matrices, self.bases[name], damping)
+      yield name, _precondition(matrices, self.bases[name], self.damping_in(name, damping))
 
   def eigenvalues(self, name: str) -> np.ndarray:
     """Λ [(groups,) d_out, d_in] of a layer, float32."""
@@ -90,15 +102,16 @@ class Curvature:
     leaves = jax.tree.leaves(self.bases)
     return {str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)}
 
-  def _apply(self, function, grads: Params, damping: float) -> Params:
-    checked_damping(damping)
+  def _apply(self, function, grads: Params, damping: Damping) -> Params:
+    self.check_damping(damping)
     expected, got = (jax.tree.map(np.shape, tree) for tree in (self.model.params, grads))
     if expected != got:
       raise ValueError("grads must be a pytree with the structure and shapes of the parameters.")
     grads = jax.tree.map(lambda x: np.asarray(x, np.float64), grads)
     matrices = to_matrices(self.layers, grads)
     applied = {
-      name: function(matrix, self.bases[name], damping) for name, matrix in matrices.items()
+      name: function(matrix, self.bases[name], self.damping_in(name, damping))
+      for name, matrix in matrices.items()
     }
     return from_matrices(self.layers, applied, grads)
 
@@ -123,19 +136,25 @@ class ExactCurvature(Curvature):
     fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Curvature)}
     return Curvature(**fields)
 
-  def multiply(self, grads: Params, damping: float) -> Params:
-    return self.ggn.multiply(grads, damping)
+  def check_damping(self, damping: Damping) -> None:
+    checked_damping(damping)
 
-  def precondition(self, grads: Params, damping: float) -> Params:
+  def multiply(self, grads: Params, damping: Damping) -> Params:
+    return self.ggn.multiply(grads, checked_damping(damping))
+
+  def precondition(self, grads: Params, damping: Damping) -> Params:
     one_row = {name: matrix[None] for name, matrix in to_matrices(self.layers, grads).items()}
-    solved, _ = self.ggn.solve(one_row, damping, preconditioner=self.approximation)
+    solved = self._solved(one_row, damping)
     zeros = jax.tree.map(lambda x: np.zeros(np.shape(x)), grads)
     return from_matrices(self.layers, {name: m[0] for name, m in solved.items()}, zeros)
 
-  def precondition_rows(self, grads: Matrices, damping: float) -> Iterator[tuple[str, jax.Array]]:
-    solved, _ = self.ggn.solve(grads, damping, preconditioner=self.approximation)
-    for name, matrices in solved.items():
+  def precondition_rows(self, grads: Matrices, damping: Damping) -> Iterator[tuple[str, jax.Array]]:
+    for name, matrices in self._solved(grads, damping).items():
       yield name, jnp.asarray(matrices, jnp.float32)
+
+  def _solved(self, rows: Matrices, damping: Damping) -> Matrices:
+    number = checked_damping(damping)
+    return self.ggn.solve(rows, number, preconditioner=self.approximation)[0]
 
   def _arrays(self) -> dict[str, Any]:
     return super()._arrays() | self.ggn.content

@@ -63,7 +63,7 @@ def fit_curvature(
     model: the model.
     train: the training examples, with random_flip where training mirrored images: augmentation is
       part of the data (paper, Appendix J.8).
-    kind: KFAC, EKFAC, Diagonal, Identity or ExactGGN.
+    kind: KFAC, EKFAC, Shampoo, Diagonal, Identity or ExactGGN.
     draws: how many draws of (t, ε) each example has, and their seed. Each pair is drawn by itself,
       whatever the design, because curvature is a mean over examples as well.
     skip: regular expressions on parameter paths to leave out; normalisation layers by default.
@@ -190,7 +190,7 @@ class Fit:
   def second_pass(
     self, layers: Registration, bases: Mapping[str, Eigenbasis], part: str = ""
   ) -> dict[str, Eigenbasis]:
-    """The bases of Kronecker layers, with eigenvalues corrected (EK-FAC)."""
+    """The bases of Kronecker layers, with eigenvalues corrected (EK-FAC, Shampoo)."""
     names = [layer.name for layer in layers.layers if layer.structure == "kronecker"]
     if not names:
       return {}

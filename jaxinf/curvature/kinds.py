@@ -13,7 +13,7 @@ from jaxinf.core.registry import named
 from jaxinf.curvature.ggn import Solver
 from jaxinf.curvature.targets import FISHERS
 from jaxinf.layers.coverage import Selection
-from jaxinf.layers.factors import APPROXIMATIONS
+from jaxinf.layers.factors import APPROXIMATIONS, GRADIENTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,30 @@ class EKFAC(KFAC):
 
   name: ClassVar[str] = "ekfac"
   corrects: ClassVar[bool] = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Shampoo:
+  """Eigenvectors of E[V Vᵀ] and E[VᵀV], V a layer's gradient of one draw, and the true Λ there.
+
+  (Gupta, Koren and Singer 2018; eigenvalues corrected by a second pass, as of EK-FAC.) V is the sum
+  over a layer's positions, so that none is taken as independent of the others: for convolutions
+  this drops the assumptions of K-FAC's factors. Fields as of `KFAC`.
+  """
+
+  fisher: str = "mc"
+  samples: int = 1
+  approx: ClassVar[str] = GRADIENTS
+  name: ClassVar[str] = "shampoo"
+  corrects: ClassVar[bool] = True
+  passes: ClassVar[bool] = True
+
+  def __post_init__(self):
+    _check_fisher(self.fisher, self.samples)
+
+  def selection(self, asked: Selection) -> Selection:
+    """As asked."""
+    return asked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +145,7 @@ class ExactGGN:
     return asked
 
 
-Kind = KFAC | EKFAC | Diagonal | Identity | ExactGGN
+Kind = KFAC | EKFAC | Shampoo | Diagonal | Identity | ExactGGN
 
 
 def settings_of(kind: Kind) -> dict[str, Any]:
@@ -146,5 +170,5 @@ def _check_fisher(fisher: str, samples: int) -> None:
 
 
 KINDS: dict[str, Callable[..., Kind]] = {
-  kind.name: kind for kind in (KFAC, EKFAC, Diagonal, Identity, ExactGGN)
+  kind.name: kind for kind in (KFAC, EKFAC, Shampoo, Diagonal, Identity, ExactGGN)
 }

@@ -28,7 +28,7 @@ class LayerMemory:
     layer: the layer.
     sums: on every device while its factors are summed, float32.
     eigenbasis: on the host and on disk, float64: Q_in, Q_out and Λ.
-    rotations: on every device in the second pass (EK-FAC): Q_in and Q_out in float32.
+    rotations: on every device in the second pass (EK-FAC, Shampoo): Q_in and Q_out in float32.
     workspace: on a device for one batch: inputs at all positions, and where the second pass is made
       each pair's gradient matrix.
   """

@@ -6,6 +6,7 @@ a [B, R, d_in] and g [B, R, d_out] (see factors.py), and says how the parameters
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -103,13 +104,23 @@ class KroneckerBlock(kfac_jax.KroneckerFactored):
 
   def eigenvalue_sums(self, arrays: Arrays, basis: Eigenbasis, weights: jax.Array) -> jax.Array:
     """Σ_b w_b (Q_outᵀ gradient Q_in)² [(groups,) d_out, d_in]."""
+    of_taps = lambda tap, weights: factors.eigenvalue_sum(
+      tap, basis, weights, has_bias=self.has_bias
+    )
+    return self._over_pairs(of_taps, arrays, weights)
 
-    def sums(weighted):
-      arrays, weights = weighted
-      return factors.eigenvalue_sum(self.tap(arrays), basis, weights, has_bias=self.has_bias)
+  def matrix_moments(self, arrays: Arrays, weights: jax.Array) -> dict[str, jax.Array]:
+    """ "a": Σ_b w_b VᵀV [(groups,) d_in, d_in] and "g": Σ_b w_b V Vᵀ of pairs' gradients V."""
+    of_taps = lambda tap, weights: factors.matrix_moments(tap, weights, has_bias=self.has_bias)
+    return self._over_pairs(of_taps, arrays, weights)
 
+  def _over_pairs(
+    self, sums: Callable[[Tap, jax.Array], PyTree], arrays: Arrays, weights: jax.Array
+  ) -> PyTree:
+    """sums(tap, weights), a few pairs at a time where there are several positions."""
+    of_weighted = lambda weighted: sums(self.tap(weighted[0]), weighted[1])
     one = self._single_position(arrays)
-    return sums((arrays, weights)) if one else chunks.summed(sums, (arrays, weights))
+    return of_weighted((arrays, weights)) if one else chunks.summed(of_weighted, (arrays, weights))
 
   def _single_position(self, arrays: Arrays) -> bool:
     return jax.eval_shape(self.tap, arrays).inputs.shape[1] == 1

@@ -17,12 +17,12 @@ from jaxinf.core.types import PyTree
 _PAIRS = 8
 
 
-def summed(kernel: Callable[[PyTree], jax.Array], arrays: PyTree) -> jax.Array:
+def summed(kernel: Callable[[PyTree], PyTree], arrays: PyTree) -> PyTree:
   """kernel(arrays), where that is a sum over the first axis of arrays [B, …]."""
 
   def by_chunks(arrays):
-    zeros = jnp.zeros_like(jax.eval_shape(kernel, arrays))
-    add = lambda total, chunk: (total + kernel(chunk), None)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(kernel, arrays))
+    add = lambda total, chunk: (jax.tree.map(jnp.add, total, kernel(chunk)), None)
     return jax.lax.scan(add, zeros, _chunks(arrays, 1))[0]
 
   return jax.lax.platform_dependent(arrays, cpu=by_chunks, default=kernel)

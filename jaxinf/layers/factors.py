@@ -14,6 +14,12 @@ and replaces its eigenvalues by the second moments of gradients along them,
 
 which is the diagonal of the GGN in that basis; with Q = I it is the diagonal approximation.
 
+Shampoo (Gupta, Koren and Singer 2018) takes the eigenvectors of second moments of whole gradients,
+
+  gradients: A = E of VᵀV,  G = E of V Vᵀ,  V = Σ_r g_r a_rᵀ of a pair,
+
+which assume nothing of how positions depend on each other. Λ is corrected in that basis likewise.
+
 Grouped layers have a group axis before d_in and d_out everywhere: one block a group.
 """
 
@@ -27,6 +33,7 @@ from jaxinf.core.types import Eigenbasis
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 APPROXIMATIONS = ("expand", "reduce")
+GRADIENTS = "gradients"  # the moments of Shampoo, whose Kronecker product approximates nothing
 
 
 class Tap(NamedTuple):
@@ -113,6 +120,44 @@ def gradient_matrices(tap: Tap, *, rows: int, has_bias: bool) -> jax.Array:
   if not has_bias:
     return matrices
   return jnp.concatenate([matrices, jnp.sum(gradients, axis=1)[..., None]], axis=-1)
+
+
+def matrix_moments(tap: Tap, weights: jax.Array, *, has_bias: bool) -> dict[str, jax.Array]:
+  """Σ_b w_b VᵀV and Σ_b w_b V Vᵀ of each pair's gradient V = Σ_r g_r a_rᵀ [(groups,) d_out, d_in].
+
+  Either V is formed, or the products of positions with each other, as V Vᵀ = Σ_rs g_r (a_r·a_s)
+  g_sᵀ: whichever takes fewer operations.
+
+  Args:
+    tap: a [B, R, (groups,) d_in] and g [B, R, (groups,) d_out].
+    weights: w [B].
+    has_bias: whether a 1 is appended to the inputs.
+
+  Returns:
+    "a": [(groups,) d_in, d_in]; "g": [(groups,) d_out, d_out].
+  """
+  chex.assert_equal_shape_prefix(tap, 2)
+  chex.assert_shape(weights, tap.inputs.shape[:1])
+  inputs, gradients = _rotated_inputs(tap.inputs, None, has_bias), tap.gradients
+  positions, d_in, d_out = inputs.shape[1], inputs.shape[-1], gradients.shape[-1]
+  by_positions = 2 * positions**2 * (d_in + d_out) + positions * (d_in**2 + d_out**2)
+  if by_positions < d_in * d_out * (d_in + d_out + positions):
+    of_inputs, of_gradients = _mixed(gradients, inputs), _mixed(inputs, gradients)
+    moment = lambda mixed, x: _gram(mixed * _along(weights, x), x)
+    return {"a": moment(of_inputs, inputs), "g": moment(of_gradients, gradients)}
+  matrices = gradient_matrices(Tap(inputs, gradients), rows=len(inputs), has_bias=False)
+  weighted = matrices * _along(weights, matrices)
+  return {
+    "a": jnp.einsum("b...oi,b...oj->...ij", weighted, matrices, precision=_HIGHEST),
+    "g": jnp.einsum("b...oi,b...pi->...op", weighted, matrices, precision=_HIGHEST),
+  }
+
+
+def _mixed(other: jax.Array, x: jax.Array) -> jax.Array:
+  """Σ_s (y_r · y_s) x_s [B, R, (groups,) d] of x like that and y, `other`, of any d."""
+  groups = "g" if x.ndim == 4 else ""
+  products = jnp.einsum(f"br{groups}i,bs{groups}i->b{groups}rs", other, other, precision=_HIGHEST)
+  return jnp.einsum(f"b{groups}rs,bs{groups}i->br{groups}i", products, x, precision=_HIGHEST)
 
 
 def eigenvalue_sum(tap: Tap, basis: Eigenbasis, weights: jax.Array, *, has_bias: bool) -> jax.Array:

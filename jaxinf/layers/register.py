@@ -32,6 +32,7 @@ from jaxinf.diffusion.noise import Noised, losses
 from jaxinf.engine.kernels import numerics
 from jaxinf.layers.blocks import BLOCKS, Uncovered
 from jaxinf.layers.coverage import ADVICE, Coverage, Selection, cover
+from jaxinf.layers.factors import GRADIENTS
 from jaxinf.layers.find import find_batches, tagged
 from jaxinf.layers.independence import check_independent, two_rows
 from jaxinf.layers.precision import in_precision
@@ -94,7 +95,7 @@ class Registration:
       cotangents: network outputs → [K, B, …] gradients there, K targets a pair, whose second
         moment is the loss's Hessian there.
       weights: [B].
-      approx: over positions, "expand" or "reduce".
+      approx: over positions, "expand" or "reduce"; "gradients" for the moments of Shampoo.
     """
     seen: list[jax.Array] = []
 
@@ -112,6 +113,10 @@ class Registration:
       block, (x, dy) = self.blocks[layer.name], arrays[layer.name]
       if layer.structure == "diagonal":
         sums[layer.name] = _eigenvalue_sums(block, (x, dy), _IDENTITY, weights)
+        continue
+      if approx == GRADIENTS:
+        of_target = lambda pair, block=block: block.matrix_moments(pair, weights)
+        sums[layer.name] = _mean_over_targets(of_target, (x, dy))
         continue
       each = jnp.tile(weights / len(dy), len(dy))
       sums[layer.name] = {
@@ -173,15 +178,21 @@ _IDENTITY = Eigenbasis(q_in=None, q_out=None, eigenvalues=None)
 def _eigenvalue_sums(
   block: Any, arrays: Arrays, basis: Eigenbasis, weights: jax.Array
 ) -> jax.Array:
-  """The mean over targets of a block's sums; arrays are x [B, …] and dy [K, B, …]."""
+  """The mean over targets of a block's sums of squares; arrays are x [B, …] and dy [K, B, …]."""
+  return _mean_over_targets(lambda pair: block.eigenvalue_sums(pair, basis, weights), arrays)
+
+
+def _mean_over_targets(sums: Callable[[Arrays], PyTree], arrays: Arrays) -> PyTree:
+  """The mean of sums((x, dy_k)) over the K targets of x [B, …] and dy [K, B, …]."""
   x, dy = arrays
-  of_target = lambda target: block.eigenvalue_sums((x, target), basis, weights)
+  of_target = lambda target: sums((x, target))
   if len(dy) == 1:  # the common case, without a loop
     return of_target(dy[0])
   # A loop of the compiled program: "exact" has as many targets as the network has outputs.
-  zeros = jnp.zeros_like(jax.eval_shape(of_target, dy[0]))
-  total, _ = jax.lax.scan(lambda sums, target: (sums + of_target(target), None), zeros, dy)
-  return total / len(dy)
+  zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_target, dy[0]))
+  add = lambda total, target: (jax.tree.map(jnp.add, total, of_target(target)), None)
+  total, _ = jax.lax.scan(add, zeros, dy)
+  return jax.tree.map(lambda sum_: sum_ / len(dy), total)
 
 
 def layers_of(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from jaxinf.core.damping import damping_of, number_of, symbol_of
 from jaxinf.data.dataset import Dataset
 from jaxinf.engine.progress import clock
 from jaxinf.layers.coverage import Coverage
@@ -186,7 +187,7 @@ def _facts(answer: _Answer, coverage: Coverage) -> list[tuple[str, str]]:
     ("Samples", count(len(scores.query_ids))),
     ("Model parameters", count(coverage.num_parameters)),
     (f"Draws per {noun}", f"{settings['draws']}{replicates}"),
-    ("Damping λ", scientific(settings["damping"])),
+    (f"Damping {symbol_of(damping_of(settings))}", scientific(settings["damping"])),
   ]
 
 
@@ -296,10 +297,11 @@ def _order(notes: Mapping[str, Any], noun: str) -> list[str]:
   if "stability" in notes:
     lines.append(f"How far down the order of the training {noun}s holds: {notes['stability']}.")
   if "recommended_damping" in notes:
+    damping = damping_of(notes["settings"] | {"damping": notes["recommended_damping"]})
     lines.append(
-      f"Of the dampings in attribute.sweep and the one shown, λ = {notes['recommended_damping']:g} "
-      "is recommended: the least whose scores are about as faithful as the best, as far as can be "
-      "told without retraining."
+      f"Of the dampings in attribute.sweep and the one shown, {symbol_of(damping)} = "
+      f"{number_of(damping):g} is recommended: the least whose scores are about as faithful as the "
+      "best, as far as can be told without retraining."
     )
   return lines
 

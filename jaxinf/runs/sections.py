@@ -10,7 +10,9 @@ from typing import Any
 
 from jaxinf.attribution.influence import AUTO, LOSS_POWER
 from jaxinf.compression.compression import STORE_COMPRESSION
+from jaxinf.core.damping import DAMPINGS
 from jaxinf.core.draws import Draws
+from jaxinf.core.registry import named
 from jaxinf.curvature.fit import SKIP_NORMALISATION
 from jaxinf.curvature.ggn import Solver
 from jaxinf.data import DataConfig
@@ -107,7 +109,7 @@ class DrawConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CurvatureConfig:
-  kind: str = renamed("method", "kfac")  # kfac, ekfac, diagonal, identity or exact (small sets)
+  kind: str = renamed("method", "kfac")  # kfac, ekfac, shampoo, diagonal, identity or exact
   approx: str = renamed("sharing", "expand")  # expand or reduce, over positions
   fisher: str = renamed("estimator", "mc")  # mc, empirical or exact
   samples: int = renamed("targets", 1)  # model-sampled targets for each draw
@@ -156,8 +158,11 @@ class StopConfig:
 @dataclasses.dataclass(frozen=True)
 class AttributeConfig:
   measurement: str = "loss"  # one of jaxinf.diffusion.measurements.MEASUREMENTS
-  damping: float = 1e-8  # λ
-  sweep: tuple[float, ...] = ()  # further λ, scored in the same pass, of which one is recommended
+  damping: float = 1e-8  # λ, or ρ
+  # absolute: λ of all layers; relative: each has ρ times the mean of its eigenvalues.
+  damping_kind: str = added("absolute")
+  # Further λ, or ρ, scored in the same pass, of which one is recommended.
+  sweep: tuple[float, ...] = ()
   draws: int = 250  # of (t, ε) for each example; at most, where auto_draws
   replicates: int = renamed("draw_groups", 5)  # of the draws, for standard errors
   auto_draws: bool = False  # rounds of draws until the top of the order is stable
@@ -178,6 +183,9 @@ class AttributeConfig:
   batch_size: int = 128  # (example, draw) pairs at a time
   checkpoint_every: int = 100  # batches
 
+  def __post_init__(self):
+    named(DAMPINGS, self.damping_kind, "attribute.damping_kind")
+
 
 @dataclasses.dataclass(frozen=True)
 class IndexConfig:
@@ -197,12 +205,16 @@ class IndexConfig:
 @dataclasses.dataclass(frozen=True)
 class QueryConfig:
   measurement: str = "loss"  # one of jaxinf.diffusion.measurements.MEASUREMENTS
-  damping: float = 1e-8  # λ
+  damping: float = 1e-8  # λ, or ρ
+  damping_kind: str = added("absolute")  # or relative, as of attribute
   draws: int = 1_000  # of (t, ε) for each query
   query_replicates: int = renamed("query_groups", 2)  # of these, for standard errors
   layers: tuple[str, ...] | None = None  # regular expressions on layers: only those count
   top_k: int = 10  # examples shown for each query
   batch_size: int = 128  # (query, draw) pairs at a time
+
+  def __post_init__(self):
+    named(DAMPINGS, self.damping_kind, "query.damping_kind")
 
 
 @dataclasses.dataclass(frozen=True)

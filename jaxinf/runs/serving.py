@@ -16,6 +16,7 @@ import numpy as np
 from jaxinf import data
 from jaxinf.compression.compression import compression_named
 from jaxinf.core.arrays import read_rows
+from jaxinf.core.damping import damping_named
 from jaxinf.core.examples import Examples
 from jaxinf.data import DataConfig, Dataset
 from jaxinf.engine import artifacts, processes
@@ -173,7 +174,7 @@ def _question(run: Run, store: Store, images: Dataset) -> dict[str, Any]:
   config = run.config.query
   return dict(
     queries=_as_queries(run, images),
-    damping=config.damping,
+    damping=damping_named(config.damping_kind, config.damping),
     draws=dataclasses.replace(
       store.draws, num=config.draws, replicates=config.query_replicates, seed=run.seed
     ),

@@ -14,6 +14,7 @@ import flax.traverse_util
 from jaxinf import networks
 from jaxinf.attribution.influence import influence_sweep
 from jaxinf.compression.compression import compression_named
+from jaxinf.core.damping import damping_named, number_of
 from jaxinf.core.draws import Draws, Stopping
 from jaxinf.core.examples import Examples
 from jaxinf.curvature.curvature import Curvature
@@ -82,7 +83,9 @@ def _recommended(sweep: Sweep) -> dict[str, Any]:
   """The table of dampings, and the one to take where their scores repeat."""
   found = weigh_dampings(sweep)
   notes: dict[str, Any] = {"sweep": found.table()}
-  return notes | ({"recommended_damping": found.recommended} if found.candidates.any() else {})
+  if found.candidates.any():
+    notes["recommended_damping"] = number_of(found.recommended)
+  return notes
 
 
 def _trained(run: Run, state: training.TrainState, hooks: training.Hooks) -> training.TrainState:
@@ -128,7 +131,7 @@ def _scores(run: Run) -> Sweep:
     load_curvature(run, model),
     queries=_queries(run),
     train=run.train,
-    dampings=(config.damping, *config.sweep),
+    dampings=[damping_named(config.damping_kind, x) for x in (config.damping, *config.sweep)],
     draws=draws,
     query_draws=query_draws,
     measurement=config.measurement,

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxinf.core.damping import Damping, damping_of
 from jaxinf.scores.scores import Scores
 from jaxinf.scores.stability import num_replicates, replicates_of, split_halves, split_weights
 from jaxinf.scores.statistics import centred, jackknife_error, spearman, t_quantile
@@ -33,7 +34,7 @@ class Recommendation:
   """What L dampings are worth for Q queries; see `weigh_dampings`.
 
   Attributes:
-    dampings: [L] λ in ascending order, in squared gradients of the pixel-mean loss.
+    dampings: [L] λ in ascending order, in squared gradients of the pixel-mean loss; or ρ.
     agreement: [L, Q] Spearman's rank correlation between halves of the draws, mean over splits.
     fidelity: [L, Q] in [−1, 1], the correlation of the scores at λ, noise included, with the
       noise-free ones at the smallest damping; comparable between the dampings of a query.
@@ -61,8 +62,8 @@ class Recommendation:
     return self.repeats & (means.max() - means <= self.loss_errors)
 
   @property
-  def recommended(self) -> float:
-    """The least of the candidates; TooFewDraws where there are none."""
+  def recommended(self) -> Damping:
+    """The least of the candidates, of the sweep's kind; TooFewDraws where there are none."""
     if not self.candidates.any():
       rows = zip(self.dampings, self.agreement.mean(axis=1), self.agreement_errors, strict=True)
       said = ", ".join(f"{mean:.3f} ± {error:.3f} at {damping:g}" for damping, mean, error in rows)
@@ -75,13 +76,14 @@ class Recommendation:
       raise TooFewDraws(
         f"Too few draws to recommend a damping: {cause}. Rank correlation of halves: {said}."
       )
-    return float(self.dampings[self.candidates.argmax()])
+    return damping_of({**self.settings, "damping": float(self.dampings[self.candidates.argmax()])})
 
   def table(self) -> str:
     """Mean over queries ± standard error over draws of both numbers, a row a damping."""
     agreement = zip(self.agreement.mean(axis=1), self.agreement_errors, strict=True)
     fidelity = zip(self.fidelity.mean(axis=1), self.fidelity_errors, strict=True)
-    lines = [f"{'damping':>10}{'agreement':>18}{'fidelity':>18}"]
+    head = "relative ρ" if "damping_kind" in self.settings else "damping"
+    lines = [f"{head:>10}{'agreement':>18}{'fidelity':>18}"]
     for place, row in enumerate(zip(self.dampings, agreement, fidelity, strict=True)):
       damping, *pairs = row
       cells = "".join(f"{'{:.3f} ± {:.3f}'.format(*pair):>18}" for pair in pairs)
@@ -103,7 +105,7 @@ def recommend_damping(
     ValueError: as of `weigh_dampings`.
   """
   found = weigh_dampings(sweep, seed=seed, num_splits=num_splits)
-  assert found.recommended in found.dampings  # it raises where there is none
+  assert found.recommended  # it raises where there is none
   return found
 
 

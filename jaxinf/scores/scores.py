@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxinf.core.checks import checked_count
+from jaxinf.core.damping import damping_of, number_of, symbol_of
 from jaxinf.scores.statistics import mean_and_error
 
 # What a negative score counts in predictions. It says that the model would fit the query better
@@ -224,8 +225,8 @@ class Scores:
 
   def summary(self) -> str:
     """One line: their number, what they are of, and how large they are beside their errors."""
-    names = [name for name in ("method", "measurement", "damping") if name in self.settings]
-    said = [f"{name} {self.settings[name]}" for name in names]
+    names = ("method", "measurement", "damping", "damping_kind")
+    said = [f"{name} {self.settings[name]}" for name in names if name in self.settings]
     values, errors = self.values, self.std_errors
     scale = float(np.sqrt(np.mean(np.square(values, dtype=float)))) if values.size else 0.0
     said.append(f"root mean square {scale:.3g}")
@@ -234,8 +235,10 @@ class Scores:
     return f"{self.size()}; {', '.join(said)}"
 
   def __repr__(self) -> str:
-    damping = self.settings.get("damping")
-    return f"Scores({self.size()}" + (")" if damping is None else f"; λ = {damping:g})")
+    if "damping" not in self.settings:
+      return f"Scores({self.size()})"
+    damping = damping_of(self.settings)
+    return f"Scores({self.size()}; {symbol_of(damping)} = {number_of(damping):g})"
 
   def top(self, k: int) -> Ranking:
     """The k most supporting training examples of each query."""

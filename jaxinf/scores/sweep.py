@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxinf.core.damping import Damping, RelativeDamping, number_of
 from jaxinf.scores.scores import Scores
 
 # Settings that differ between the dampings of a sweep.
@@ -48,13 +49,21 @@ class Sweep(tuple[Scores, ...]):
 
   @property
   def dampings(self) -> np.ndarray:
-    """[L] the λ of the members; NaN of one whose method has none."""
+    """[L] the λ, or ρ, of the members; NaN of one whose method has none."""
     return np.array([scores.settings.get("damping", np.nan) for scores in self], float)
 
-  def at(self, damping: float) -> Scores:
-    """The scores at one damping, to a relative 1e-6; ValueError where there are none."""
-    found = np.flatnonzero(np.isclose(self.dampings, damping, rtol=1e-6, atol=0))
-    if not len(found):
+  @property
+  def is_relative(self) -> bool:
+    """Whether its dampings are relative to the layers."""
+    return "damping_kind" in self[0].settings
+
+  def at(self, damping: Damping) -> Scores:
+    """The scores at one damping, to a relative 1e-6; ValueError where there are none.
+
+    A number is one of `dampings`, of whichever kind they are.
+    """
+    found = np.flatnonzero(np.isclose(self.dampings, number_of(damping), rtol=1e-6, atol=0))
+    if not len(found) or (isinstance(damping, RelativeDamping) and not self.is_relative):
       there = ", ".join(f"{x:g}" for x in self.dampings)
       raise ValueError(f"There are no scores at the damping {damping!r}; the sweep has: {there}.")
     return self[found[0]]
@@ -65,7 +74,7 @@ class Sweep(tuple[Scores, ...]):
 
   def __repr__(self) -> str:
     dampings = ", ".join(f"{x:g}" for x in self.dampings)
-    return f"Sweep(λ = {dampings}; {self[0].size()})"
+    return f"Sweep({'ρ' if self.is_relative else 'λ'} = {dampings}; {self[0].size()})"
 
 
 def _of_parts(parts: Sequence[Scores]) -> Scores:

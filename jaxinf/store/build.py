@@ -103,7 +103,8 @@ def packing_of(curvature: Curvature, compression: Compression) -> Packing:
   """How a row of the store lies; ValueError where this curvature or compression cannot be kept."""
   if not curvature.has_eigenbasis:
     raise ValueError(
-      "Exact curvature has no eigenbasis to keep gradients in: fit KFAC, EKFAC or Diagonal."
+      "Exact curvature has no eigenbasis to keep gradients in: fit KFAC, EKFAC, Shampoo or "
+      "Diagonal."
     )
   if isinstance(compression, LowRank | RandomProjection):
     raise ValueError(

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxinf.attribution.kernels import inner_products
 from jaxinf.compression.compression import Blockwise
+from jaxinf.core.damping import Damping
 from jaxinf.core.types import Array, Eigenbasis, Matrices, PyTree
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.eigenbasis import to_eigenbasis
@@ -61,7 +62,7 @@ def query_vectors(
   gradient_batches: Iterator[Matrices],
   *,
   num_rows: int,
-  dampings: Sequence[float],
+  dampings: Sequence[Damping],
   layers: Sequence[str],
 ) -> Matrices:
   """Layer name → U √(Λ + ε) / (Λ + λ) [L · R, …], damping-major, of R rows of query gradients.
@@ -70,7 +71,7 @@ def query_vectors(
     curvature: H.
     gradient_batches: layer name → this process's share of the R rows, a few at a time.
     num_rows: R.
-    dampings: the L values of λ.
+    dampings: L of them.
     layers: names of the layers wanted.
   """
   bases = rotations(curvature)
@@ -78,7 +79,8 @@ def query_vectors(
   for grads in gradient_batches:
     for name in layers:
       for part, damping in zip(parts[name], dampings, strict=True):
-        part.append(np.asarray(_vectors(grads[name], bases[name], damping)))
+        value = curvature.damping_in(name, damping)
+        part.append(np.asarray(_vectors(grads[name], bases[name], value)))
   joined = lambda part: processes.gathered(np.concatenate(part), num_rows)
   return {name: np.concatenate([joined(p) for p in of_layer]) for name, of_layer in parts.items()}
 

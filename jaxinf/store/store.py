@@ -16,7 +16,7 @@ import numpy as np
 from jaxinf.attribution.kernels import QUERY, TRAIN, GradientKernel, row_operands
 from jaxinf.attribution.queries import gradient_batches, gradient_kernel
 from jaxinf.core.arrays import blocks
-from jaxinf.core.checks import checked_damping
+from jaxinf.core.damping import Damping, damping_settings
 from jaxinf.core.draws import Draws
 from jaxinf.core.examples import Examples, check_queries
 from jaxinf.curvature.curvature import Curvature
@@ -138,7 +138,7 @@ class Store:
     self,
     queries: Examples,
     *,
-    damping: float,
+    damping: Damping,
     draws: Draws = Draws(),
     measurement: str | Measurement = "loss",
     layers: Sequence[str] | None = None,
@@ -152,7 +152,7 @@ class Store:
 
     Args:
       queries: what is to be explained; trajectories as for `influence`.
-      damping: λ > 0, in the units of the curvature; any, at no cost.
+      damping: λ > 0, in the units of the curvature, or RelativeDamping; any, at no cost.
       draws: of (t, ε) for each query.
       measurement: what is measured of a query, by name or as an object.
       layers: regular expressions on layer names, of which only the matching count; None: all.
@@ -173,7 +173,7 @@ class Store:
     self,
     queries: Examples,
     *,
-    damping: float,
+    damping: Damping,
     draws: Draws = Draws(),
     measurement: str | Measurement = "loss",
     layers: Sequence[str] | None = None,
@@ -190,7 +190,7 @@ class Store:
     queries: Examples,
     k: int,
     *,
-    damping: float,
+    damping: Damping,
     draws: Draws = Draws(),
     measurement: str | Measurement = "loss",
     layers: Sequence[str] | None = None,
@@ -205,12 +205,12 @@ class Store:
     return self._search(queries, damping, asked, measured, layers, compute).best(k)
 
   def _settings_of(
-    self, search: Search, damping: float, draws: Draws, measurement: Measurement
+    self, search: Search, damping: Damping, draws: Draws, measurement: Measurement
   ) -> dict[str, Any]:
     """What an answer was computed with, as JSON."""
     return {
       **self.settings,
-      "damping": damping,
+      **damping_settings(damping),
       "layers": tuple(search.vectors),
       "measurement": measurement.name or "custom",
       "query_draws": draws.num,
@@ -221,14 +221,14 @@ class Store:
   def _search(
     self,
     queries: Examples,
-    damping: float,
+    damping: Damping,
     draws: Draws,
     measurement: Measurement,
     layers: Sequence[str] | None,
     compute: Compute,
   ) -> Search:
     """The query vectors, to be compared with the rows."""
-    checked_damping(damping)
+    self.curvature.check_damping(damping)
     check_queries(queries)
     self.rows.refresh()
     names = matching_layers(self.packing.shapes, layers)

@@ -91,6 +91,30 @@ def test_training_draws_have_half_the_power_by_default_and_no_other_has(problem,
     )
 
 
+def test_relative_dampings_are_each_layers_own(problem, settings, query_grads, train_grads):
+  """In a sweep, whose scores say their kind; TRAK, whose Fisher knows no layers, has none."""
+  curvature = problem["curvature"]
+  several = [jaxinf.RelativeDamping(rho) for rho in (1e-2, 1.0)]
+  rest = {name: value for name, value in settings.items() if name != "damping"}
+  sweep = jaxinf.influence_sweep(**problem, **rest, dampings=several)
+  for damping in several:
+    expected = sum(
+      twin_scores(
+        dataclasses.replace(curvature, bases={name: basis}),
+        query_grads,
+        train_grads,
+        damping.rho * basis.eigenvalues.mean(),
+      )
+      for name, basis in curvature.bases.items()
+    )
+    found = sweep.at(damping)
+    assert_close(found.values, expected, 1e-5)
+    assert (found.settings["damping"], found.settings["damping_kind"]) == (damping.rho, "relative")
+  with pytest.raises(ValueError, match="damping must be a number here"):
+    examples = {name: problem[name] for name in ("queries", "train")}
+    jaxinf.trak(curvature.model, **examples, damping=several[0], projection=4, draws=DRAWS)
+
+
 def test_flips_are_of_training_images_and_never_of_queries(
   problem, settings, scores, query_grads, tmp_path
 ):

@@ -4,9 +4,23 @@ import numpy as np
 import pytest
 
 import jaxinf
-from jaxinf import Compute, Draws, Examples, Projection, Schedule, random_subsets
+from jaxinf import (
+  Compute,
+  Draws,
+  Examples,
+  Projection,
+  RelativeDamping,
+  Schedule,
+  random_subsets,
+)
 from jaxinf.compression.projection import RandomProjection
-from jaxinf.core.checks import checked_count, checked_damping, checked_dampings, checked_seed
+from jaxinf.core.checks import (
+  checked_count,
+  checked_damping,
+  checked_dampings,
+  checked_layer_dampings,
+  checked_seed,
+)
 from jaxinf.data import Dataset
 from jaxinf.engine.checkpoints import Checkpointing
 from tests import nets
@@ -48,8 +62,24 @@ def test_dampings_are_positive_and_different():
   for values, message in (
     ((), "non-empty"), (1e-8, "non-empty"), ((1, 0), "positive"), ((1, 1.0), "given once"),
   ):  # fmt: skip
+    for check in (checked_dampings, checked_layer_dampings):
+      with pytest.raises(ValueError, match=message):
+        check(values)
+
+
+def test_dampings_relative_to_layers_are_of_one_kind_and_only_where_there_are_layers():
+  some = (RelativeDamping(1), RelativeDamping(0.5))
+  assert checked_layer_dampings(list(some)) == some and checked_layer_dampings([1]) == (1.0,)
+  for values, message in (
+    ((*some, 1.0), "all numbers or all RelativeDamping"),
+    ((*some, RelativeDamping(1.0)), "given once"),
+    (some[0], "non-empty"),
+  ):
     with pytest.raises(ValueError, match=message):
-      checked_dampings(values)
+      checked_layer_dampings(values)  # type: ignore[arg-type]
+  for refused in (lambda: checked_damping(some[0]), lambda: checked_dampings(some)):
+    with pytest.raises(ValueError, match=r"must be a number here; got RelativeDamping\(rho=1.0\)"):
+      refused()
 
 
 # What takes a count or a seed, called with a value for it.

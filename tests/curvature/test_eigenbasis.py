@@ -1,15 +1,19 @@
 """(G ⊗ A + λI)^±1 in the eigenbasis, and the public Curvature that applies it to parameters."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
-from jaxinf import KFAC, Curvature
+from jaxinf import KFAC, Curvature, RelativeDamping
 from jaxinf.core.types import Eigenbasis, KroneckerFactors
+from jaxinf.curvature.curvature import ExactCurvature
 from jaxinf.curvature.decompose import DECOMPOSERS, decomposed
 from jaxinf.curvature.eigenbasis import multiply, precondition
 from jaxinf.layers.coverage import Selection
 from jaxinf.layers.register import register
+from jaxinf.layers.specs import to_matrices
 from tests import nets, twins
 
 D_OUT, D_IN = 3, 7
@@ -144,6 +148,36 @@ def test_precondition_inverts_multiply_at_a_damping_of_1e_minus_8_of_the_layer(c
   for name in ("conv_in", "mix", "conv_out"):
     for part, expected in grads[name].items():
       np.testing.assert_allclose(applied[name][part], expected, rtol=1e-3)
+
+
+def test_relative_damping_is_each_layers_own_multiple_of_its_mean_eigenvalue(curvature):
+  """Of G ⊗ A that is tr G · tr A / (d_out · d_in): a dense solve, layer by layer."""
+  grads, rho = twins.double(nets.random_params(nets.CONV_SHAPES, seed=3)), 1e-2
+  relative = RelativeDamping(rho)
+  solved = curvature.precondition(grads, relative)
+  found, back, matrices = (
+    to_matrices(curvature.layers, tree)
+    for tree in (solved, curvature.multiply(solved, relative), grads)
+  )
+  one_row = {name: matrix[None] for name, matrix in matrices.items()}
+  rows = dict(curvature.precondition_rows(one_row, relative))
+  for i, layer in enumerate(curvature.layers):
+    d_out, d_in = layer.matrix_shape
+    a, g = random_factor(d_in, i), random_factor(d_out, 10 + i)
+    damping = rho * np.trace(g) * np.trace(a) / (d_out * d_in)
+    dense = np.kron(g, a) + damping * np.eye(d_out * d_in)
+    expected = np.linalg.solve(dense, matrices[layer.name].ravel()).reshape(d_out, d_in)
+    twins.assert_close(found[layer.name], expected, 1e-9)  # float64, condition numbers of some 1e4
+    twins.assert_close(rows[layer.name][0], expected, 1e-3)  # float32
+    twins.assert_close(back[layer.name], matrices[layer.name], 1e-9)
+
+
+def test_the_exact_ggn_has_no_eigenvalues_to_be_relative_to(curvature):
+  fields = {field.name: getattr(curvature, field.name) for field in dataclasses.fields(Curvature)}
+  exact = ExactCurvature(**fields)
+  for refused in (exact.check_damping, lambda damping: dict(exact.precondition_rows({}, damping))):
+    with pytest.raises(ValueError, match="must be a number here; .* neither the exact GGN nor"):
+      refused(RelativeDamping(0.1))
 
 
 def test_parameters_outside_the_curvature_come_back_as_zeros(curvature):

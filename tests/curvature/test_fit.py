@@ -24,6 +24,7 @@ from jaxinf import (
   Examples,
   Process,
   Schedule,
+  Shampoo,
   fit_curvature,
 )
 from jaxinf.core.random import fold_in_each, stream, substreams
@@ -274,6 +275,25 @@ def test_an_interrupted_fit_goes_on_to_bitwise_the_same(model, whole, tmp_path, 
   for name, basis in whole.bases.items():
     for part in ("q_in", "q_out", "eigenvalues"):
       np.testing.assert_array_equal(getattr(resumed.bases[name], part), getattr(basis, part))
+
+
+def test_shampoo_is_the_same_on_two_devices_in_parts_and_after_an_interruption(
+  model, tmp_path, monkeypatch
+):
+  """Killed in the first pass over the first of two layers, whose sums are of whole gradients."""
+  save = PartialSums.save
+
+  def save_and_stop(self, rows_done, sums):
+    save(self, rows_done, sums)
+    raise twins.Killed
+
+  how = {"partitions": 2, "devices": jax.local_devices()}
+  how["checkpoint"] = Checkpointing(tmp_path, every=2)
+  monkeypatch.setattr(PartialSums, "save", save_and_stop)
+  with pytest.raises(twins.Killed):
+    fitted(model, Shampoo(), **how)
+  monkeypatch.setattr(PartialSums, "save", save)
+  assert_equal_blocks(fitted(model, Shampoo(), **how), fitted(model, Shampoo()))
 
 
 @pytest.mark.parametrize(

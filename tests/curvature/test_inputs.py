@@ -17,6 +17,7 @@ from jaxinf import (
   ExactGGN,
   Identity,
   Process,
+  Shampoo,
   Solver,
   fit_curvature,
 )
@@ -29,6 +30,7 @@ KINDS = {
   "kfac": KFAC(),
   "kfac reduce": KFAC("reduce", samples=2),
   "ekfac": EKFAC(fisher="empirical"),
+  "shampoo": Shampoo(),
   "diagonal": Diagonal(fisher="exact"),
   "identity": Identity(),
   "exact": ExactGGN(Solver(tolerance=1e-3)),
@@ -209,6 +211,21 @@ def test_one_layer_on_data_of_any_shape_has_the_exact_ggn(name):
   train = nets.examples(NUM, shape)
   curvature = fitted(model, KFAC(fisher="exact"), train)
   pairs = twins.fit_pairs(model, train, DRAWS)
+  twins.assert_close(blocks(curvature), twins.ggn_blocks(model, curvature.layers, pairs))
+
+
+def test_of_one_dense_layer_on_vectors_shampoo_is_the_exact_ggn():
+  """V = √(2 w) e_c aᵀ for output c, so that E[VᵀV] is 2 E[w a aᵀ] and E[V Vᵀ] a multiple of I."""
+  shape, apply_fn, shapes = LINEAR["vectors"]
+  model = DiffusionModel(apply_fn, nets.random_params(shapes), Process.flow())
+  train = nets.examples(NUM, shape)
+  curvature = fitted(model, Shampoo(fisher="exact"), train)
+  pairs, basis = twins.fit_pairs(model, train, DRAWS), curvature.bases["out"]
+  inputs = np.pad(twins.double(pairs.inputs), ((0, 0), (0, 1)), constant_values=1)
+  moments = (np.float64(pairs.weights)[:, None] * inputs).T @ inputs / len(inputs)
+  values, _ = np.linalg.eigh(moments)
+  # Every output has the same eigenvalues, (2/D) of the inputs' moments; and D = 4.
+  twins.assert_close(basis.eigenvalues, np.broadcast_to(values / 2, (4, 5)))
   twins.assert_close(blocks(curvature), twins.ggn_blocks(model, curvature.layers, pairs))
 
 

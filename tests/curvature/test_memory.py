@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinf import EKFAC, KFAC, Draws, fit_curvature
+from jaxinf import EKFAC, KFAC, Draws, Shampoo, fit_curvature
 from jaxinf.curvature.fit import partition
 from jaxinf.curvature.memory import layer_memory, memory_table
 from jaxinf.engine.worklist import Rows
@@ -43,6 +43,14 @@ def test_sums_and_eigenbases_are_as_large_as_the_account_says(model, layers):
     # in the second pass both Q lie on the device in float32
     basis = fitted.bases[m.layer.name]
     assert m.rotations == size((basis.q_in, basis.q_out)) // 2
+
+
+def test_shampoo_takes_what_ekfac_takes_with_moments_of_whole_gradients_for_sums(model, layers):
+  for ours, other in zip(account(model, layers, Shampoo()), account(model, layers), strict=True):
+    *_, d_out, d_in = ours.layer.matrix_shape
+    assert ours.sums == 4 * (d_in**2 + d_out**2)
+    rest = ("eigenbasis", "rotations", "workspace")
+    assert all(getattr(ours, field) == getattr(other, field) for field in rest)
 
 
 def test_workspace_holds_inputs_at_all_positions_and_a_matrix_a_pair(model, layers):

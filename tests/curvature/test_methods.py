@@ -11,7 +11,17 @@ import kfac_jax
 import numpy as np
 import pytest
 
-from jaxinf import EKFAC, KFAC, Compute, Diagonal, DiffusionModel, Draws, Identity, fit_curvature
+from jaxinf import (
+  EKFAC,
+  KFAC,
+  Compute,
+  Diagonal,
+  DiffusionModel,
+  Draws,
+  Identity,
+  Shampoo,
+  fit_curvature,
+)
 from jaxinf.layers.blocks import BLOCKS
 from jaxinf.layers.coverage import Selection
 from jaxinf.layers.find import tagged
@@ -50,6 +60,7 @@ KINDS = {
   "kfac, reduce": KFAC("reduce", "exact"),
   "ekfac": EKFAC(fisher="exact"),
   "ekfac, reduce": EKFAC("reduce", "exact"),
+  "shampoo": Shampoo("exact"),
 }
 
 
@@ -133,6 +144,22 @@ def test_ekfac_has_the_diagonal_of_the_exact_blocks_in_the_basis_of_kfac(curvatu
     assert_close(ekfac[name].eigenvalues, twins.diagonal_in(ekfac[name], exact[name]))
     far, near = (np.linalg.norm(twins.block(b[name]) - exact[name]) for b in (kfac, ekfac))
     assert near < 0.999 * far, name
+
+
+def test_shampoo_has_the_eigenvectors_of_whole_gradients_and_the_true_eigenvalues(
+  curvatures, exact
+):
+  """E[V Vᵀ] and E[VᵀV] are partial traces of the exact block E[vec V vec Vᵀ]."""
+  for name in ("conv", "grouped", "mix", "time"):
+    basis = curvatures["shampoo"].bases[name]
+    shape = basis.eigenvalues.shape
+    block = exact[name].reshape(*shape, *shape[-2:])
+    moments = np.einsum("...oipi->...op", block), np.einsum("...oioj->...ij", block)
+    for q, moment in zip((basis.q_out, basis.q_in), moments, strict=True):
+      rotated = np.swapaxes(q, -1, -2) @ moment @ q
+      values = np.linalg.eigvalsh(moment)  # ascending, as the columns are
+      assert_close(rotated, values[..., None] * np.eye(values.shape[-1]))
+    assert_close(basis.eigenvalues, twins.diagonal_in(basis, exact[name]))
 
 
 def test_empirical_is_the_second_moment_of_true_loss_gradients(model, pairs):

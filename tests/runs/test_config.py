@@ -151,6 +151,17 @@ def test_integers_widen_to_floats():
   assert damping == 1.0 and isinstance(damping, float)
 
 
+@pytest.mark.parametrize("section", ["attribute", "query"])
+def test_a_kind_of_damping_is_checked_at_the_door_and_in_keys_only_where_it_is_new(section):
+  plain = base.get_config().to_dict()
+  assert "damping_kind" not in settings(getattr(typed(plain), section))
+  plain[section]["damping_kind"] = "relative"
+  assert settings(getattr(typed(plain), section))["damping_kind"] == "relative"
+  plain[section]["damping_kind"] = "layer"
+  with pytest.raises(ValueError, match=f"{section}.damping_kind 'layer'; there are: absolute, rel"):
+    typed(plain)
+
+
 def test_fields_cannot_be_changed_once_typed(config):
   with pytest.raises(dataclasses.FrozenInstanceError):
     typed(config).seed = 1

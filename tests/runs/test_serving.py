@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from jaxinf.attribution.influence import influence
+from jaxinf.core.damping import RelativeDamping
 from jaxinf.core.examples import Examples
 from jaxinf.engine import artifacts
 from jaxinf.runs import serving
@@ -62,13 +63,13 @@ def given(run: Run, path: Path) -> Run:
   return dataclasses.replace(run, images=path)
 
 
-def best_of_influence(run: Run, queries: np.ndarray, ids: np.ndarray):
+def best_of_influence(run: Run, queries: np.ndarray, ids: np.ndarray, kind=float):
   query, index = run.config.query, run.config.index
   return influence(
     load_curvature(run, load_model(run)),
     queries=Examples(queries, ids),
     train=run.dataset.examples,
-    damping=query.damping,
+    damping=kind(query.damping),
     draws=run.draws(index.draws, index.replicates, index.design),
     query_draws=run.draws(query.draws, query.query_replicates, index.design),
     compression=None,
@@ -98,6 +99,14 @@ def test_a_query_finds_what_influence_finds_in_files_and_folders(indexed, images
     ]  # fmt: skip
   # The two hold the same images under the same ids: one answer, found once.
   assert len(list(indexed.folder("query").iterdir())) == 1
+
+
+def test_a_query_at_relative_damping_finds_what_influence_finds(copy, images):
+  query = dataclasses.replace(copy.config.query, damping=0.1, damping_kind="relative")
+  run = dataclasses.replace(copy, config=dataclasses.replace(copy.config, query=query))
+  contents = np.load(images.with_suffix(".npz"))
+  expected = best_of_influence(run, contents["images"], contents["ids"], RelativeDamping)
+  assert_best(serving.query(given(run, images)).arrays, expected)
 
 
 def test_an_answer_is_reused_until_the_store_or_the_question_changes(copy, images, monkeypatch):

@@ -195,6 +195,19 @@ def test_a_sweep_recommends_a_damping_and_the_report_says_so(finished, tmp_path)
   assert "is recommended" in page and "How far down the order" in page
 
 
+def test_a_relative_sweep_is_scored_recommended_and_shown_by_its_rho(finished, tmp_path):
+  for stage in ("train", "sample", "curvature"):
+    shutil.copytree(finished.folder(stage), tmp_path / stage)
+  many = {"attribute.draws": 40, "attribute.replicates": 5}  # enough to tell signal from noise
+  relative = {"attribute.damping": 1e-2, "attribute.damping_kind": "relative"}
+  run = run_of(tmp_path, {**many, **relative, "attribute.sweep": (1.0,)})
+  notes = perform(run, "attribute").notes
+  assert load_scores(run).settings["damping_kind"] == "relative"
+  perform(run, "report")
+  page = (run.folder("report") / "index.html").read_text()
+  assert "Damping ρ" in page and f"ρ = {notes['recommended_damping']:g} is recommended" in page
+
+
 def test_sampling_that_was_stopped_goes_on_after_its_last_batch(finished, tmp_path, monkeypatch):
   shutil.copytree(finished.folder("train"), tmp_path / "train")
   run = run_of(tmp_path, {"sample.batch_size": 1})

@@ -9,6 +9,7 @@ import itertools
 import numpy as np
 import pytest
 
+from jaxinf.core.damping import RelativeDamping
 from jaxinf.scores.damping import TooFewDraws, fidelity, recommend_damping, weigh_dampings
 from jaxinf.scores.scores import Scores
 from jaxinf.scores.stability import rank_stability
@@ -165,6 +166,16 @@ def test_where_noise_hides_the_scores_at_the_smallest_damping_only_ratios_remain
   found = recommend_damping([scores_of(values[0], 0.1), scores_of(values[1], 0.2)])
   np.testing.assert_allclose(found.fidelity, [[-1], [1]], rtol=1e-6)  # √3 in float32
   assert found.recommended == 0.2
+
+
+def test_of_a_relative_sweep_the_recommended_damping_is_relative():
+  """Else it would be taken for a λ where scores are made with it."""
+  sweep, _ = toy_sweep(train_noise=0.01, num_queries=3, num_train=50)
+  kind = {"damping_kind": "relative"}
+  relative = [dataclasses.replace(s, settings={**s.settings, **kind}) for s in sweep]
+  found = recommend_damping(relative)
+  assert found.recommended == RelativeDamping(recommend_damping(sweep).recommended)
+  assert found.table().lstrip().startswith("relative ρ")
 
 
 def test_scores_that_do_not_vary_recommend_nothing():

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 
+from jaxinf.core.damping import RelativeDamping
 from jaxinf.scores.scores import Scores
 from jaxinf.scores.sweep import Sweep
 
@@ -27,6 +28,18 @@ def test_a_sweep_keeps_its_order_and_finds_dampings():
     sweep.at(1.0)
   assert Sweep(sweep) == sweep and repr(sweep).startswith("Sweep(λ = 0.1, 1e-08, 0.001; 2 queries")
   np.testing.assert_array_equal(pickle.loads(pickle.dumps(sweep)).dampings, sweep.dampings)
+
+
+def test_a_sweep_is_of_one_kind_of_damping():
+  absolute = Sweep([scores_at(0.1), scores_at(0.2)])
+  relative = Sweep([scores_at(x, damping_kind="relative") for x in (0.1, 0.2)])
+  assert relative.is_relative and repr(relative).startswith("Sweep(ρ = 0.1, 0.2; ")
+  assert repr(relative[1]).endswith("; ρ = 0.2)")
+  assert relative.at(RelativeDamping(0.2)) is relative.at(0.2) is relative[1]
+  with pytest.raises(ValueError, match=r"no scores at the damping RelativeDamping\(rho=0.2\)"):
+    absolute.at(RelativeDamping(0.2))
+  with pytest.raises(ValueError, match="other settings"):
+    Sweep([absolute[0], relative[1]])
 
 
 def test_a_method_without_damping_gives_a_sweep_of_one():

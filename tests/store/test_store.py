@@ -190,6 +190,14 @@ def test_queries_equal_influence_at_every_damping(problem, expected, built, tmp_
     assert found.settings["damping"] == damping
 
 
+def test_queries_equal_influence_at_relative_damping(problem, built):
+  damping = jaxinf.RelativeDamping(1e-2)
+  found = built.query(problem.queries, damping=damping, **ASKED)
+  (wanted,) = scores_of(problem, dampings=[damping])
+  assert_scores(found, wanted)
+  assert found.settings["damping_kind"] == wanted.settings["damping_kind"] == "relative"
+
+
 @pytest.mark.parametrize("name", ["v", "sample_table", "flow_logit_normal", "edm"])
 def test_they_do_so_for_every_process_and_vectors(tmp_path, name):
   """The loss's weights and the law of its times are in both gradients."""
@@ -611,7 +619,7 @@ def test_exact_curvature_has_no_store(problem, tmp_path):
     f.name: getattr(problem.curvature, f.name) for f in dataclasses.fields(problem.curvature)
   }
   exact = ExactCurvature(**fields)
-  with pytest.raises(ValueError, match="fit KFAC, EKFAC or Diagonal"):
+  with pytest.raises(ValueError, match="fit KFAC, EKFAC, Shampoo or Diagonal"):
     build(problem._replace(curvature=exact), tmp_path / "store")
   assert not (tmp_path / "store").exists()
 

@@ -13,6 +13,7 @@ from jaxinf.attribution.das import DAS, das
 from jaxinf.attribution.influence import Influence, influence, influence_sweep
 from jaxinf.attribution.journey import JourneyTRAK, journey_trak
 from jaxinf.attribution.methods import METHODS
+from jaxinf.attribution.self_influence import self_influence
 from jaxinf.attribution.similarity import (
   clip_embeddings,
   embedding_similarity,
@@ -34,6 +35,8 @@ from jaxinf.diffusion.measurements import (
   Measurement,
   loss_at_time,
   loss_at_timestep,
+  loss_in_band,
+  masked_loss,
   weighted_loss,
 )
 from jaxinf.diffusion.model import DiffusionModel
@@ -50,6 +53,7 @@ from jaxinf.networks.latent_cache import encode_moments, open_moments
 from jaxinf.networks.latents import Autoencoder
 from jaxinf.scores.damping import Recommendation, recommend_damping, weigh_dampings
 from jaxinf.scores.scores import Ranking, Scores
+from jaxinf.scores.self_influence import SelfInfluence
 from jaxinf.scores.stability import RankStability, rank_stability
 from jaxinf.scores.sweep import Sweep
 from jaxinf.store.build import build_store, open_store
@@ -90,6 +94,7 @@ __all__ = [
   "Retrained",
   "Schedule",
   "Scores",
+  "SelfInfluence",
   "Solver",
   "Store",
   "Subsets",
@@ -111,6 +116,8 @@ __all__ = [
   "load_curvature",
   "loss_at_time",
   "loss_at_timestep",
+  "loss_in_band",
+  "masked_loss",
   "noise_ceiling",
   "open_moments",
   "open_store",
@@ -120,6 +127,7 @@ __all__ = [
   "rank_stability",
   "recommend_damping",
   "retraining_lds",
+  "self_influence",
   "trak",
   "weigh_dampings",
   "weighted_loss",

@@ -154,7 +154,7 @@ class _Question:
   ) -> "_Question":
     """Raises ValueError where arguments don't fit together."""
     curvature, measured = method.curvature, measurement_named(method.measurement)
-    measured.check(curvature.model.process)
+    measured.check_gradient(curvature.model.process)
     check_alike(queries, train, measured.axes)
     if compute.checkpoint is not None and measured.name is None:
       raise ValueError("With a checkpoint, give the Measurement a name that tells it from others.")

@@ -116,7 +116,7 @@ def gradient_kernel(
       those that the curvature was fitted for.
   """
   model = curvature.model
-  measurement.check(model.process)
+  measurement.check_gradient(model.process)
   if curvature.settings["conditional"] != (examples.conditioning is not None):
     raise ValueError(
       "The curvature was fitted with conditioning, or these examples have it: one of both."

@@ -103,7 +103,7 @@ class SelfProducts:
     of_rows, bases, damping = operands
 
     def rotated(number: jax.Array) -> Matrices:
-      rows = batch.replace(draws=jnp.full(batch.ids.shape, number))  # type: ignore[attr-defined]
+      rows = dataclasses.replace(batch, draws=jnp.full(batch.ids.shape, number))
       with jax.default_matmul_precision("highest"):
         grads = self.gradients(of_rows, rows).items()
         return {name: to_eigenbasis(grad, bases[name]) for name, grad in grads}

@@ -21,6 +21,7 @@ from jaxinf.attribution.layer_weights import (
 )
 from jaxinf.attribution.methods import METHODS
 from jaxinf.attribution.posterior import PosteriorCovariance, posterior_covariance
+from jaxinf.attribution.self_influence import self_influence
 from jaxinf.attribution.similarity import (
   clip_embeddings,
   embedding_similarity,
@@ -43,6 +44,8 @@ from jaxinf.diffusion.measurements import (
   Measurement,
   loss_at_time,
   loss_at_timestep,
+  loss_in_band,
+  masked_loss,
   weighted_loss,
 )
 from jaxinf.diffusion.model import DiffusionModel
@@ -61,6 +64,7 @@ from jaxinf.scores.damping import Recommendation, recommend_damping, weigh_dampi
 from jaxinf.scores.layer_scores import LayerScores
 from jaxinf.scores.models import mean_scores
 from jaxinf.scores.scores import NEGATIVE_WEIGHT, Prediction, Ranking, Scores
+from jaxinf.scores.self_influence import SelfInfluence
 from jaxinf.scores.stability import RankStability, rank_stability
 from jaxinf.scores.sweep import Sweep
 from jaxinf.store.build import build_store, open_store
@@ -108,6 +112,7 @@ __all__ = [
   "Retrained",
   "Schedule",
   "Scores",
+  "SelfInfluence",
   "Shampoo",
   "Solver",
   "Store",
@@ -133,6 +138,8 @@ __all__ = [
   "load_curvature",
   "loss_at_time",
   "loss_at_timestep",
+  "loss_in_band",
+  "masked_loss",
   "mean_scores",
   "noise_ceiling",
   "open_moments",
@@ -144,6 +151,7 @@ __all__ = [
   "rank_stability",
   "recommend_damping",
   "retraining_lds",
+  "self_influence",
   "trak",
   "weigh_dampings",
   "weighted_loss",

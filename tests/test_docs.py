@@ -35,6 +35,7 @@ def given() -> dict:
     "apply_fn": apply_fn,
     "params": params,
     "other_params": {name: array + np.float32(0.1) for name, array in params.items()},
+    "retrained_params": [params, {name: 1.1 * value for name, value in params.items()}],
     "schedule": schedule,
     "model": jaxinf.DiffusionModel(apply_fn, params, jaxinf.Process.epsilon(schedule)),
     "images": of(12, 2, 2, 1),
@@ -85,6 +86,19 @@ def test_gradients_are_spent_and_kept(run):
   assert names["scores"].values.shape == (3, 12)
   assert names["best"].ids.shape == (3, 10)
   assert len(names["store"]) == 13
+
+
+def test_questions_are_asked(run):
+  """Sums over queries and over groups of them are those of the scores that they are made of."""
+  names = run("questions.md")
+  scores, by_artist = names["scores"], names["by_artist"]
+  np.testing.assert_allclose(names["every"].values[0], scores.values.mean(axis=0), rtol=1e-4)
+  difference = by_artist.values[0] - by_artist.values[1]
+  place = names["most"].positions[0]
+  np.testing.assert_allclose(names["most"].values[0], difference[place], rtol=1e-3)
+  assert (names["odd"].std_errors > 0).all() and len(names["same"].ids) == 12
+  distances = names["moved"].values
+  assert distances.shape == (2, 3) and (distances[0] == 0).all() and (distances[1] > 0).all()
 
 
 def test_data_are_given_with_labels_and_text(run):

@@ -35,6 +35,9 @@ def get_config() -> ConfigDict:
   config.attribute.replicates = 2
   config.attribute.stop.size = 1
   config.attribute.damping = 1e-4
+  config.self_influence.draws = 6
+  config.self_influence.replicates = 3
+  config.self_influence.damping = 1e-4
   config.index.draws = 4
   config.query.draws = 4
   config.query.damping = 1e-4

@@ -187,7 +187,7 @@ class _Question:
   ) -> "_Question":
     """Raises ValueError where arguments don't fit together."""
     curvature, measured = method.curvature, measurement_named(method.measurement)
-    measured.check(curvature.model.process)
+    measured.check_gradient(curvature.model.process)
     dampings = checked_layer_dampings(method.dampings)
     for damping in dampings:
       curvature.check_damping(damping)

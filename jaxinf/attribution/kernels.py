@@ -138,6 +138,31 @@ def layer_products(grads: Matrices, rows: Matrices) -> Matrices:
     return {name: flat(grad) @ flat(rows[name]).T for name, grad in grads.items()}
 
 
+def replicate_products(rows: Matrices, weights: Matrices) -> jax.Array:
+  """Products of an example's gradients in A replicates of draws with each other, [B, 2, A].
+
+  With Z_ab = Σ over layers and entries of rows_a · weights · rows_b, they are Σ over b ≠ a of Z_ab,
+  and Z_aa.
+
+  Args:
+    rows: layer name → [B, A, …, d_out, d_in].
+    weights: layer name → [(groups,) d_out, d_in].
+  """
+
+  def products(name: str) -> jax.Array:
+    chex.assert_shape(rows[name], (None, None, *weights[name].shape))
+    weighted, plain = (
+      x.reshape(*x.shape[:2], -1) for x in (rows[name] * weights[name], rows[name])
+    )
+    return jnp.einsum("bap,bcp->bac", weighted, plain)
+
+  with jax.default_matmul_precision("highest"):
+    every = jnp.sum(jnp.stack([products(name) for name in rows]), axis=0)
+  apart = 1 - jnp.eye(every.shape[1], dtype=every.dtype)
+  own = jnp.diagonal(every, axis1=1, axis2=2)
+  return jnp.stack([jnp.sum(every * apart, axis=2), own], axis=1)
+
+
 def flat(matrices: jax.Array) -> jax.Array:
   """[B, …, d_out, d_in] → [B, P]."""
   return matrices.reshape(len(matrices), -1)

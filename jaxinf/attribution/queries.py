@@ -117,7 +117,7 @@ def gradient_kernel(
       those that the curvature was fitted for.
   """
   model = curvature.model
-  measurement.check(model.process)
+  measurement.check_gradient(model.process)
   check_conditioning(curvature, examples)
   layers = layers_of(
     model, examples, curvature.selection, axes=measurement.axes, precision=precision

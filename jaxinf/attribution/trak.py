@@ -137,7 +137,7 @@ class TRAK:
     measured = measurement_named(self.measurement)
     train_measured = measurement_named(self.train_measurement)
     for each in (measured, train_measured):
-      each.check(models[0].process)
+      each.check_gradient(models[0].process)
     if train_measured.axes:
       raise ValueError(
         "train_measurement is of training examples as they are; "

@@ -125,7 +125,7 @@ def key_of_measurement(run: Run, name: str) -> dict:
   """What one measurement depends on, apart from which models it was taken of."""
   return common_key(run) | {
     "measure": own_settings(run, "measure"),
-    "measurement": name,
+    "measurement": measurement_named(name).name,
     "samples_content": content_of_stage(run, "sample"),
     "share": run.config.retrain.share,
     "outside_weight": run.config.retrain.outside_weight,

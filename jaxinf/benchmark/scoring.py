@@ -75,6 +75,8 @@ def rows_of(run: Run) -> list[Row]:
 def check_rows(run: Run) -> None:
   """Raises ValueError where a method is unknown, or will lack what it needs."""
   for row in rows_of(run):
+    if row.measurement is not None:
+      measurement_named(row.measurement).check_gradient(run.process)
     if row.of == "trajectories" and not run.config.sample.keep_trajectory:
       raise ValueError(
         f"{row.name} needs sampling trajectories: set sample.keep_trajectory=True, in a new "
@@ -174,7 +176,7 @@ def score_key(run: Run, row: Row) -> dict[str, Any]:
   key = settings(run.config.score, only=row.kind.reads) | {
     "seed": run.seed,
     "method": row.method,
-    "measurement": row.measurement,
+    "measurement": None if row.measurement is None else measurement_named(row.measurement).name,
     "dampings": row.kind.dampings(run.config.score.dampings),
     "data": data_key(run),
     "train_content": content_of_stage(run, "train"),

@@ -92,6 +92,14 @@ class Curvature:
     """Λ [(groups,) d_out, d_in] of a layer, float32."""
     return np.asarray(self.bases[name].eigenvalues, np.float32)
 
+  def rotations(self) -> dict[str, Eigenbasis]:
+    """Layer name → its eigenbasis in float32, as kernels take it."""
+    single = lambda x: None if x is None else np.asarray(x, np.float32)
+    return {
+      name: Eigenbasis(single(b.q_in), single(b.q_out), single(b.eigenvalues))
+      for name, b in self.bases.items()
+    }
+
   def save(self, folder: str | Path) -> None:
     """Writes it to a folder, which `jaxinf.load_curvature(folder, model)` reads."""
     from jaxinf.curvature.saving import save_curvature

@@ -161,6 +161,21 @@ def read_npz(path: pathlib.Path, holds: str = "images=...") -> dict[str, np.ndar
     ) from error
 
 
+def read_array(path: str | pathlib.Path) -> np.ndarray:
+  """The array of numbers or booleans in an .npy file; ValueError where there is none."""
+  path = pathlib.Path(path).expanduser()
+  try:
+    array = np.load(path, allow_pickle=False)
+  except (OSError, ValueError, EOFError) as error:
+    raise ValueError(
+      f"{path}: expected an .npy file, got none or a damaged one ({error}). Write it with "
+      "np.save(path, array)."
+    ) from error
+  if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
+    raise ValueError(f"{path}: expected one array of numbers; write it with np.save(path, array).")
+  return array
+
+
 def as_strings(ids: np.ndarray) -> np.ndarray:
   """Ids as strings where they are integers or bytes; others as they are, for Dataset to refuse."""
   if ids.dtype.kind == "S":

@@ -14,11 +14,16 @@ this one type, so that both gradients are one kernel, at the speed of an ordinar
   square_norm              mean square of the network's output, which D-TRAK measures;
   loss_at_timestep(t)      the loss at one index t, ε drawn;
   loss_at_time(t)          the same of a continuous process, at one t (or σ);
+  loss_in_band(low,high)   the loss over the times in [low, high), by the law of t given these;
+  masked_loss(FILE.npy)    the loss of a region of the example;
   weighted_loss(elbo)      the squared error of ε̂ with a weight for each t, one of WEIGHTINGS;
-  journey_loss(900,500,…)  the loss of data predicted on the way at each of these timesteps.
+  journey_loss(900,500,…)  the loss of data predicted on the way at each of these timesteps;
+  trajectory_distance      how far ε̂ along a sampling trajectory is from the attributed model's own.
 
-loss and square_norm are of every process, loss_at_time of continuous ones, and all others of
-discrete ones, whatever the network predicts. `Measurement.check` says so.
+loss, square_norm, loss_in_band, masked_loss and trajectory_distance are of every process,
+loss_at_time of continuous ones, and all others of discrete ones, whatever the network predicts.
+`Measurement.check` says so. trajectory_distance is for retrained models: at the attributed model it
+is 0 and so is its gradient. `Measurement.check_gradient` says so.
 """
 
 import dataclasses
@@ -37,6 +42,7 @@ from jaxinf.core.augmentation import PLAIN, Augmentation
 from jaxinf.core.draws import INDEPENDENT, Draws
 from jaxinf.core.registry import named
 from jaxinf.core.types import ApplyFn, Array, Params, PyTree
+from jaxinf.data.files import read_array
 from jaxinf.diffusion.likelihood import (
   Variances,
   draw_transitions,
@@ -52,16 +58,21 @@ from jaxinf.diffusion.noise import (
   draw_integers,
   draw_noised,
   draw_pairs,
+  draw_times_between,
   losses,
   predict,
   squared_errors,
 )
 from jaxinf.diffusion.process import Process
+from jaxinf.diffusion.sampler import sampler_times
 from jaxinf.diffusion.weightings import WEIGHTINGS
 
 OF = ("examples", "trajectories", "predictions")
 Value = Callable[[Process, jax.Array, Noised], jax.Array]
 Weights = Callable[[Process], np.ndarray]
+# A band holds at least this share of the times. Uniform numbers in float32 are multiples of 2⁻²⁴
+# near 1, so that 4,096 different times are left in it.
+_LEAST_SHARE = 2.0**-12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +88,8 @@ class Measurement:
       "predictions" (clean data predicted on the way): then data are [B, K, …], several each.
     name: by which settings of scores know it; None: "custom".
     requires: (process) → None, raising ValueError where a process has no such measurement.
+    compares: whether it compares the outputs with the attributed model's on the same pairs, which
+      take the place of the targets. Then it is of retrained models, and has no gradient.
   """
 
   draw: Callable[[Process, jax.Array, jax.Array, Draws, Augmentation], Noised]
@@ -85,6 +98,7 @@ class Measurement:
   of: str = "examples"
   name: str | None = None
   requires: Callable[[Process], None] | None = None
+  compares: bool = False
 
   def __post_init__(self):
     if self.of not in OF:
@@ -99,6 +113,16 @@ class Measurement:
     """Raises ValueError where the process has no such measurement, with what to take instead."""
     if self.requires is not None:
       self.requires(process)
+
+  def check_gradient(self, process: Process) -> None:
+    """Raises ValueError where it cannot be differentiated at the attributed model, likewise."""
+    self.check(process)
+    if self.compares:
+      raise ValueError(
+        f"{self.name or 'A measurement that compares'} has no influence function: it is least, and "
+        "0, at the attributed model, where its gradient is 0. Measure retrained models by it, and "
+        "score by square_norm or loss, or by the method das, which predicts squared changes."
+      )
 
   def pairs(
     self,
@@ -132,6 +156,7 @@ class Measurement:
       size: draws of an example, S.
       loss_power: p; the S values of an example are weighted by value^(p − 1), see `draw_weights`.
     """
+    self.check_gradient(process)
 
     def total(outputs: jax.Array) -> jax.Array:
       values = self.value(process, outputs, pairs)
@@ -150,12 +175,28 @@ class Measurement:
     keys: jax.Array,
     conditioning: PyTree = None,
     draws: Draws = INDEPENDENT,
+    reference: Params | None = None,
   ) -> jax.Array:
-    """[B] measurements of data [B, …] with draws from keys [B, S], constants included."""
+    """[B] measurements of data [B, …] with draws from keys [B, S], constants included.
+
+    `reference` are the attributed model's parameters, for measurements that compare.
+    """
     pairs = self.pairs(process, data, keys, conditioning, draws)
+    pairs = self.compared(pairs, apply_fn, reference)
     values = self.value(process, predict(apply_fn, params, pairs), pairs)
     means = values.reshape(keys.shape).mean(axis=1)
     return means if self.constant is None else means + self.constant(process, as_float(data))
+
+  def compared(self, pairs: Noised, apply_fn: ApplyFn, reference: Params | None) -> Noised:
+    """The pairs, with the outputs at the parameters `reference` as targets where it compares."""
+    if not self.compares:
+      return pairs
+    if reference is None:
+      raise ValueError(
+        f"{self.name or 'This measurement'} compares with the attributed model: give its "
+        "parameters as reference."
+      )
+    return pairs._replace(target=predict(apply_fn, reference, pairs))
 
 
 def draw_weights(values: jax.Array, loss_power: float) -> jax.Array:
@@ -174,7 +215,8 @@ def draw_weights(values: jax.Array, loss_power: float) -> jax.Array:
 def measurement_named(name: str | Measurement) -> Measurement:
   """The measurement of that name, which may have an argument: "loss_at_timestep(500)".
 
-  A Measurement is its own. ValueError for an unknown name, that lists them, or argument.
+  A Measurement is its own. Equal ones are one object, and share a compiled kernel. ValueError for
+  an unknown name, that lists them, or argument.
   """
   return name if isinstance(name, Measurement) else _named(name)
 
@@ -223,6 +265,68 @@ def loss_at_time(time: float) -> Measurement:
     return draw_noised(process, data, t, keys, draws, augmentation)
 
   return Measurement(draw, _losses, name=name, requires=requires)
+
+
+@functools.lru_cache(maxsize=64)
+def loss_in_band(low: float, high: float) -> Measurement:
+  """The training loss over the times in [low, high): E[ℓ | low ≤ t < high], by the law of t.
+
+  Bands that cover all times, each weighted by its probability, add up to the loss.
+
+  Args:
+    low, high: timesteps 0 ≤ low < high ≤ T, counted from 0, where the process is discrete; times in
+      [0, 1] of flow; noise levels σ of EDM, of which `high` may be infinite.
+  """
+  low, high = float(low), float(high)
+  name = f"loss_in_band({','.join(_shortest(x) for x in (low, high))})"
+
+  def requires(process: Process) -> None:
+    most = process.num_steps or (1 if process.name == "flow" else np.inf)
+    if not 0 <= low < high <= most:
+      raise ValueError(f"{name}: a band of {process} is 0 ≤ low < high ≤ {most}.")
+    if process.is_discrete:
+      if not (low.is_integer() and high.is_integer()):
+        raise ValueError(f"{name}: timesteps of {process} are whole numbers.")
+      return
+    share = process.probability_below(high) - process.probability_below(low)
+    if share < _LEAST_SHARE:
+      raise ValueError(
+        f"{name} holds a share of {share:.1e} of the times of {process}: too few to draw from. "
+        "Widen the band, or take loss_at_time(t)."
+      )
+
+  def draw(
+    process: Process, data: jax.Array, keys: jax.Array, draws: Draws, augmentation: Augmentation
+  ) -> Noised:
+    requires(process)
+    data = jnp.repeat(data, keys.shape[1], axis=0)
+    t = draw_times_between(process, low, high, keys, draws)
+    return draw_noised(process, data, t, keys, draws, augmentation)
+
+  return Measurement(draw, _losses, name=name, requires=requires)
+
+
+def masked_loss(mask: Array) -> Measurement:
+  """The training loss of a region: the mean squared error over it, times w_t.
+
+  The mean is Σ_i mask_i e_i² / Σ_i mask_i over the elements i of an example, with the errors e of
+  the network's output. Regions that make up the example, each weighted by its share of the
+  elements, add up to the loss. Scores say what the model learned this region from: the network
+  still sees the whole example.
+
+  Args:
+    mask: booleans, or weights that are finite and not negative, of the shape of an example, or of
+      that without the last axis (all channels of a pixel count alike).
+  """
+  weights = np.array(mask, np.float32)
+  if not weights.ndim or not np.isfinite(weights).all() or not (weights >= 0).all():
+    raise ValueError(
+      "A mask must be an array of booleans, or of finite weights that are not negative, of the "
+      f"shape of an example; got shape {weights.shape}."
+    )
+  if not weights.any():
+    raise ValueError("The mask is 0 everywhere: no element of the example counts.")
+  return _masked(weights.tobytes(), weights.shape)
 
 
 def weighted_loss(weights: str | Array) -> Measurement:
@@ -288,6 +392,59 @@ def _square_norms(process: Process, outputs: jax.Array, pairs: Noised) -> jax.Ar
   return jnp.mean(jnp.square(outputs), axis=tuple(range(1, outputs.ndim)))
 
 
+@functools.lru_cache(maxsize=64)  # equal masks are one measurement and share a compiled kernel
+def _masked(content: bytes, shape: tuple[int, ...]) -> Measurement:
+  """`masked_loss` of a float32 mask with this content and shape, named by a hash of both."""
+  mask = np.frombuffer(content, np.float32).reshape(shape).astype(np.float64)
+  name = hashlib.blake2b(content + str(shape).encode(), digest_size=8).hexdigest()
+
+  def value(process: Process, outputs: jax.Array, pairs: Noised) -> jax.Array:
+    del process
+    own, axes = outputs.shape[1:], tuple(range(1, outputs.ndim))
+    if shape not in (own, own[:-1]):
+      raise ValueError(
+        f"A mask of shape {shape} does not fit examples of shape {own}: give it that shape"
+        f"{f', or {own[:-1]}' if len(own) > 1 else ''}."
+      )
+    whole = np.broadcast_to(mask if shape == own else mask[..., None], own)
+    shares = jnp.asarray(whole / whole.mean(), jnp.float32)
+    return pairs.weights * jnp.mean(shares * jnp.square(outputs - pairs.target), axis=axes)
+
+  return Measurement(draw_pairs, value, name=f"masked_loss({name})")
+
+
+def _draw_states(
+  process: Process, data: jax.Array, keys: jax.Array, draws: Draws, augmentation: Augmentation
+) -> Noised:
+  """S of the K steps of each trajectory [B, K + 1, …]: the states that its network was given.
+
+  Nothing else is drawn, so that there are no antithetic pairs: with K stratified draws each step
+  comes once. There are no targets yet.
+  """
+  if data.ndim < 3 or data.shape[1] < 2:
+    raise ValueError(
+      "trajectory_distance is of trajectories [B, K + 1, …], the states of K sampling steps from "
+      f"noise to data; got {data.shape}."
+    )
+  times = sampler_times(process, data.shape[1] - 1)[:-1]
+  draws = dataclasses.replace(draws, antithetic=False)
+  k = draw_integers(len(times), keys, draws)
+  x_t = data[jnp.repeat(jnp.arange(len(data)), keys.shape[1]), k]
+  x_t = augmentation.mirrored(x_t, draw_augmentations(keys, draws))
+  t = jnp.asarray(times, jnp.int32 if process.is_discrete else jnp.float32)[k]
+  return Noised(*process.inputs(x_t, t), jnp.zeros_like(x_t), process.weights(t), t)
+
+
+def _noise_errors(process: Process, outputs: jax.Array, pairs: Noised) -> jax.Array:
+  """[B] mean over all elements of (ε̂ − ε)², of the ε̂ and ε that outputs and targets imply."""
+  return process.noise_error_scale(pairs.t) * squared_errors(outputs, pairs)
+
+
+def _shortest(number: float) -> str:
+  """A number as it is written: 500 and 0.25."""
+  return str(int(number)) if number.is_integer() else repr(number)
+
+
 def _weighted(name: str, weights: Weights, **fields: Any) -> Measurement:
   """The squared errors of the output times weights(process)[t], of a discrete process."""
 
@@ -333,9 +490,6 @@ def _check_timesteps(name: str, process: Process, timesteps: Sequence[int]) -> N
     )
 
 
-# Cached, so that equal names are one measurement and share a compiled kernel. 64 are more than any
-# study measures.
-@functools.lru_cache(maxsize=64)
 def _named(name: str) -> Measurement:
   if name in MEASUREMENTS:
     return MEASUREMENTS[name]
@@ -366,6 +520,14 @@ def _one_time(text: str) -> Measurement:
     raise ValueError(f"loss_at_time is of one time, a number; got {text!r}.") from error
 
 
+def _one_band(text: str) -> Measurement:
+  try:
+    low, high = map(float, text.split(","))
+  except ValueError as error:
+    raise ValueError(f"loss_in_band is of two numbers, low,high; got {text!r}.") from error
+  return loss_in_band(low, high)
+
+
 # The model's own training loss ℓ(θ, x).
 LOSS = Measurement(draw_pairs, _losses, name="loss")
 
@@ -386,12 +548,20 @@ MEASUREMENTS = {
     of="trajectories",
   ),
   "square_norm": Measurement(draw_pairs, _square_norms, name="square_norm"),
+  "trajectory_distance": Measurement(
+    _draw_states, _noise_errors, of="trajectories", name="trajectory_distance", compares=True
+  ),
 }
 
-# Name → measurement from the text in brackets.
+# Name → measurement from the text in brackets. Each is cached, but for a mask: its file may change,
+# and equal masks are one measurement already. 64 are more than any study measures.
+_cached = functools.lru_cache(maxsize=64)
+
 PARAMETERISED: dict[str, Callable[[str], Measurement]] = {
   "loss_at_timestep": _one_timestep,
   "loss_at_time": _one_time,
-  "weighted_loss": weighted_loss,
-  "journey_loss": lambda text: journey_loss(_integers(text)),
+  "loss_in_band": _one_band,
+  "masked_loss": lambda path: masked_loss(read_array(path)),
+  "weighted_loss": _cached(weighted_loss),
+  "journey_loss": _cached(lambda text: journey_loss(_integers(text))),
 }

@@ -98,6 +98,20 @@ def draw_times(process: Process, keys: jax.Array, draws: Draws) -> jax.Array:
   return _both(process.times(_uniforms(keys, draws)), keys, draws)
 
 
+def draw_times_between(
+  process: Process, low: float, high: float, keys: jax.Array, draws: Draws
+) -> jax.Array:
+  """Times t [B · S] in [low, high) of keys [B, S], by the law of the process given that band.
+
+  The design spreads them over the band as `draw_times` does over all times.
+  """
+  if process.num_steps is not None:
+    return int(low) + draw_integers(int(high) - int(low), keys, draws)
+  begin, end = process.probability_below(low), process.probability_below(high)
+  u = begin + (end - begin) * _uniforms(keys, draws)
+  return _both(jnp.clip(process.times(u), low, high), keys, draws)  # rounding may leave the band
+
+
 def draw_integers(num: int, keys: jax.Array, draws: Draws) -> jax.Array:
   """Int32 [B · S], uniform in [0, num), of keys [B, S]."""
   if draws.timesteps == "uniform":

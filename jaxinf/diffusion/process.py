@@ -194,6 +194,11 @@ class Process:
     assert self.law is not None
     return self.shifted(self.law.times(u))
 
+  def probability_below(self, t: float) -> float:
+    """That a time of a continuous process is below t, in float64: the inverse of `times`."""
+    assert self.law is not None, "discrete times are uniform"
+    return self.law.below(t / (self.shift - (self.shift - 1) * t) if self.shift != 1 else t)
+
   def shifted(self, t: Any) -> Any:
     """s t / (1 + (s − 1) t): times of flow as they are trained and sampled."""
     return t if self.shift == 1 else self.shift * t / (1 + (self.shift - 1) * t)

@@ -1,7 +1,7 @@
 """Laws of the time t of continuous processes, each by its inverse distribution function.
 
 A law maps a uniform number u in [0, 1) to t. So stratified uniforms give stratified times, in parts
-of equal probability.
+of equal probability. `below` is the distribution function itself, in float64 on the host.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import special
 
 from jaxinf.core.registry import named
 
@@ -20,6 +21,9 @@ class Uniform:
 
   def times(self, u: jax.Array) -> jax.Array:
     return u
+
+  def below(self, t: float) -> float:
+    return float(np.clip(t, 0, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +39,9 @@ class LogitNormal:
   def times(self, u: jax.Array) -> jax.Array:
     return jax.nn.sigmoid(_normal(self, u))
 
+  def below(self, t: float) -> float:
+    return _normal_below(self, float(special.logit(np.clip(t, 0, 1))))
+
 
 @dataclasses.dataclass(frozen=True)
 class LogNormal:
@@ -48,6 +55,9 @@ class LogNormal:
 
   def times(self, u: jax.Array) -> jax.Array:
     return jnp.exp(_normal(self, u))
+
+  def below(self, t: float) -> float:
+    return _normal_below(self, float(np.log(t)) if t > 0 else -np.inf)
 
 
 Law = Uniform | LogitNormal | LogNormal
@@ -79,6 +89,10 @@ def _normal(law: LogitNormal | LogNormal, u: jax.Array) -> jax.Array:
   half = np.float32(2.0**-24)
   u = jnp.clip(u, half, 1 - half)
   return law.mean + law.std * jax.scipy.special.ndtri(u)
+
+
+def _normal_below(law: LogitNormal | LogNormal, z: float) -> float:
+  return float(special.ndtr((z - law.mean) / law.std))
 
 
 def _check_normal(law: LogitNormal | LogNormal) -> None:

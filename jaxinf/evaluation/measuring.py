@@ -55,7 +55,8 @@ def measure(
   """Name → measurements of queries by V models; compiled once for as many models at a time.
 
   Args:
-    model: whose network and process all models have.
+    model: whose network and process all models have. It is the attributed one, with which
+      measurements compare that do.
     params: of each model.
     queries: samples, or trajectories where the measurements are of them.
     measurements: name → Measurement; of one kind ("examples" or "trajectories").
@@ -74,12 +75,14 @@ def measure(
   draws.check_plain("A true measurement")
   draws = draws.split()
   stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *params)
+  compares = any(measurement.compares for measurement in measurements.values())
+  reference = model.params if compares else None
   kernel = MeasureKernel(
     model.apply_fn, model.process, tuple(measurements.values()), Replicate.of(draws)
   )
   values = map_batches(
     kernel,
-    row_operands(stacked, draws, _STREAM),
+    row_operands((stacked, reference), draws, _STREAM),
     Rows.of(queries, draws.replicates),
     batch_size=compute.rows(draws),
     label=label,
@@ -98,6 +101,8 @@ def measure(
 class MeasureKernel:
   """Kernel from models [V, …] and (query, replicate) rows to values [B, measurements, V].
 
+  Its parameters are (those of all models, those of the attributed one or None).
+
   Attributes:
     apply_fn, process: of every model.
     measurements: what is measured; those with one way to draw share a forward pass.
@@ -110,7 +115,7 @@ class MeasureKernel:
   replicate: Replicate
 
   def __call__(self, operands: PyTree, batch: Batch) -> jax.Array:
-    params, origin = operands
+    (params, reference), origin = operands
     keys = self.replicate.keys(origin, batch)
     by_draw: dict[object, list[Measurement]] = {}
     for measurement in self.measurements:
@@ -125,6 +130,7 @@ class MeasureKernel:
         self.replicate.draws,
         self.replicate.augmentation,
       )
+      pairs = alike[0].compared(pairs, self.apply_fn, reference)
       outputs = jax.vmap(lambda p: predict(self.apply_fn, p, pairs))(params)  # noqa: B023
       for measurement in alike:
         values = jax.vmap(lambda out: measurement.value(self.process, out, pairs))(outputs)  # noqa: B023

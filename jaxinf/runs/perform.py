@@ -1,12 +1,13 @@
 """Performing a stage of a run by its name: one life cycle for all that are kept."""
 
+import pkgutil
 from collections.abc import Sequence
 from typing import Any
 
 from jaxinf.core.registry import named
 from jaxinf.engine import artifacts, processes
 from jaxinf.runs.latents import preparations
-from jaxinf.runs.run import Run, check_conditioning, check_measurable, key_of
+from jaxinf.runs.run import Run, check_attributable, check_conditioning, key_of
 from jaxinf.runs.stage import STAGES, hint
 
 
@@ -24,7 +25,7 @@ def perform(run: Run, name: str, *words: str) -> Any:
       result of other settings or inputs.
   """
   stage = named(STAGES, name, "stage")
-  check_measurable(run, _measurements(run, (name, *stage.steps)))
+  check_attributable(run, _measurements(run, (name, *stage.steps)))
   check_conditioning(run)
   if not stage.does:
     return [perform(run, step) for step in steps_of(run, name)][-1]
@@ -37,7 +38,7 @@ def perform(run: Run, name: str, *words: str) -> Any:
     raise ValueError("Several processes use all their devices: leave the run's devices None.")
   _ = run.model  # fields that do not fit it are refused before anything begins
   folder = run.folder(name)
-  return artifacts.cached(
+  artifact = artifacts.cached(
     folder,
     key_of(run, name),
     lambda: stage.function(run),
@@ -46,6 +47,9 @@ def perform(run: Run, name: str, *words: str) -> Any:
     anew=stage.anew,
     then=hint(name).format(folder=folder.absolute()),
   )
+  if stage.shows and processes.is_primary():
+    print(pkgutil.resolve_name(stage.shows)(artifact))
+  return artifact
 
 
 def steps_of(run: Run, name: str) -> tuple[str, ...]:
@@ -54,6 +58,6 @@ def steps_of(run: Run, name: str) -> tuple[str, ...]:
 
 
 def _measurements(run: Run, names: Sequence[str]) -> list[str]:
-  """What the sections of these stages say is to be measured, those with one measurement."""
+  """What the sections of these stages say is to be attributed, those with one measurement."""
   sections = [getattr(run.config, section) for name in names if (section := STAGES[name].section)]
   return [section.measurement for section in sections if hasattr(section, "measurement")]

@@ -283,6 +283,13 @@ def check_measurable(run: Run, names: Sequence[str]) -> None:
       raise ValueError(f"{name} cannot be measured here: {error}") from error
 
 
+def check_attributable(run: Run, names: Sequence[str]) -> None:
+  """Raises ValueError where one of these measurements has no gradient, or there is none here."""
+  check_measurable(run, names)
+  for name in names:
+    measurement_named(name).check_gradient(run.process)
+
+
 def check_conditioning(run: Run) -> None:
   """Raises ValueError where conditioning is to be left out and the model is given none."""
   if run.config.train.conditioning_dropout or run.config.sample.guidance_scale != 1:
@@ -330,10 +337,15 @@ def moments_folder(run: Run) -> Path:
 
 
 def own_settings(run: Run, name: str) -> dict[str, Any]:
-  """The fields of a stage's own section that its result depends on."""
+  """The fields of a stage's own section that its result depends on.
+
+  A measurement goes by its own name, which holds a hash of what its text may refer to as a file.
+  """
   stage = named(STAGES, name, "stage")
   assert stage.section is not None
   section = settings(getattr(run.config, stage.section))
+  if "measurement" in section:
+    section["measurement"] = measurement_named(section["measurement"]).name
   return {k: v for k, v in section.items() if k not in (*stage.pace, *stage.extent)}
 
 

@@ -188,6 +188,16 @@ class AttributeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SelfInfluenceConfig:
+  damping: float = 1e-8  # λ
+  draws: int = 250  # of (t, ε) for each example
+  replicates: int = 5  # of the draws: 2 or more, and for standard errors 3 or more
+  design: DrawConfig = DrawConfig()
+  batch_size: int = 128  # (example, draw) pairs at a time
+  checkpoint_every: int = 100  # batches
+
+
+@dataclasses.dataclass(frozen=True)
 class IndexConfig:
   draws: int = 250  # of (t, ε) for each example
   # Rows kept for each example, for standard errors; 1 takes half of the disk of 2.
@@ -316,6 +326,7 @@ class Config:
   curvature_study: CurvatureStudyConfig = CurvatureStudyConfig()
   compress_study: CompressStudyConfig = CompressStudyConfig()
   attribute: AttributeConfig = AttributeConfig()
+  self_influence: SelfInfluenceConfig = SelfInfluenceConfig()
   index: IndexConfig = IndexConfig()
   query: QueryConfig = QueryConfig()
   retrain: RetrainConfig = RetrainConfig()

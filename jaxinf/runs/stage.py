@@ -46,6 +46,8 @@ class Stage:
     takes: the word that follows the name on the command line, where there is one.
     flags: of the command line, that it reads beside --config and --workdir.
     dry_run: "module:function" from the run to what --dry-run prints, where it can.
+    shows: "module:function" from the result of a stage that is kept to a text, which is printed
+      whether the result was there or not.
     then: what to do next, where that is no stage of the same line; {folder} is the result's.
     key: "module:function" from the run to a dict of what else the result depends on.
   """
@@ -68,6 +70,7 @@ class Stage:
   takes: str = ""
   flags: tuple[str, ...] = ()
   dry_run: str = ""
+  shows: str = ""
   then: str = ""
   key: str = ""
 
@@ -116,6 +119,13 @@ STAGES: dict[str, Stage] = {stage.name: stage for stage in (
         does="jaxinf.runs.stages:attribute", kept=True, models="each",
         section="attribute", pace=("batch_size", "query_chunk", "checkpoint_every"),
         needs=("train", "sample", "curvature")),
+  Stage("self-influence",
+        "tell which training images are learned from themselves alone: rare, damaged, mislabelled "
+        "or memorised ones (not part of all)",
+        does="jaxinf.runs.self_influence:self_influences", kept=True,
+        shows="jaxinf.runs.self_influence:largest",
+        section="self_influence", pace=("batch_size", "checkpoint_every"),
+        needs=("train", "curvature")),
   Stage("report", "draw DIR/report/index.html",
         does="jaxinf.runs.reporting:report", kept=True, alone=True, data="labelled",
         models="all", anew=True,

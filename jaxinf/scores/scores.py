@@ -169,6 +169,29 @@ class Scores:
       num_examples=self._num_examples,
     )
 
+  def of_query_set(self, weights: Mapping[Any, float] | np.ndarray) -> "Scores":
+    """Scores of one query, whose measurement is Σ_q w_q m_q over these queries.
+
+    Influence is linear in the measurement, so that they are Σ_q w_q scores[q, n]. Weights 1 / Q ask
+    for the mean of a set, returns or ratings for what made the good ones good, and 1 and −1 for a
+    difference: positive scores then support the first more than the second.
+
+    Replicates of draws stay apart, so that the standard errors are those of the sum: queries share
+    the draws of training examples, and their noise with them.
+
+    Args:
+      weights: query id → w_q, 0 for queries that are left out; or w [Q], of every query in order.
+
+    Raises:
+      ValueError: an id is of no query, there are not Q weights, or they are not finite or all 0.
+    """
+    w = self._query_weights(weights)
+    return self.with_values(
+      lambda values: np.einsum("q,gqn->gn", w, values).astype(np.float32)[:, None],
+      query_ids=np.array(["query set"]),
+      settings={**self.settings, "query_weights": w.tolist()},
+    )
+
   def predicted_change(
     self, removed: Iterable, negative_weight: float = NEGATIVE_WEIGHT
   ) -> Prediction:
@@ -255,6 +278,27 @@ class Scores:
   @property
   def _num_examples(self) -> int:
     return len(self.train_ids) if self.num_examples is None else self.num_examples
+
+  def _query_weights(self, weights: Mapping[Any, float] | np.ndarray) -> np.ndarray:
+    """[Q] float64 weights of the queries; see `of_query_set`."""
+    known = np.asarray(self.query_ids).tolist()
+    if isinstance(weights, Mapping):
+      given = {np.asarray(key).item(): value for key, value in weights.items()}
+      if unknown := sorted(map(repr, given.keys() - set(known))):
+        raise ValueError(
+          f"{len(unknown)} ids are of no query, such as {unknown[0]}. There are {len(known)}, such "
+          f"as {known[:3]}."
+        )
+      weights = np.array([given.get(identity, 0.0) for identity in known], np.float64)
+    w = np.asarray(weights, np.float64)
+    if w.shape != (len(known),):
+      raise ValueError(
+        f"weights must be {len(known)} numbers, one a query, or a mapping from query ids; got "
+        f"shape {w.shape}."
+      )
+    if not np.isfinite(w).all() or not w.any():
+      raise ValueError("weights must be finite, and not all 0: otherwise no query is asked about.")
+    return w
 
   def _ranked(self, k: int, order_by: np.ndarray) -> Ranking:
     num_train = order_by.shape[1]

@@ -3,7 +3,9 @@
 A row is V = Q_outᵀ ∇ℓ Q_in divided by √(Λ + ε), compressed. It knows no damping: with a query's
 gradient U in that basis, the score is the sum over layers and entries of
 
-  row_i · U_i √(Λ_i + ε) / (Λ_i + λ).
+  row_i · U_i √(Λ_i + ε) / (Λ_i + λ),
+
+and the product of two rows under (H + λI)⁻¹ is that over row_i · row'_i (Λ_i + ε) / (Λ_i + λ).
 """
 
 import dataclasses
@@ -13,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf.attribution.kernels import inner_products
+from jaxinf.attribution.kernels import inner_products, replicate_products
 from jaxinf.compression.compression import Blockwise
 from jaxinf.core.damping import Damping
 from jaxinf.core.types import Array, Eigenbasis, Matrices, PyTree
@@ -21,19 +23,10 @@ from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.eigenbasis import to_eigenbasis
 from jaxinf.engine import processes
 from jaxinf.engine.kernels import numerics
-from jaxinf.store.flat import flat_products, flat_vectors
+from jaxinf.store.flat import flat_products, flat_vectors, of_bits
 from jaxinf.store.packing import Packing
 
 _FLOOR = 1e-6  # ε as a share of the mean of a layer's Λ
-
-
-def rotations(curvature: Curvature) -> dict[str, Eigenbasis]:
-  """Layer name → its eigenbasis in float32, as the kernels of the store take it."""
-  single = lambda x: None if x is None else np.asarray(x, np.float32)
-  return {
-    name: Eigenbasis(single(b.q_in), single(b.q_out), single(b.eigenvalues))
-    for name, b in curvature.bases.items()
-  }
 
 
 def widths_of(eigenvalues: Array) -> Array:
@@ -74,7 +67,7 @@ def query_vectors(
     dampings: L of them.
     layers: names of the layers wanted.
   """
-  bases = rotations(curvature)
+  bases = curvature.rotations()
   parts: dict[str, list[list[np.ndarray]]] = {name: [[] for _ in dampings] for name in layers}
   for grads in gradient_batches:
     for name in layers:
@@ -105,6 +98,30 @@ class ProductKernel:
       return flat_products(compression, operands, arrays)
     vectors, eigenvalues = operands
     return inner_products(self.packing.unpack(arrays, eigenvalues, self.layers), vectors)
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfProductKernel:
+  """Kernel from the arrays of a store [B · G, W_k] to `replicate_products` of examples [B, 2, G].
+
+  Its operands are (Λ of each layer, λ).
+
+  Attributes:
+    packing: of the rows, G consecutive ones for each example.
+    layers: names of those that count.
+    replicates: G.
+  """
+
+  packing: Packing
+  layers: tuple[str, ...]
+  replicates: int
+
+  def __call__(self, operands: PyTree, arrays: Sequence[Array]) -> jax.Array:
+    eigenvalues, damping = operands
+    restored = self.packing.unpack([of_bits(a) for a in arrays], eigenvalues, self.layers)
+    rows = {n: x.reshape(-1, self.replicates, *x.shape[1:]) for n, x in restored.items()}
+    weights = {n: jnp.square(widths_of(x)) / (x + damping) for n, x in eigenvalues.items()}
+    return replicate_products(rows, weights)
 
 
 def product_operands(

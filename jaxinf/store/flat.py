@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinf.compression.compression import Blockwise
+from jaxinf.core.types import Array
 from jaxinf.store.packing import Packing
 
 # Numbers of a row in a tile: 16 KiB of float32, so that 64 rows of them fit a cache of 1 MiB.
@@ -83,3 +84,10 @@ def flat_products(
 def bits_of(array: np.ndarray) -> np.ndarray:
   """bfloat16 as uint16, without a copy; other arrays as they are."""
   return array.view(np.uint16) if array.dtype == jnp.bfloat16 else array
+
+
+def of_bits(array: Array) -> Array:
+  """What `bits_of` was given, in a kernel."""
+  if array.dtype != jnp.uint16:
+    return array
+  return jax.lax.bitcast_convert_type(array, jnp.bfloat16)

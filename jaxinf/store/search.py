@@ -1,4 +1,4 @@
-"""Scores of a store's rows for query vectors: all of them, or the best alone.
+"""Scores of a store's rows for query vectors, all of them or the best alone; or for themselves.
 
 Rows are read a chunk at a time, each device taking the next one; what was read stays in memory up
 to a limit, so that later queries need not read it again.
@@ -15,13 +15,13 @@ import jax
 import numpy as np
 
 from jaxinf.core.checks import checked_count
-from jaxinf.core.types import Matrices
+from jaxinf.core.types import Array, Matrices, PyTree
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.engine import local_devices, processes
-from jaxinf.engine.kernels import on_one_device
+from jaxinf.engine.kernels import Kernel, on_one_device
 from jaxinf.scores.layer_scores import LayerScores
 from jaxinf.scores.scores import Ranking, Scores
-from jaxinf.store.eigenrows import ProductKernel, product_operands
+from jaxinf.store.eigenrows import ProductKernel, SelfProductKernel, product_operands
 from jaxinf.store.flat import bits_of
 from jaxinf.store.packing import Packing
 from jaxinf.store.rows import RowStore
@@ -137,18 +137,12 @@ class Search:
 
   def _products(self, begin: int, end: int) -> Iterator[tuple[int, np.ndarray]]:
     """Yields (example, products [n, G, Q, A]) of the examples begin … end − 1, block by block."""
-    groups = self.rows.ledger.groups
-    devices, names = local_devices(self.devices), tuple(self.vectors)
-    columns = self.packing.columns(names)
-    kernel = on_one_device(ProductKernel(self.packing, names))
+    groups, names = self.rows.ledger.groups, tuple(self.vectors)
     eigenvalues = {name: self.curvature.eigenvalues(name) for name in names}
     operands = product_operands(self.packing, self.vectors, eigenvalues)
-    placed = [jax.device_put(operands, device) for device in devices]
-    pending: collections.deque = collections.deque()
-
-    def finish():
-      row, parts = pending.popleft()
-      products = np.concatenate([np.asarray(part) for part in parts])
+    kernel, columns = ProductKernel(self.packing, names), self.packing.columns(names)
+    span = begin * groups, end * groups
+    for row, products in _outputs(self.rows, kernel, operands, columns, span, self.devices):
       if not np.isfinite(products).all():
         bad = row + int(np.argmin(np.isfinite(products).all(axis=1)))
         raise ValueError(
@@ -157,22 +151,70 @@ class Search:
           "query. Check that the model's outputs are finite for these examples, or raise the "
           "damping."
         )
-      return row // groups, products.reshape(
-        -1, groups, products.shape[1] // self.query_replicates, self.query_replicates
+      yield (
+        row // groups,
+        products.reshape(
+          -1, groups, products.shape[1] // self.query_replicates, self.query_replicates
+        ),
       )
 
-    for number, (first, last) in enumerate(self.rows.blocks(begin * groups, end * groups)):
-      device = number % len(devices)
-      arrays = [bits_of(array) for array in self.rows.read(first, last, columns)]
-      parts = [
-        kernel(devices[device], placed[device], [a[i : i + _ROWS_AT_ONCE] for a in arrays])
-        for i in range(0, last - first, _ROWS_AT_ONCE)
-      ]
-      pending.append((first, parts))
-      if len(pending) > 2 * len(devices):
-        yield finish()
-    while pending:
+
+def self_products(
+  rows: RowStore,
+  packing: Packing,
+  curvature: Curvature,
+  names: tuple[str, ...],
+  damping: float,
+  devices: Sequence[jax.Device] | None,
+) -> np.ndarray:
+  """[N, 2, G] `replicate_products` of each example's G rows, deleted ones among them.
+
+  Args:
+    rows: the store.
+    packing, curvature: of its rows.
+    names: of the layers that count.
+    damping: λ.
+    devices: local devices; all of them where None.
+  """
+  groups, num = rows.ledger.groups, len(rows.ledger.kept)
+  operands = {name: curvature.eigenvalues(name) for name in names}, np.float32(damping)
+  kernel, columns = SelfProductKernel(packing, names, groups), packing.columns(names)
+  begin, end = processes.share(num)
+  span = begin * groups, end * groups
+  parts = [part for _, part in _outputs(rows, kernel, operands, columns, span, devices)]
+  return processes.gathered(np.concatenate([np.zeros((0, 2, groups), np.float32), *parts]), num)
+
+
+def _outputs(
+  rows: RowStore,
+  kernel: Kernel,
+  operands: PyTree,
+  columns: Sequence[tuple[int, int]],
+  span: tuple[int, int],
+  devices: Sequence[jax.Device] | None,
+) -> Iterator[tuple[int, np.ndarray]]:
+  """Yields (first row, the kernel's outputs) of each block of the rows of `span`, in order."""
+  devices, program = local_devices(devices), on_one_device(kernel)
+  placed = [jax.device_put(operands, device) for device in devices]
+  pending: collections.deque = collections.deque()
+  at_once = max(1, _ROWS_AT_ONCE // rows.ledger.groups) * rows.ledger.groups  # whole examples
+
+  def finish() -> tuple[int, np.ndarray]:
+    row, parts = pending.popleft()
+    return row, np.concatenate([np.asarray(part) for part in parts])
+
+  for number, (first, last) in enumerate(rows.blocks(*span)):
+    device = number % len(devices)
+    arrays: list[Array] = [bits_of(array) for array in rows.read(first, last, columns)]
+    parts = [
+      program(devices[device], placed[device], [a[i : i + at_once] for a in arrays])
+      for i in range(0, last - first, at_once)
+    ]
+    pending.append((first, parts))
+    if len(pending) > 2 * len(devices):
       yield finish()
+  while pending:
+    yield finish()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ added and deleted, and new samples scored at any damping, without a backward pas
 import dataclasses
 import hashlib
 import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,9 @@ import numpy as np
 
 from jaxinf.attribution.kernels import QUERY, TRAIN, GradientKernel, row_operands
 from jaxinf.attribution.queries import gradient_batches, gradient_kernel
+from jaxinf.attribution.self_influence import checked_finite
 from jaxinf.core.arrays import blocks
+from jaxinf.core.checks import checked_damping
 from jaxinf.core.damping import Damping, damping_settings
 from jaxinf.core.draws import Draws
 from jaxinf.core.examples import Examples, check_queries
@@ -27,10 +30,11 @@ from jaxinf.engine.maps import Blocks, stream_batches
 from jaxinf.engine.worklist import Rows
 from jaxinf.scores.layer_scores import LayerScores
 from jaxinf.scores.scores import Ranking, Scores
-from jaxinf.store.eigenrows import PackKernel, query_vectors, rotations
+from jaxinf.scores.self_influence import SelfInfluence
+from jaxinf.store.eigenrows import PackKernel, query_vectors
 from jaxinf.store.packing import Packing
 from jaxinf.store.rows import RowStore
-from jaxinf.store.search import Search, matching_layers
+from jaxinf.store.search import Search, matching_layers, self_products
 
 _LOG = logging.getLogger("jaxinf")
 
@@ -204,6 +208,45 @@ class Store:
     measured = measurement_named(measurement)
     return self._search(queries, damping, asked, measured, layers, compute).best(k)
 
+  def self_influence(
+    self,
+    damping: float,
+    *,
+    layers: Sequence[str] | None = None,
+    compute: Compute = Compute(),
+  ) -> SelfInfluence:
+    """How much each example of the store is learned from itself alone, from its rows.
+
+    Equal to `jaxinf.self_influence` of the same examples and draws, their loss_power included, but
+    for compression. Rows in 2
+    replicates give it without bias, and in 3 or more with standard errors. Rows in one replicate
+    give squares of noisy gradients, which are too large by the noise: with a warning.
+
+    Args:
+      damping: λ > 0, in the units of the curvature; any, at no cost.
+      layers: regular expressions on layer names, of which only the matching count; None: all.
+      compute: of it, the devices.
+
+    Raises:
+      ValueError: no layer matches, or the store is damaged.
+    """
+    checked_damping(damping)
+    self.rows.refresh()
+    names, ledger = matching_layers(self.packing.shapes, layers), self.rows.ledger
+    if ledger.groups == 1:
+      warnings.warn(
+        f"{self.rows.folder} keeps one replicate of draws, so that self-influence is the square of "
+        "one noisy gradient, which is too large by its noise. Build it with Draws(num, 2).",
+        stacklevel=2,
+      )
+    products = self_products(
+      self.rows, self.packing, self.curvature, names, damping, compute.devices
+    )[ledger.kept]
+    ids = ledger.ids[: len(ledger.kept)][ledger.kept]
+    checked_finite(products, ids)
+    settings = {**self.settings, "damping": float(damping), "layers": names}
+    return SelfInfluence.of_products(products, ids, settings)
+
   def _settings_of(
     self, search: Search, damping: Damping, draws: Draws, measurement: Measurement
   ) -> dict[str, Any]:
@@ -283,7 +326,7 @@ class Store:
       unit="(example, replicate) rows",
       devices=compute.devices,
       span=(begin - first, end - first),
-      then=Blocks(PackKernel(self.packing), [rotations(self.curvature)]),
+      then=Blocks(PackKernel(self.packing), [self.curvature.rotations()]),
     )
 
   def _left(self, begin: int, end: int) -> tuple[int, int]:

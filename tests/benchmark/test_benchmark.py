@@ -21,6 +21,7 @@ from jaxinf.diffusion.measurements import MEASUREMENTS
 from jaxinf.engine import artifacts
 from jaxinf.networks import training
 from jaxinf.runs.run import load_model
+from jaxinf.runs.sampling import load_samples
 from tests.running import run_of
 
 
@@ -62,27 +63,43 @@ def test_a_subset_model_is_what_training_on_the_subset_gives(finished):
     np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-5)
 
 
+def evaluated(run, name: str, model_name: str, data: np.ndarray) -> np.ndarray:
+  """[Q] `evaluate` of one retrained model, a replicate at a time, on the stage's own draws."""
+  model, draws = load_model(run), Draws(8, 2)
+  numbers = example_numbers(artifacts.read(run.folder("sample")).arrays["ids"])
+  keys = fold_in_each(stream(run.config.seed, "measure"), draws.numbers(numbers))
+  values = [
+    MEASUREMENTS[name].evaluate(
+      model.apply_fn, models.load_params(run, model_name), model.process, data,
+      jax.vmap(partial(draw_keys, draws=4, first=4 * group))(keys), draws=draws,
+      reference=model.params,
+    )
+    for group in (0, 1)
+  ]  # fmt: skip
+  return np.mean(values, axis=0)
+
+
 def test_measurements_are_those_of_the_models(finished):
-  """Against `evaluate` of one model and sample at a time, on the same draws."""
-  samples = artifacts.read(finished.folder("sample")).arrays
-  model, params = load_model(finished), models.load_params(finished, "subset-0001-seed-0")
-  draws = Draws(8, 2)
-  numbers = example_numbers(samples["ids"])
-  keys = fold_in_each(stream(finished.config.seed, "measure"), draws.numbers(numbers))
+  samples = load_samples(finished)
   for name in ("loss", "elbo"):
-    expected = np.mean(
-      [
-        MEASUREMENTS[name].evaluate(
-          model.apply_fn, params, model.process, samples["images"],
-          jax.vmap(partial(draw_keys, draws=4, first=4 * group))(keys), draws=draws,
-        )
-        for group in (0, 1)
-      ],
-      axis=0,
-    )  # fmt: skip
+    expected = evaluated(finished, name, "subset-0001-seed-0", samples.data)
     found = measures.retrained(finished, name)
     # Float32 sums of eight draws.
     np.testing.assert_allclose(found.values[1, 0], expected, rtol=1e-5)
+
+
+def test_distances_along_trajectories_are_measured_and_never_differentiated(finished, tmp_path):
+  run = copied(finished, tmp_path, {"measure.measurements": ("trajectory_distance",)})
+  benchmark.measure(run)
+  found = measures.retrained(run, "trajectory_distance").values
+  assert found.shape == (4, 2, 3) and (found > 0).all()
+  paths = load_samples(run, "trajectories").data
+  expected = evaluated(run, "trajectory_distance", "subset-0001-seed-0", paths)
+  # Squares of differences of float32 outputs that are alike.
+  np.testing.assert_allclose(found[1, 0], expected, rtol=1e-3)
+  refused = {"score.measurements": ("trajectory_distance",)}
+  with pytest.raises(ValueError, match="no influence function"):
+    benchmark.evaluate(copied(finished, tmp_path / "scored", refused))
 
 
 def test_more_subsets_extend_what_is_there(finished, tmp_path):

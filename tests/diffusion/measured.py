@@ -7,10 +7,13 @@ from tests import nets
 
 # With an argument for those that take one.
 OF_ALL = ("loss", "square_norm")
-OF_CONTINUOUS = ("loss_at_time(0.4)",)
+OF_CONTINUOUS = ("loss_at_time(0.4)", "loss_in_band(0.25,0.5)")
+# It has no gradient at the attributed model, and is tested by itself.
+OF_RETRAINED = ("trajectory_distance",)
 OF_DISCRETE = (
-  *(name for name in MEASUREMENTS if name not in OF_ALL),
+  *(name for name in MEASUREMENTS if name not in (*OF_ALL, *OF_RETRAINED)),
   "loss_at_timestep(5)",
+  "loss_in_band(2,7)",
   "weighted_loss(min_snr)",
   "journey_loss(8,5,1)",
 )

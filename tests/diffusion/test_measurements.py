@@ -1,5 +1,6 @@
 """Measurements: textbook twins in float64, closed forms of linear denoisers, a naive loop."""
 
+import dataclasses
 import functools
 import re
 
@@ -22,15 +23,24 @@ from jaxinf.diffusion.measurements import (
   journey_loss,
   loss_at_time,
   loss_at_timestep,
+  loss_in_band,
+  masked_loss,
   measurement_named,
   weighted_loss,
 )
 from jaxinf.diffusion.noise import predict
-from jaxinf.diffusion.sampler import sample
+from jaxinf.diffusion.sampler import sample, sampler_times
 from jaxinf.diffusion.schedule import Schedule
 from jaxinf.diffusion.weightings import WEIGHTINGS
 from tests import nets
-from tests.diffusion.measured import NAMES, OF_ALL, OF_CONTINUOUS, OF_DISCRETE, random_examples
+from tests.diffusion.measured import (
+  NAMES,
+  OF_ALL,
+  OF_CONTINUOUS,
+  OF_DISCRETE,
+  OF_RETRAINED,
+  random_examples,
+)
 from tests.processes import CONTINUOUS, DISCRETE, PROCESSES, best_network
 
 EPSILON = DISCRETE["epsilon"]
@@ -424,15 +434,129 @@ def test_the_loss_at_one_time_is_that_of_its_draws_there(process):
   np.testing.assert_array_equal(pairs.weights, process.weights(pairs.t))
 
 
+def test_bands_that_cover_all_times_add_up_to_the_loss():
+  """Each timestep comes once in its band and once in all of them, whatever is measured there."""
+  images = jnp.asarray(nets.random_images(3, (2, 2, 1)))
+  own = loss_in_band(3, 7).pairs(EPSILON, images, keys_of(3, 4), draws=EVERY_STEP)
+  np.testing.assert_array_equal(own.t, np.tile(np.arange(3, 7), 3))
+  usual = LOSS.pairs(EPSILON, images, keys_of(3, 4), draws=EVERY_STEP)
+  np.testing.assert_array_equal(own.target, usual.target)  # ε by the design, as ever
+  of_time = lambda measurement, num: dataclasses.replace(
+    measurement, value=lambda process, outputs, pairs: jnp.cos(1.0 * pairs.t)
+  ).evaluate(network, PARAMS, EPSILON, images, keys_of(3, num), draws=EVERY_STEP)
+  bands = [of_time(loss_in_band(low, high), high - low) for low, high in ((0, 3), (3, 7), (7, T))]
+  total = sum(share * values for share, values in zip((0.3, 0.4, 0.3), bands, strict=True))
+  np.testing.assert_allclose(total, of_time(LOSS, T), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["flow", "flow_logit_normal", "edm"])
+def test_times_of_a_band_have_the_law_of_times_given_the_band(name):
+  """Those of the law that fall into it, by their distribution; and all bands have all times."""
+  process, size = CONTINUOUS[name], 4_096
+  draws = Draws(size, 1, antithetic=False)
+  keys, data = keys_of(1, size), jnp.zeros((1, 2))
+  usual = np.sort(LOSS.pairs(process, data, keys, draws=draws).t)
+  low, high = float(np.round(usual[size // 5], 3)), float(np.round(usual[size // 2], 3))
+  found = np.sort(loss_in_band(low, high).pairs(process, data, keys, draws=draws).t)
+  assert low <= found[0] and found[-1] <= high
+  inside = usual[(usual >= low) & (usual < high)]
+  assert process.probability_below(high) - process.probability_below(low) == pytest.approx(
+    len(inside) / size, abs=2 / size
+  )
+  # Both are stratified: the distributions differ by a part or two of the fewer.
+  assert stats.ks_2samp(found, inside).statistic < 3 / len(inside)
+
+
+def test_regions_weighted_by_their_shares_add_up_to_the_loss():
+  process = EPSILON
+  pairs = LOSS.pairs(process, jnp.asarray(nets.random_images(3, (4, 3, 2))), keys_of(3, 2))
+  outputs = network(PARAMS, pairs.inputs, pairs.time)
+  value = lambda mask: np.float64(masked_loss(mask).value(process, outputs, pairs))
+  left = np.zeros((4, 3), bool)
+  left[:, :1] = True
+  total = value(left) / 3 + value(~left) * 2 / 3
+  # Float32 sums in another order.
+  np.testing.assert_allclose(total, LOSS.value(process, outputs, pairs), rtol=1e-5)
+  whole = np.ones((4, 3, 2))
+  np.testing.assert_allclose(value(whole * 7), LOSS.value(process, outputs, pairs), rtol=1e-6)
+  one = np.zeros((4, 3, 2))
+  one[1, 2, 0] = 0.5
+  error = np.square(np.float64(outputs - pairs.target))[:, 1, 2, 0]
+  np.testing.assert_allclose(value(one), np.float64(pairs.weights) * error, rtol=1e-5)
+  with pytest.raises(ValueError, match=r"mask of shape \(4, 2\) does not fit.*\(4, 3, 2\)"):
+    value(np.ones((4, 2)))
+
+
+def test_a_mask_from_a_file_is_the_mask_that_the_file_holds_now(tmp_path):
+  path = tmp_path / "left.npy"
+  np.save(path, np.eye(4, dtype=bool))
+  asked = measurement_named(f"masked_loss({path})")
+  assert asked is masked_loss(np.eye(4)) and asked is not masked_loss(np.ones((4, 4)))
+  np.save(path, np.ones((4, 4)))
+  assert measurement_named(f"masked_loss({path})") is masked_loss(np.ones((4, 4)))
+  (tmp_path / "broken.npy").write_text("no array")
+  for name in ("none.npy", "broken.npy"):
+    with pytest.raises(ValueError, match=f"{name}: expected an .npy file"):
+      measurement_named(f"masked_loss({tmp_path / name})")
+
+
+@pytest.mark.parametrize("mask", [np.zeros(3), np.array(1.0), -np.ones(3), np.array([np.nan])])
+def test_masks_that_are_no_masks_are_refused(mask):
+  with pytest.raises(ValueError, match="mask"):
+    masked_loss(mask)
+
+
+@pytest.mark.parametrize("name", ["epsilon", "v", "flow_logit_normal", "edm"])
+def test_the_trajectory_distance_is_the_mean_square_between_predictions_of_noise(name):
+  """Every step once, and outputs that differ by a known number: c of ε̂ in closed form."""
+  process, num_steps = PROCESSES[name], 5
+  states = jnp.asarray(nets.random_images(2, (num_steps + 1, 3)))
+  measurement = MEASUREMENTS["trajectory_distance"]
+  draws = Draws(num_steps, 1, antithetic=True)
+  apply_fn = lambda params, x_t, t: params + 0.3 * x_t
+
+  def evaluate(params):
+    return measurement.evaluate(
+      apply_fn, params, process, states, keys_of(2, num_steps), draws=draws, reference=0.5
+    )
+
+  np.testing.assert_array_equal(evaluate(0.5), 0)
+  np.testing.assert_allclose(jax.grad(lambda p: evaluate(p).sum())(0.5), 0)
+  times = jnp.asarray(sampler_times(process, num_steps)[:-1])
+  times = times if process.is_discrete else times.astype(jnp.float32)
+  x_t = states[:, :-1].swapaxes(0, 1).reshape(-1, 3)
+  t = jnp.repeat(times, 2)
+  inputs, _ = process.inputs(x_t, t)
+  first, second = (process.noise(x_t, t, p + 0.3 * inputs) for p in (0.5, 0.7))
+  expected = np.square(np.float64(first - second)).mean(axis=1).reshape(num_steps, 2).mean(axis=0)
+  np.testing.assert_allclose(evaluate(0.7), expected, rtol=1e-4)  # differences of float32 numbers
+  with pytest.raises(ValueError, match="give its parameters as reference"):
+    measurement.evaluate(apply_fn, 0.5, process, states, keys_of(2, 5), draws=draws)
+  with pytest.raises(ValueError, match="the states of K sampling steps"):
+    measurement.pairs(process, states[:, 0], keys_of(2, 5))
+
+
+def test_a_measurement_that_compares_has_no_gradient_and_says_what_to_take():
+  measurement = MEASUREMENTS["trajectory_distance"]
+  measurement.check(EPSILON)
+  with pytest.raises(ValueError, match="no influence function.*square_norm or loss.*das"):
+    measurement.check_gradient(EPSILON)
+  pairs = measurement.pairs(EPSILON, jnp.zeros((1, 4, 3)), keys_of(1, 2))
+  with pytest.raises(ValueError, match="no influence function"):
+    measurement.cotangents(EPSILON, pairs, 2)
+
+
 def test_every_measurement_has_one_name():
   assert {m.name for m in MEASUREMENTS.values()} == set(MEASUREMENTS)
-  for name in (*NAMES, *OF_CONTINUOUS):
+  for name in (*NAMES, *OF_CONTINUOUS, *OF_RETRAINED):
     measurement = measurement_named(name)
     assert measurement.name == name
     assert measurement_named(name) is measurement  # so that its kernel compiles once
     assert measurement_named(measurement) is measurement
-  every = {name.split("(")[0] for name in (*NAMES, *OF_CONTINUOUS)}
-  assert every == {*MEASUREMENTS, *PARAMETERISED}
+  every = {name.split("(")[0] for name in (*NAMES, *OF_CONTINUOUS, *OF_RETRAINED)}
+  # A mask is known by what it holds, not by the name of its file.
+  assert every == {*MEASUREMENTS, *PARAMETERISED} - {"masked_loss"}
+  assert measurement_named("loss_in_band(2.0, 7)") is measurement_named("loss_in_band(2,7)")
   assert measurement_named("loss") is measurements.LOSS
   first, second = weighted_loss(np.ones(3)), weighted_loss(np.array([1.0, 1.0, 2.0]))
   assert first.name != second.name
@@ -447,6 +571,8 @@ def test_every_measurement_has_one_name():
     ("loss_at_timestep(one)", "A timestep is an integer, counted from 0; got 'one'"),
     ("loss_at_timestep(1,2)", "of one timestep"),
     ("loss_at_time(noon)", "of one time, a number; got 'noon'"),
+    ("loss_in_band(3)", "of two numbers, low,high; got '3'"),
+    ("loss_in_band(noon,9)", "of two numbers, low,high; got 'noon,9'"),
     ("weighted_loss(heavy)", "Unknown weighting 'heavy'; there are: uniform, elbo"),
     ("journey_loss()", "A timestep is an integer"),
   ],
@@ -483,9 +609,19 @@ def test_what_does_not_fit_the_schedule_is_refused(measurement, shape, message):
         rf"{re.escape(name)} needs discrete.*{kind}.*is continuous. Take loss or loss_at",
       )
       for name in OF_DISCRETE
+      if not name.startswith("loss_in_band")
       for kind in ("flow", "edm")
     ),
     ("loss_at_time(0.4)", "v", r"loss_at_time\(0.4\) is of continuous.*v.*Take loss_at_timestep"),
+    ("loss_in_band(2,11)", "v", r"a band of Process.v.* is 0 ≤ low < high ≤ 10"),
+    ("loss_in_band(3,3)", "v", "0 ≤ low < high"),
+    ("loss_in_band(0.5,3)", "epsilon", "are whole numbers"),
+    ("loss_in_band(0,1.5)", "flow", "0 ≤ low < high ≤ 1"),
+    (
+      "loss_in_band(0.5,0.5001)",
+      "flow",
+      r"1.0e-04 of the times.*Widen the band, or take loss_at_t",
+    ),
     ("loss_at_time(1.1)", "flow", r"times of Process.flow.* must lie in \[0, 1\]"),
     ("loss_at_time(0)", "edm", "times of Process.edm.* must lie in the noise levels σ > 0"),
     (

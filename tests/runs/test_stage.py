@@ -1,6 +1,7 @@
 """The table of stages: every row is complete, and all that is said of stages follows from it."""
 
 import dataclasses
+import pkgutil
 
 import pytest
 
@@ -20,6 +21,7 @@ def test_a_row_is_complete(row):
   assert row.help and row.group in (table.LINE, table.STORE, table.PROOF)
   assert bool(row.does) or bool(row.steps)
   assert not row.does or callable(row.function)
+  assert not row.shows or (row.kept and callable(pkgutil.resolve_name(row.shows)))
   assert set(row.needs) | set(row.steps) <= set(STAGES)
   assert row.data in (None, "images", "labelled") and row.models in ("first", "each", "all")
   assert set(row.flags) <= {"images", "ids", "shard"}

@@ -10,13 +10,14 @@ import jax
 import numpy as np
 import pytest
 
+from jaxinf.attribution.self_influence import self_influence
 from jaxinf.core.draws import Draws
 from jaxinf.core.examples import Examples
 from jaxinf.engine import artifacts
 from jaxinf.engine.checkpoints import PartialOutputs
 from jaxinf.runs import serving, studies
 from jaxinf.runs.perform import perform
-from jaxinf.runs.run import load_curvature, load_model, load_scores
+from jaxinf.runs.run import load_curvature, load_model, load_scores, own_settings
 from jaxinf.runs.sampling import load_samples
 from jaxinf.runs.stage import MAIN_LINE
 from tests.running import run_of
@@ -98,6 +99,44 @@ def test_the_artefacts_hold_what_they_say(finished):
   for stage in MAIN_LINE:
     cost = artifacts.read(finished.folder(stage)).manifest["cost"]
     assert cost["seconds"] >= 0 and cost["peak_host_mib"] > 0
+
+
+def test_self_influence_is_kept_and_its_largest_are_shown(finished, capsys):
+  """The stage says what the library says, and says it again when the result is there."""
+  config = finished.config.self_influence
+  shown = []
+  for _ in range(2):
+    artifact = perform(finished, "self-influence")
+    shown.append(capsys.readouterr().out)
+  expected = self_influence(
+    load_curvature(finished, load_model(finished)),
+    train=finished.train,
+    damping=config.damping,
+    draws=finished.draws(config.draws, config.replicates, config.design),
+  )
+  # Batches of another size: float32 rounding.
+  atol = 1e-4 * np.abs(expected.values).max()
+  np.testing.assert_allclose(artifact.arrays["values"], expected.values, rtol=0, atol=atol)
+  np.testing.assert_array_equal(artifact.arrays["ids"], finished.dataset.ids)
+  assert shown[0] == shown[1] and "±" in shown[0]
+  rows = [line.split()[0] for line in shown[0].splitlines()[1:]]
+  assert len(rows) == 10 and rows[0] == expected.top(1).ids[0]
+
+
+def test_a_mask_counts_by_what_its_file_holds(finished, tmp_path):
+  path = tmp_path / "left.npy"
+  np.save(path, np.eye(8))
+  run = run_of(finished.workdir, {"attribute.measurement": f"masked_loss({path})"})
+  before = own_settings(run, "attribute")["measurement"]
+  np.save(path, np.ones((8, 8)))
+  after = own_settings(run, "attribute")["measurement"]
+  assert before != after and before.startswith("masked_loss(")
+
+
+def test_a_distance_that_has_no_gradient_is_refused_before_anything_begins(finished):
+  run = run_of(finished.workdir, {"attribute.measurement": "trajectory_distance"})
+  with pytest.raises(ValueError, match="trajectory_distance has no influence function"):
+    perform(run, "all")
 
 
 def test_trajectories_that_a_copy_left_out_are_generated_again(finished, tmp_path):

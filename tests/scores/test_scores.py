@@ -136,6 +136,58 @@ def test_a_prediction_without_removals_is_zero_and_others_are_refused():
       scores.predicted_change([10], weight)
 
 
+WEIGHTS = np.array([0.5, -2.0])
+
+
+@pytest.mark.parametrize("num_query_groups", [0, 3])
+def test_a_query_set_has_the_weighted_sum_of_scores_with_the_error_of_the_sum(num_query_groups):
+  scores = grouped_scores(num_query_groups=num_query_groups)
+  found = scores.of_query_set({"b": -2.0, np.str_("a"): 0.5})
+  replicates = np.einsum("q,gqn->gn", WEIGHTS, scores.replicate_values.astype(np.float64))
+  assert found.values.shape == (1, 6) and found.query_ids.tolist() == ["query set"]
+  # Rounded to float32 a few times.
+  np.testing.assert_allclose(found.values[0], replicates.mean(axis=0), rtol=1e-5, atol=1e-6)
+  variance = replicates.var(axis=0, ddof=1) / 4
+  if num_query_groups:
+    parts = np.einsum("q,gqn->gn", WEIGHTS, scores.query_replicate_values.astype(np.float64))
+    variance = variance + parts.var(axis=0, ddof=1) / 3
+  np.testing.assert_allclose(found.std_errors[0], np.sqrt(variance), rtol=1e-5)
+  assert found.settings == {"damping": 0.1, "query_weights": [0.5, -2.0]}
+  # Sets of queries and groups of examples commute; N still counts examples.
+  both, other = found.by_group(), scores.by_group().of_query_set(WEIGHTS)
+  np.testing.assert_allclose(both.replicate_values, other.replicate_values, atol=1e-5)
+  np.testing.assert_allclose(both.std_errors, other.std_errors, rtol=1e-4)
+  assert both.top(2).ids.tolist() == other.top(2).ids.tolist()
+  change = lambda scores: scores.predicted_change([10, 13], negative_weight=1).changes
+  np.testing.assert_allclose(change(found), WEIGHTS @ change(scores), rtol=1e-5, atol=1e-7)
+
+
+def test_a_difference_of_queries_that_share_their_noise_has_the_error_of_the_difference():
+  """Noise common to both is none of the difference's; each query's own counts."""
+  rng = np.random.default_rng(0)
+  common, own = rng.normal(size=(4, 1, 500)), 0.1 * rng.normal(size=(4, 2, 500))
+  values = np.broadcast_to(common, (4, 2, 500)) + own
+  scores = Scores(values.astype(np.float32), np.array([7, 8]), np.arange(500), {})
+  errors = scores.of_query_set({7: 1, 8: -1}).std_errors
+  # √(2 · 0.1² / 4), where two independent errors would give √(2 / 4): 500 variances of 3 degrees.
+  assert np.mean(errors**2) == pytest.approx(2 * 0.01 / 4, rel=0.15)
+  assert np.mean(scores.std_errors**2) == pytest.approx(1.01 / 4, rel=0.15)
+
+
+@pytest.mark.parametrize(
+  ("weights", "message"),
+  [
+    ({"a": 1.0, "c": 2.0}, "1 ids are of no query, such as 'c'. There are 2, such as ['a', 'b']"),
+    (np.ones(3), "weights must be 2 numbers, one a query"),
+    ([1.0, np.nan], "finite, and not all 0"),
+    ({"a": 0.0}, "not all 0"),
+  ],
+)
+def test_weights_that_ask_about_nothing_are_refused(weights, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    grouped_scores().of_query_set(weights)
+
+
 @pytest.mark.parametrize(
   "change, message",
   [

@@ -365,6 +365,38 @@ def test_the_best_are_the_top_of_all_scores(problem, built, k):
     np.testing.assert_array_equal(getattr(found, field), wanted, err_msg=field)
 
 
+@pytest.mark.parametrize("compression", [None, "bfloat16", "int16"])
+def test_self_influence_is_that_of_a_pass_but_for_compression(problem, tmp_path, compression):
+  """Of three replicates, with a deleted example, which is in no answer."""
+  draws = Draws(6, 3, seed=5)
+  store = build(problem, tmp_path, draws=draws, compression=compression)
+  gone = problem.train.ids[4]
+  store.delete([gone])
+  kept = np.flatnonzero(problem.train.ids != gone)
+  for damping in (1e-8, 1e-1):
+    found = store.self_influence(damping, compute=COMPUTE)
+    expected = jaxinf.self_influence(
+      problem.curvature, train=problem.train, damping=damping, draws=draws, compute=COMPUTE
+    )
+    np.testing.assert_array_equal(found.ids, problem.train.ids[kept])
+    # bfloat16 rounds each number by 2⁻⁹ at most, int16 by 2⁻¹⁶ of the largest of its block.
+    atol = {None: ROUNDING, "bfloat16": 1e-2, "int16": 1e-3}[compression]
+    for name in ("values", "std_errors"):
+      ours, theirs = getattr(found, name), getattr(expected, name)[kept]
+      np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol * expected.values.max())
+  parts = [store.self_influence(1e-1, layers=(f"^{n}$",)).values for n in store.packing.shapes]
+  np.testing.assert_allclose(np.sum(parts, axis=0), found.values, rtol=1e-4)
+  assert not found.settings["biased"] and found.settings["damping"] == 1e-1
+
+
+def test_one_replicate_gives_squares_that_are_too_large_and_says_so(problem, built, tmp_path):
+  one = build(problem, tmp_path, draws=Draws(4, 1, seed=5))
+  with pytest.warns(UserWarning, match="one replicate of draws.* too large"):
+    squares = one.self_influence(1e-3)
+  assert squares.settings["biased"] and np.isnan(squares.std_errors).all()
+  assert squares.values.mean() > built.self_influence(1e-3).values.mean()
+
+
 def test_deleted_examples_are_in_no_answer(problem, copy, expected):
   best = copy.top(problem.queries, 2, damping=1e-3, **ASKED)
   gone = sorted({*best.ids.ravel().tolist()})[:-1]

@@ -13,6 +13,7 @@ from jaxinf.attribution.das import DAS, das
 from jaxinf.attribution.influence import Influence, influence, influence_sweep
 from jaxinf.attribution.journey import JourneyTRAK, journey_trak
 from jaxinf.attribution.methods import METHODS
+from jaxinf.attribution.nearest_patch import NearestPatch, nearest_patch
 from jaxinf.attribution.similarity import (
   clip_embeddings,
   embedding_similarity,
@@ -82,6 +83,7 @@ __all__ = [
   "JourneyTRAK",
   "Measurement",
   "Moments",
+  "NearestPatch",
   "Process",
   "Projection",
   "RankStability",
@@ -111,6 +113,7 @@ __all__ = [
   "load_curvature",
   "loss_at_time",
   "loss_at_timestep",
+  "nearest_patch",
   "noise_ceiling",
   "open_moments",
   "open_store",

@@ -15,6 +15,7 @@ import numpy as np
 from jaxinf.attribution.das import DAS
 from jaxinf.attribution.influence import Influence
 from jaxinf.attribution.journey import JourneyTRAK
+from jaxinf.attribution.nearest_patch import NearestPatch
 from jaxinf.attribution.similarity import EmbeddingSimilarity, PixelSimilarity, RandomScores
 from jaxinf.attribution.trak import DTRAK, TRAK
 from jaxinf.compression.compression import Compression
@@ -155,7 +156,8 @@ def _das(given: Ingredients) -> DAS:
   return DAS(given.model, given.projection, tuple(given.dampings), given.query_draws)
 
 
-_DRAWS = ("draws", "replicates", "query_draws", "query_replicates", "design")
+_OWN_DRAWS = ("draws", "replicates", "design")
+_DRAWS = (*_OWN_DRAWS, "query_draws", "query_replicates")
 _PROJECTED = (*_DRAWS, "projection_dim", "projection")
 
 
@@ -182,6 +184,9 @@ METHODS: Mapping[str, Method] = {
   "das": Method(_das, 1e-9, reads=_PROJECTED),
   "pixel": Method(lambda given: PixelSimilarity("cosine"), of="pictures"),
   "pixel-l2": Method(lambda given: PixelSimilarity("l2"), of="pictures"),
+  "nearest-patch": Method(
+    lambda given: NearestPatch(given.model.process), reads=_OWN_DRAWS, of="pictures"
+  ),
   "clip": Method(
     lambda given: EmbeddingSimilarity(given.embed, "clip"), reads=("clip",), of="pictures"
   ),

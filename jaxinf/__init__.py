@@ -21,6 +21,7 @@ from jaxinf.attribution.similarity import (
   random_scores,
 )
 from jaxinf.attribution.trak import DTRAK, TRAK, dtrak, trak
+from jaxinf.attribution.unlearning import Unlearning
 from jaxinf.compression.projection import Projection
 from jaxinf.core.draws import Draws
 from jaxinf.core.examples import Examples
@@ -96,6 +97,7 @@ __all__ = [
   "Store",
   "Subsets",
   "Sweep",
+  "Unlearning",
   "build_store",
   "clip_embeddings",
   "compare",

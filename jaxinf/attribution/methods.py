@@ -18,6 +18,7 @@ from jaxinf.attribution.journey import JourneyTRAK
 from jaxinf.attribution.nearest_patch import NearestPatch
 from jaxinf.attribution.similarity import EmbeddingSimilarity, PixelSimilarity, RandomScores
 from jaxinf.attribution.trak import DTRAK, TRAK
+from jaxinf.attribution.unlearning import Unlearning
 from jaxinf.compression.compression import Compression
 from jaxinf.compression.projection import Projection
 from jaxinf.core.draws import Draws
@@ -53,6 +54,8 @@ class Ingredients:
     compression: of preconditioned query gradients.
     precision: of the network's products in the pass over training examples.
     clip: whether sampling clipped predicted data to [-1, 1], for Journey-TRAK.
+    learning_rate: that the model was trained with, for unlearning.
+    unlearning_steps: of fine-tuning a copy of the model, at most.
     projection: of TRAK and its kin.
     journey_steps: timesteps of a sampling trajectory, for Journey-TRAK.
     embed: examples → embeddings, for "clip".
@@ -69,6 +72,8 @@ class Ingredients:
   embed: Callable[[Examples], Array]
   precision: str | None = None
   clip: bool = True
+  learning_rate: float = 1e-4
+  unlearning_steps: int = Unlearning.max_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +161,11 @@ def _das(given: Ingredients) -> DAS:
   return DAS(given.model, given.projection, tuple(given.dampings), given.query_draws)
 
 
+def _unlearning(given: Ingredients) -> Unlearning:
+  # A tenth of training's rate, as published.
+  return Unlearning(given.model, given.learning_rate / 10, max_steps=given.unlearning_steps)
+
+
 _OWN_DRAWS = ("draws", "replicates", "design")
 _DRAWS = (*_OWN_DRAWS, "query_draws", "query_replicates")
 _PROJECTED = (*_DRAWS, "projection_dim", "projection")
@@ -182,6 +192,7 @@ METHODS: Mapping[str, Method] = {
     _journey_trak, 1e-9, reads=(*_PROJECTED, "journey_steps"), of="trajectories"
   ),
   "das": Method(_das, 1e-9, reads=_PROJECTED),
+  "unlearning": Method(_unlearning, reads=(*_OWN_DRAWS, "unlearning_steps")),
   "pixel": Method(lambda given: PixelSimilarity("cosine"), of="pictures"),
   "pixel-l2": Method(lambda given: PixelSimilarity("l2"), of="pictures"),
   "nearest-patch": Method(

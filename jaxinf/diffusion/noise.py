@@ -100,7 +100,7 @@ def draw_times(process: Process, keys: jax.Array, draws: Draws) -> jax.Array:
 
 def draw_noisiest_times(process: Process, keys: jax.Array, draws: Draws, share: float) -> jax.Array:
   """Times t [B · S] of keys [B, S], by the law of the process within its noisiest `share`."""
-  return _both(process.times(1 - share * (1 - _uniforms(keys, draws))), keys, draws)
+  return _both(process.times((1 - share) + share * _uniforms(keys, draws)), keys, draws)
 
 
 def draw_integers(num: int, keys: jax.Array, draws: Draws) -> jax.Array:

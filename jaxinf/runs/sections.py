@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxinf.attribution.influence import AUTO
+from jaxinf.attribution.unlearning import Unlearning
 from jaxinf.compression.compression import STORE_COMPRESSION
 from jaxinf.core.draws import Draws
 from jaxinf.curvature.fit import SKIP_NORMALISATION
@@ -238,6 +239,8 @@ class ScoreConfig:
   projection: str = "rademacher"  # or normal
   journey_steps: int = 10  # timesteps of a sampling trajectory, for Journey-TRAK
   clip: str | None = None  # a folder with a CLIP model, or an .npz of embeddings
+  # Of fine-tuning a copy of the model away from a sample, at most.
+  unlearning_steps: int = added(Unlearning.max_steps)
   batch_size: int = 128  # (image, draw) pairs at a time
 
 

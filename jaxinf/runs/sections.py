@@ -258,6 +258,9 @@ class CounterfactualConfig:
   shares: tuple[float, ...] = (0.02, 0.1)  # of the training images that are removed
   num_queries: int = 5  # samples, each with models of its own
   num_seeds: int = 1  # models trained without each set
+  # Beside the measurement: how alike the samples are that these models and the model of all images
+  # make of the same noise; of jaxinf.evaluation.resemblance.METRICS, ssim and mse.
+  metrics: tuple[str, ...] = added(())
 
 
 @dataclasses.dataclass(frozen=True)

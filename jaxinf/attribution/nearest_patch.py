@@ -291,8 +291,10 @@ class LogSumKernel:
     moves = self.patches.moves(images.shape[1:-1])
 
     def of_chunk(total, chunk):
+      images, mask = chunk
+
       def of_move(total, move):
-        part = self.patches.log_weights(noised, *chunk, move)
+        part = self.patches.log_weights(noised, images, mask, move)
         return jnp.logaddexp(total, jax.nn.logsumexp(part, axis=1)), None
 
       return jax.lax.scan(of_move, total, moves)
@@ -319,11 +321,13 @@ class WeightKernel:
     total = own.reshape(noised.x_t.shape[:-1])[:, None]
 
     def of_chunk(_, chunk):
+      images, mask = chunk
+
       def of_move(weights, move):
-        part = jnp.exp(self.patches.log_weights(noised, *chunk, move) - total)
+        part = jnp.exp(self.patches.log_weights(noised, images, mask, move) - total)
         return weights + part.mean(axis=tuple(range(2, part.ndim))), None
 
-      none = jnp.zeros((len(total), len(chunk[1])))
+      none = jnp.zeros((len(total), len(mask)))
       return None, jax.lax.scan(of_move, none, moves)[0]
 
     _, weights = jax.lax.scan(of_chunk, None, _chunks(noised, images, mask))

@@ -13,6 +13,7 @@ from jaxinf.attribution.kernels import TRAIN, Replicate, row_operands
 from jaxinf.attribution.unlearning import Forgetting, RiseKernel, zero_output_loss
 from jaxinf.core.types import Batch
 from jaxinf.diffusion.noise import draw_noised, draw_noisiest_times, draw_times
+from tests import nets
 from tests.processes import PROCESSES
 from tests.twins import assert_close
 
@@ -149,6 +150,25 @@ def test_a_killed_call_goes_on_with_the_next_chunk_and_chunks_change_nothing(tmp
   )
   np.testing.assert_array_equal(ask()[0].replicate_values, whole.replicate_values)
   assert asked == [[1]]
+
+
+def test_copies_are_the_same_on_two_devices_and_each_is_given_its_own_conditioning():
+  """Three queries: one image with two labels, and another; two copies on each of two devices."""
+  images, labels = nets.random_images(2, seed=1)[[0, 0, 1]], np.array([0, 2, 1])
+  train = Examples(nets.random_images(5), conditioning=np.arange(5) % 3)
+  # The network is random, and has nothing to forget.
+  of = Unlearning(nets.conditional_model(), 0.01, untrained_loss=1e3, max_steps=3, batch_size=4)
+  found = [
+    of.scores(
+      queries=Examples(images, conditioning=labels),
+      train=train,
+      draws=Draws(4, 1),
+      compute=Compute(devices=jax.local_devices()[:num]),
+    )[0].values
+    for num in (1, 2)
+  ]
+  assert_close(found[1], found[0], 1e-3)  # vmapped products of other sizes, through Adam
+  assert not np.allclose(found[0][0], found[0][1], rtol=1e-2)
 
 
 def test_the_loss_of_zeros_in_closed_form():

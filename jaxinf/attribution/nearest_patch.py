@@ -120,8 +120,9 @@ class NearestPatch:
     _check(queries, train, draws)
     draws = draws.split()
     patches = Patches(self, Replicate.of(draws), train.random_flip)
+    # Passes know of the queries in full, and not that there are more training images.
     times = [rehearsal.in_full(len(x), len(x)) / len(x) for x in (queries, train)]
-    with rehearsal.part(math.prod(times)):
+    with rehearsal.part(times[0] * (times[1] - 1)):
       values = _weights(patches, queries, train, draws, compute)
     settings = {
       "method": "nearest-patch",

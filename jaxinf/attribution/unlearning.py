@@ -285,7 +285,7 @@ class Forgetting:
     params, origin = row_operands(model.params, self.draws, TRAIN)
     replicated = Replicate.of(self.draws, train.augmentation)
     each = Rows.of(train, self.draws.replicates)
-    found = stream_batches(
+    stream = stream_batches(
       RiseKernel(model.apply_fn, model.process, replicated, self.method.noisiest),
       (params, weights, origin),
       each,
@@ -295,7 +295,11 @@ class Forgetting:
       devices=self.devices,
       span=(0, len(each)),
     )
-    values = np.concatenate(list(found)).reshape(len(train), -1, self.at_once)
+    # A pass knows of the training examples in full, and not that there are more chunks of queries.
+    times = [rehearsal.in_full(len(x), len(x)) / len(x) for x in (train, self.queries)]
+    with rehearsal.part(times[0] * (times[1] - 1)):
+      found = list(stream)
+    values = np.concatenate(found).reshape(len(train), -1, self.at_once)
     if not np.isfinite(values).all():
       raise ValueError(
         "Some losses are not finite after unlearning: lower the learning rate, "
@@ -308,7 +312,7 @@ class Forgetting:
     padded = np.append(rows, np.repeat(rows[-1:], self.at_once - len(rows)))
     state = self._fine_tuned(padded)
     steps, reached = (x.reshape(-1)[: len(rows)] for x in (state.steps, state.reached))
-    if (steps == 0).any():
+    if (steps == 0).any() and not rehearsal.under_way():
       ids = ", ".join(repr(i) for i in self.queries.ids[rows[steps == 0]].tolist()[:3])
       raise ValueError(
         f"The loss of query {ids} is {self.method.goal:.0%} of the untrained loss, "
@@ -343,7 +347,7 @@ class Forgetting:
           trial.done(step + 1 - before, batches=step + 1 - before)
           before = step + 1
           progress.advance_to(step + 1, f"{share:.0%} forgotten")
-          if share == 1:
+          if share == 1 and not rehearsal.under_way():
             break
     return jax.tree.map(np.asarray, state)
 

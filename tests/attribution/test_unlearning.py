@@ -13,6 +13,7 @@ from jaxinf.attribution.kernels import TRAIN, Replicate, row_operands
 from jaxinf.attribution.unlearning import Forgetting, RiseKernel, zero_output_loss
 from jaxinf.core.types import Batch
 from jaxinf.diffusion.noise import draw_noised, draw_noisiest_times, draw_times
+from jaxinf.engine.rehearsal import rehearsing
 from tests import nets
 from tests.processes import PROCESSES
 from tests.twins import assert_close
@@ -169,6 +170,20 @@ def test_copies_are_the_same_on_two_devices_and_each_is_given_its_own_conditioni
   ]
   assert_close(found[1], found[0], 1e-3)  # vmapped products of other sizes, through Adam
   assert not np.allclose(found[0][0], found[0][1], rtol=1e-2)
+
+
+def test_a_rehearsal_takes_all_steps_of_all_queries_into_account():
+  """Of a random network, which has nothing to forget."""
+  ask = lambda: method(max_steps=100).scores(
+    queries=Examples(100 * DATA[:2]), train=Examples(DATA), draws=DRAWS,
+    compute=Compute(devices=ONE),
+  )  # fmt: skip
+  with rehearsing({2: 40, DIM: 10 * DIM}) as found:
+    ask()
+  assert {p.label: p.batches for p in found.passes} == {
+    "unlearning": 100 * 40 / 2, "losses after unlearning": 10
+  }  # fmt: skip
+  assert found.parts > 0
 
 
 def test_the_loss_of_zeros_in_closed_form():

@@ -20,6 +20,7 @@ from jaxinf.attribution.layer_weights import (
   learn_layer_weights,
 )
 from jaxinf.attribution.methods import METHODS
+from jaxinf.attribution.nearest_patch import NearestPatch, nearest_patch
 from jaxinf.attribution.posterior import PosteriorCovariance, posterior_covariance
 from jaxinf.attribution.self_influence import self_influence
 from jaxinf.attribution.similarity import (
@@ -29,6 +30,7 @@ from jaxinf.attribution.similarity import (
   random_scores,
 )
 from jaxinf.attribution.trak import DTRAK, TRAK, dtrak, trak
+from jaxinf.attribution.unlearning import Unlearning
 from jaxinf.compression.projection import Projection
 from jaxinf.core.damping import RelativeDamping
 from jaxinf.core.draws import Draws
@@ -101,6 +103,7 @@ __all__ = [
   "LayerWeights",
   "Measurement",
   "Moments",
+  "NearestPatch",
   "PosteriorCovariance",
   "Prediction",
   "Process",
@@ -118,6 +121,7 @@ __all__ = [
   "Store",
   "Subsets",
   "Sweep",
+  "Unlearning",
   "balanced_weights",
   "build_store",
   "clip_embeddings",
@@ -141,6 +145,7 @@ __all__ = [
   "loss_in_band",
   "masked_loss",
   "mean_scores",
+  "nearest_patch",
   "noise_ceiling",
   "open_moments",
   "open_store",

@@ -16,9 +16,11 @@ from jaxinf.attribution.das import DAS
 from jaxinf.attribution.influence import Influence
 from jaxinf.attribution.journey import JourneyTRAK
 from jaxinf.attribution.layer_weights import LayerWeighted
+from jaxinf.attribution.nearest_patch import NearestPatch
 from jaxinf.attribution.posterior import PosteriorCovariance
 from jaxinf.attribution.similarity import EmbeddingSimilarity, PixelSimilarity, RandomScores
 from jaxinf.attribution.trak import DTRAK, TRAK
+from jaxinf.attribution.unlearning import Unlearning
 from jaxinf.compression.compression import Compression
 from jaxinf.compression.projection import Projection
 from jaxinf.core.damping import Damping, RelativeDamping
@@ -55,6 +57,8 @@ class Ingredients:
     compression: of preconditioned query gradients.
     precision: of the network's products in the pass over training examples.
     clip: whether sampling clipped predicted data to [-1, 1], for Journey-TRAK.
+    learning_rate: that the model was trained with, for unlearning.
+    unlearning_steps: of fine-tuning a copy of the model, at most.
     projection: of TRAK and its kin.
     journey_steps: timesteps of a sampling trajectory, for Journey-TRAK.
     embed: examples → embeddings, for "clip".
@@ -71,6 +75,8 @@ class Ingredients:
   embed: Callable[[Examples], Array]
   precision: str | None = None
   clip: bool = True
+  learning_rate: float = 1e-4
+  unlearning_steps: int = Unlearning.max_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +189,13 @@ def _das(given: Ingredients) -> DAS:
   return DAS(given.model, given.projection, tuple(given.dampings), given.query_draws)
 
 
-_DRAWS = ("draws", "replicates", "query_draws", "query_replicates", "design")
+def _unlearning(given: Ingredients) -> Unlearning:
+  # A tenth of training's rate, as published.
+  return Unlearning(given.model, given.learning_rate / 10, max_steps=given.unlearning_steps)
+
+
+_OWN_DRAWS = ("draws", "replicates", "design")
+_DRAWS = (*_OWN_DRAWS, "query_draws", "query_replicates")
 _PROJECTED = (*_DRAWS, "projection_dim", "projection")
 
 
@@ -228,8 +240,12 @@ METHODS: Mapping[str, Method] = {
     _journey_trak, 1e-9, reads=(*_PROJECTED, "journey_steps"), of="trajectories"
   ),
   "das": Method(_das, 1e-9, reads=_PROJECTED),
+  "unlearning": Method(_unlearning, reads=(*_OWN_DRAWS, "unlearning_steps")),
   "pixel": Method(lambda given: PixelSimilarity("cosine"), of="pictures"),
   "pixel-l2": Method(lambda given: PixelSimilarity("l2"), of="pictures"),
+  "nearest-patch": Method(
+    lambda given: NearestPatch(given.model.process), reads=_OWN_DRAWS, of="pictures"
+  ),
   "clip": Method(
     lambda given: EmbeddingSimilarity(given.embed, "clip"), reads=("clip",), of="pictures"
   ),

@@ -2,12 +2,13 @@
 
 For each of a few samples a model is trained on all images but the top 2 % or 10 % of a method, for
 as many steps as the full model (paper, J.6), and the sample is measured; likewise without as many
-random images. The change is from the model of all images with the same training seed.
+random images. The change is from the model of all images with the same training seed. On request
+both models also make the sample anew, of the noise that it was made of, and the two are compared.
 """
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -18,10 +19,12 @@ from jaxinf.benchmark.measuring import (
   measured_models,
   of_models,
 )
+from jaxinf.benchmark.regenerating import Wanted, pictures_of, regenerate, unfinished
 from jaxinf.benchmark.retraining import Spec, subset_name, subset_specs, train_models
 from jaxinf.benchmark.scoring import at_damping, is_scored, models_of, row_of, score_key
 from jaxinf.engine import artifacts
 from jaxinf.engine.artifacts import Outcome
+from jaxinf.evaluation.resemblance import check_metrics, resemblance
 from jaxinf.networks.retraining import Member
 from jaxinf.runs.run import Run, own_settings
 from jaxinf.scores.models import mean_scores
@@ -32,6 +35,8 @@ _LOG = logging.getLogger("jaxinf")
 
 RANDOM = "random"
 _MODELS, _MEASURES = "counterfactual/models", "counterfactual/measure"
+
+Specs = Mapping[tuple[int, int, int, int], Spec]  # of (method, share, sample, seed)
 
 
 def counterfactual(run: Run) -> None:
@@ -55,8 +60,11 @@ def counterfactual(run: Run) -> None:
       return
   artifact = artifacts.cached(place, key, lambda: _changes(run), label="counterfactual", anew=True)
   arrays, notes = artifact.arrays, artifact.notes
-  labels = notes["methods"], notes["shares"], notes["measurement"]
-  print(table_text(arrays["change"], *labels, predicted=arrays.get("predicted")))
+  labels = notes["methods"], notes["shares"]
+  predicted = arrays.get("predicted")
+  print(table_text(arrays["change"], *labels, notes["measurement"], predicted=predicted))
+  for metric in config.metrics:
+    print(resemblance_text(arrays[metric], *labels, metric))
 
 
 def counterfactual_key(run: Run) -> dict:
@@ -84,6 +92,8 @@ def _check(run: Run) -> None:
   """Raises ValueError for impossible settings."""
   config, num_train = run.config.counterfactual, len(run.dataset)
   check_measurements(run, (config.measurement,))
+  is_pixels = "ssim" not in config.metrics or run.dataset.is_pixels
+  check_metrics(config.metrics, run.dataset.image_shape, is_pixels)
   num_samples = run.config.sample.num_samples
   if not 1 <= config.num_queries <= num_samples:
     raise ValueError(
@@ -107,10 +117,12 @@ def _check(run: Run) -> None:
 
 def _train(run: Run) -> int:
   """Trains the models that are compared, in this shard's part; how many are still missing."""
-  name, specs = run.config.counterfactual.measurement, list(_specs(run).values())
-  left = train_models(run, _full(run), done=measured_models(run, name))
-  done = measured_models(run, name, _MEASURES)
-  return len(left + train_models(run, _different(specs), stage=_MODELS, done=done))
+  name, specs = run.config.counterfactual.measurement, _specs(run)
+  lacking = unfinished(run, _wanted(run, specs))
+  left = train_models(run, _full(run), done=measured_models(run, name) - lacking)
+  done = measured_models(run, name, _MEASURES) - lacking
+  without = _different(list(specs.values()))
+  return len(left + train_models(run, without, stage=_MODELS, done=done))
 
 
 def _changes(run: Run) -> Outcome:
@@ -121,15 +133,15 @@ def _changes(run: Run) -> Outcome:
   measure_models(run, _different(list(specs.values())), names, _MEASURES, _MODELS)
   before = of_models(run, config.measurement, [spec.name for spec in full])
   rows = of_models(run, config.measurement, [spec.name for spec in specs.values()], _MEASURES)
-  change = np.zeros((len(methods), len(config.shares), config.num_queries, config.num_seeds))
-  for (m, s, q, seed), row in zip(specs, rows, strict=True):
-    change[m, s, q, seed] = row[q] - before[seed, q]
+  changes = [row[q] - before[k, q] for (_, _, q, k), row in zip(specs, rows, strict=True)]
+  shape = len(methods), len(config.shares), config.num_queries, config.num_seeds
   samples = artifacts.read(run.folder("sample")).arrays["ids"]
   arrays = {
-    "change": change.astype(np.float32),
+    "change": np.array(changes, np.float32).reshape(shape),
     "predicted": _predicted(run).astype(np.float32),
     "query_ids": samples[: config.num_queries],
   }
+  arrays |= {name: x.reshape(shape) for name, x in _resemblances(run, specs).items()}
   chosen = dict(zip(config.methods, config.dampings, strict=False))
   shown = [f"{m}, λ = {chosen[m]:g}" if m in chosen else m for m in methods]
   notes = {"methods": shown, "shares": config.shares, "measurement": config.measurement}
@@ -154,8 +166,31 @@ def _predicted(run: Run) -> np.ndarray:
   return found
 
 
-def _specs(run: Run) -> dict[tuple[int, int, int, int], Spec]:
-  """(method, share, sample, seed) → the model without the top images."""
+def _resemblances(run: Run, specs: Specs) -> dict[str, np.ndarray]:
+  """Metric → [len(specs)] of each sample by its model and by the model of all images."""
+  metrics = run.config.counterfactual.metrics
+  if not metrics:
+    return {}
+  regenerate(run, _wanted(run, specs))
+  ours = pictures_of(run, [(spec.name, q) for (_, _, q, _), spec in specs.items()])
+  theirs = pictures_of(run, [(subset_name(None, seed), q) for _, _, q, seed in specs])
+  return {name: resemblance(ours, theirs, name).astype(np.float32) for name in metrics}
+
+
+def _wanted(run: Run, specs: Specs) -> dict[str, Wanted]:
+  """Model → the samples that it is to make anew; none where they are not compared."""
+  config = run.config.counterfactual
+  if not config.metrics:
+    return {}
+  wanted = {spec.name: Wanted(tuple(range(config.num_queries)), "retrain") for spec in _full(run)}
+  for (_, _, query, _), spec in specs.items():
+    before = wanted.get(spec.name, Wanted((), _MODELS)).numbers
+    wanted[spec.name] = Wanted(tuple(sorted({*before, query})), _MODELS)
+  return wanted
+
+
+def _specs(run: Run) -> Specs:
+  """(method, share, sample, seed), in this order, → the model without the top images."""
   config, methods = run.config.counterfactual, _methods(run)
   orders = [_orders(run, method) for method in methods]
   return {
@@ -191,22 +226,47 @@ def table_text(
   Where changes are predicted [methods, shares, samples], and are no NaN, so are their means.
   """
   means, errors = mean_and_error(change.mean(axis=3))
-  num = change.shape[2]
-  heads = "".join(f"{f'without {100 * share:g} %':>26}" for share in shares)
-  lines = [
-    f"\nchange of {measurement} of a sample, from the model of all images ({num} samples)",
-    f"{'removed by':<24}{heads}",
-  ]
-  for method, row, error in zip(methods, means, errors, strict=True):
-    cells = (f"{f'{m:.3g} ± {e:.1g}':>26}" for m, e in zip(row, error, strict=True))
-    lines.append(f"{method:<24}{''.join(cells)}")
+  title = (
+    f"change of {measurement} of a sample, from the model of all images ({change.shape[2]} samples)"
+  )
+  cells = np.vectorize(lambda mean, error: f"{mean:.3g} ± {error:.1g}")(means, errors).tolist()
+  names = list(methods)
   for method, row in zip(
-    methods, [] if predicted is None else predicted.mean(axis=2), strict=False
+    methods, () if predicted is None else predicted.mean(axis=2), strict=False
   ):
     if np.isfinite(row).all():
-      cells = (f"{f'{mean:.3g}':>26}" for mean in row)
-      lines.append(f"{f'{method}, predicted':<24}{''.join(cells)}")
-  return "\n".join(lines)
+      names.append(f"{method}, predicted")
+      cells.append([f"{mean:.3g}" for mean in row])
+  return _table(title, cells, names, shares)
+
+
+def resemblance_text(
+  values: np.ndarray, methods: Sequence[str], shares: Sequence[float], metric: str
+) -> str:
+  """Mean ± standard error over samples of values [methods, shares, samples, seeds].
+
+  In brackets: the mean relative to that of random removal, the last of the methods, less one.
+  """
+  means, errors = mean_and_error(values.mean(axis=3))
+  title = (
+    f"{metric} of a sample and of that by the model of all images, of the same noise "
+    f"({values.shape[2]} samples)"
+  )
+  cell = lambda mean, error, random: f"{mean:.3g} ± {error:.1g} ({mean / random - 1:+.1%})"
+  cells = np.vectorize(cell, otypes=[object])(means, errors, means[-1:])
+  return _table(title, cells.tolist(), methods, shares)
+
+
+def _table(
+  title: str, cells: Sequence[Sequence[str]], methods: Sequence[str], shares: Sequence[float]
+) -> str:
+  """A row for each method and a column for each share."""
+  heads = "".join(f"{f'without {100 * share:g} %':>26}" for share in shares)
+  rows = [
+    f"{method:<24}{''.join(f'{cell:>26}' for cell in row)}"
+    for method, row in zip(methods, cells, strict=True)
+  ]
+  return "\n".join([f"\n{title}", f"{'removed by':<24}{heads}", *rows])
 
 
 def _orders(run: Run, method: str) -> list[np.ndarray]:

@@ -237,6 +237,8 @@ def ingredients(run: Run, row: Row) -> Ingredients:
     projection=Projection(config.projection_dim, run.seed, config.projection),
     journey_steps=config.journey_steps,
     clip=run.clips,
+    learning_rate=run.config.train.learning_rate,
+    unlearning_steps=config.unlearning_steps,
     embed=lambda examples: _embeddings(run, examples),
   )
 

@@ -112,6 +112,11 @@ def draw_times_between(
   return _both(jnp.clip(process.times(u), low, high), keys, draws)  # rounding may leave the band
 
 
+def draw_noisiest_times(process: Process, keys: jax.Array, draws: Draws, share: float) -> jax.Array:
+  """Times t [B · S] of keys [B, S], by the law of the process within its noisiest `share`."""
+  return _both(process.times((1 - share) + share * _uniforms(keys, draws)), keys, draws)
+
+
 def draw_integers(num: int, keys: jax.Array, draws: Draws) -> jax.Array:
   """Int32 [B · S], uniform in [0, num), of keys [B, S]."""
   if draws.timesteps == "uniform":
@@ -132,13 +137,19 @@ def draw_noised(
 ) -> Noised:
   """The pairs of examples [B · S, …] and times [B · S] with the noise of keys [B, S]."""
   data = augmentation.data(data, draw_augmentations(keys, draws))
-  normal = jax.vmap(lambda key: jax.random.normal(key, data.shape[1:], jnp.float32))
+  noise = draw_noise(data.shape[1:], keys, draws)
+  inputs, time = process.inputs(process.noised(data, t, noise), t)
+  return Noised(inputs, time, process.target(data, noise, t), process.weights(t), t)
+
+
+def draw_noise(shape: tuple[int, ...], keys: jax.Array, draws: Draws) -> jax.Array:
+  """ε [B · S, *shape] of keys [B, S]."""
+  normal = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))
   noise = _both(normal(substreams(_firsts(keys, draws).reshape(-1), "noise")), keys, draws)
   if draws.antithetic:
     signs = jnp.tile(1.0 - 2.0 * (jnp.arange(keys.shape[1]) % 2), len(keys))
     noise *= signs.reshape(-1, *[1] * (noise.ndim - 1))
-  inputs, time = process.inputs(process.noised(data, t, noise), t)
-  return Noised(inputs, time, process.target(data, noise, t), process.weights(t), t)
+  return noise
 
 
 def draw_augmentations(keys: jax.Array, draws: Draws) -> jax.Array:

@@ -59,6 +59,11 @@ def trial(label: str | None, examples: int | None, rows: int) -> Trial:
   return Trial() if found is None else found.begun(label, examples, rows)
 
 
+def under_way() -> bool:
+  """Whether this is a rehearsal: models are then random, and numbers mean nothing."""
+  return _CURRENT.get() is not None
+
+
 def in_full(examples: int, rows: int) -> int:
   """Rows that the run in full has in the place of these, which are of so many examples."""
   found = _CURRENT.get()

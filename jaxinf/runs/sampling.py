@@ -17,7 +17,7 @@ from jaxinf.core.augmentation import Constants
 from jaxinf.core.checks import checked_count
 from jaxinf.core.examples import Examples
 from jaxinf.core.random import fold_in_each, stream
-from jaxinf.core.types import ApplyFn, Batch, PyTree
+from jaxinf.core.types import ApplyFn, Batch, Params, PyTree
 from jaxinf.data.files import read_npz
 from jaxinf.diffusion import sampler
 from jaxinf.diffusion.process import Process
@@ -158,32 +158,59 @@ def _keep_trajectories(run: Run, ids: np.ndarray, trajectories: np.ndarray) -> N
 
 def _generated(run: Run) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   """Ids [Q], and images [Q, …] and, if asked for, trajectories [Q, steps + 1, …]."""
-  config, model = run.config.sample, load_model(run)
+  config = run.config.sample
   num = checked_count(config.num_samples, "sample.num_samples")
-  ids = np.array([f"sample_{i:04d}" for i in range(num)])
-  kernel = SampleKernel(
-    _guided(run, model.apply_fn),
-    model.process,
-    run.shape,
-    config.sampler,
-    config.num_steps,
-    config.keep_trajectory,
-    run.clips,
-  )
   names = ["images"] + ["trajectories"] * config.keep_trajectory
-  arrays = map_batches(
-    kernel,
-    (model.params, np.uint32(run.config.seed)),
-    Rows(None, np.arange(len(ids), dtype=np.uint32), conditioning=sample_conditioning(run)),
-    batch_size=config.batch_size,
-    label="sample",
-    unit="samples",
-    devices=run.devices,
-    partial=PartialOutputs(
+  arrays = _sampled(
+    run,
+    load_model(run).params,
+    np.arange(num),
+    config.keep_trajectory,
+    PartialOutputs(
       run.folder("sample") / "sums", key_of(run, "sample"), 1, dict.fromkeys(names, 0)
     ),
   )
-  return ids, arrays
+  return np.array([f"sample_{i:04d}" for i in range(num)]), arrays
+
+
+def regenerated(run: Run, params: Params, numbers: np.ndarray) -> np.ndarray:
+  """The samples with these numbers [n] as other parameters make them, of the same noise.
+
+  Of what the samples were made of nothing else differs. Latents are decoded.
+  """
+  images = _sampled(run, params, numbers, keep_trajectory=False)["images"]
+  return decoded(run, images) if run.is_latent else images
+
+
+def _sampled(
+  run: Run,
+  params: Params,
+  numbers: np.ndarray,
+  keep_trajectory: bool,
+  partial: PartialOutputs | None = None,
+) -> dict[str, np.ndarray]:
+  """Images [n, …] and, if asked for, trajectories, of the samples with these numbers [n]."""
+  config = run.config.sample
+  kernel = SampleKernel(
+    _guided(run, run.apply_fn),
+    run.process,
+    run.shape,
+    config.sampler,
+    config.num_steps,
+    keep_trajectory,
+    run.clips,
+  )
+  given = jax.tree.map(lambda rows: rows[numbers], sample_conditioning(run))
+  return map_batches(
+    kernel,
+    (params, np.uint32(run.config.seed)),
+    Rows(None, numbers.astype(np.uint32), conditioning=given),
+    batch_size=config.batch_size,
+    label="sample" if partial is not None else None,
+    unit="samples",
+    devices=run.devices,
+    partial=partial,
+  )
 
 
 def _guided(run: Run, apply_fn: ApplyFn) -> ApplyFn:

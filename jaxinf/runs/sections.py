@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxinf.attribution.influence import AUTO, LOSS_POWER
+from jaxinf.attribution.unlearning import Unlearning
 from jaxinf.compression.compression import STORE_COMPRESSION
 from jaxinf.core.damping import DAMPINGS
 from jaxinf.core.draws import Draws
@@ -268,6 +269,8 @@ class ScoreConfig:
   projection: str = "rademacher"  # or normal
   journey_steps: int = 10  # timesteps of a sampling trajectory, for Journey-TRAK
   clip: str | None = None  # a folder with a CLIP model, or an .npz of embeddings
+  # Of fine-tuning a copy of the model away from a sample, at most.
+  unlearning_steps: int = added(Unlearning.max_steps)
   batch_size: int = 128  # (image, draw) pairs at a time
 
 
@@ -285,6 +288,9 @@ class CounterfactualConfig:
   shares: tuple[float, ...] = (0.02, 0.1)  # of the training images that are removed
   num_queries: int = 5  # samples, each with models of its own
   num_seeds: int = 1  # models trained without each set
+  # Beside the measurement: how alike the samples are that these models and the model of all images
+  # make of the same noise; of jaxinf.evaluation.resemblance.METRICS, ssim and mse.
+  metrics: tuple[str, ...] = added(())
 
 
 @dataclasses.dataclass(frozen=True)

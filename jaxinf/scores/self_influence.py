@@ -65,7 +65,13 @@ class SelfInfluence:
     if checked_count(k, "k") > len(self.ids):
       raise ValueError(f"k must lie in 1…{len(self.ids)}, the training examples; got {k}.")
     first = np.argsort(-self.values, kind="stable")[:k]
-    return Ranking(self.ids[first], self.values[first], self.std_errors[first], first)
+    return Ranking(
+      ids=self.ids[first],
+      values=self.values[first],
+      std_errors=self.std_errors[first],
+      model_std_errors=np.full(k, np.nan, np.float32),
+      positions=first,
+    )
 
   def __repr__(self) -> str:
     return f"SelfInfluence({len(self.ids)} training examples; λ = {self.settings['damping']:g})"

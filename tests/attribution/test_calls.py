@@ -22,6 +22,7 @@ SCORING = {
   "dtrak": (jaxinf.dtrak, 1),
   "das": (jaxinf.das, 1),
   "journey_trak": (jaxinf.journey_trak, 1),
+  "nearest_patch": (jaxinf.nearest_patch, 1),
   "pixel_similarity": (jaxinf.pixel_similarity, 0),
   "embedding_similarity": (jaxinf.embedding_similarity, 0),
   "random_scores": (jaxinf.random_scores, 0),

@@ -20,8 +20,9 @@ from jaxinf.core.random import draw_keys, example_numbers, fold_in_each, stream
 from jaxinf.diffusion.measurements import MEASUREMENTS
 from jaxinf.engine import artifacts
 from jaxinf.networks import training
+from jaxinf.runs.config import settings
 from jaxinf.runs.run import load_model
-from jaxinf.runs.sampling import load_samples
+from jaxinf.runs.sampling import load_samples, regenerated
 from tests.running import run_of
 
 
@@ -33,7 +34,8 @@ def copied(run, tmp_path, changes):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-  run = run_of(tmp_path_factory.mktemp("proof") / "work")
+  changes = {"counterfactual.metrics": ("mse",)}
+  run = run_of(tmp_path_factory.mktemp("proof") / "work", changes)
   benchmark.benchmark(run)
   benchmark.counterfactual(run)
   return run
@@ -243,6 +245,36 @@ def test_counterfactual_models_lack_the_top_images(finished):
   np.testing.assert_array_equal(artifact.arrays["change"][1, 1, 1, 0], (without - full)[0, 1])
   config = models.model_key(finished, spec)
   assert config["steps"] == finished.config.train.steps  # as many as the full model's
+
+
+def test_retrained_models_make_the_samples_anew_of_the_same_noise(finished):
+  images = artifacts.read(finished.folder("sample")).arrays["images"]
+  own = regenerated(finished, load_model(finished).params, np.array([2, 0]))
+  np.testing.assert_allclose(own, images[[2, 0]], atol=1e-5)  # in another batch
+  kept = artifacts.read(models.folder(finished, "counterfactual/samples")).arrays
+  made = list(zip(kept["models"].tolist(), kept["numbers"].tolist(), strict=True))
+  assert len(set(made)) == len(made) and made.count(("full-seed-0", 1)) == 1
+  # Without the top quarter by pixels of sample 1, against all images.
+  specs = removal._specs(finished)
+  without = models.load_params(finished, specs[1, 1, 1, 0].name, "counterfactual/models")
+  full = models.load_params(finished, "full-seed-0")
+  one, other = (regenerated(finished, params, np.array([1])) for params in (without, full))
+  found = artifacts.read(finished.folder("counterfactual")).arrays["mse"]
+  assert found.shape == (3, 2, 2, 1) and (found > 0).all()
+  np.testing.assert_allclose(found[1, 1, 1, 0], np.square(one - other).mean(), rtol=1e-4)
+
+
+def test_metrics_leave_the_keys_of_what_was_kept_before_them(finished):
+  before = dataclasses.replace(finished.config.counterfactual, metrics=())
+  assert "metrics" not in settings(before)
+  assert settings(finished.config.counterfactual)["metrics"] == ["mse"]
+
+
+def test_tables_of_metrics_say_what_random_removal_does():
+  values = np.array([[[0.5, 0.7]], [[0.8, 0.7]]])[..., None]  # two methods, one share
+  text = removal.resemblance_text(values, ["influence", "random"], [0.1], "ssim")
+  assert "ssim of a sample" in text and "(2 samples)" in text
+  assert "0.6 ± 0.1 (-20.0%)" in text and "0.75 ± 0.05 (+0.0%)" in text
 
 
 def test_passes_over_parts_of_the_samples_change_nothing(finished, tmp_path):

@@ -56,10 +56,7 @@ def counterfactual(run: Run) -> Numbers:
   seeds = artifact.arrays["change"].shape[3]
   change = artifact.arrays["change"].mean(axis=3, dtype=np.float64)
   means, errors = mean_and_error(change)
-  cells = [
-    [f"{mean:.3g} ± {error:.2g}" for mean, error in zip(*pair, strict=True)]
-    for pair in zip(means, errors, strict=True)
-  ]
+  cells = _cells(change)
   caption = (
     f"Change of a sample's {measurement} when a model is trained anew without the images that a "
     "method calls most supporting for it, against the model of all images with the same training "
@@ -70,6 +67,10 @@ def counterfactual(run: Run) -> Numbers:
   caption += f"{largest}, {methods[best]} changes it most, by {cells[best][-1]}"
   if "random" in methods:
     caption += f"; as many random images by {cells[methods.index('random')][-1]}"
+  rows = [(method, *row) for method, row in zip(methods, cells, strict=True)]
+  for metric in run.config.counterfactual.metrics:
+    of_samples = _cells(artifact.arrays[metric].mean(axis=3, dtype=np.float64))
+    rows += [(f"{method}: {metric}", *r) for method, r in zip(methods, of_samples, strict=True)]
   return Numbers(
     title=f"Retraining without the top influences: change of {measurement}",
     caption=caption + ".",
@@ -83,11 +84,19 @@ def counterfactual(run: Run) -> Numbers:
     ),
     arrays={"change": change, "means": means, "errors": errors},
     header=("removed", *(f"{100 * share:g} %" for share in shares)),
-    rows=[(method, *row) for method, row in zip(methods, cells, strict=True)],
+    rows=rows,
     made=f"{change.shape[2]} samples, {seeds} training seed{'s' * (seeds > 1)} each.",
     inputs={"counterfactual_content": artifact.content},
     notes=dict(methods=methods, shares=shares),
   )
+
+
+def _cells(values: np.ndarray) -> list[list[str]]:
+  """Mean ± standard error over samples of values [methods, shares, samples]."""
+  return [
+    [f"{mean:.3g} ± {error:.2g}" for mean, error in zip(*pair, strict=True)]
+    for pair in zip(*mean_and_error(values), strict=True)
+  ]
 
 
 def _evaluated(run: Run) -> artifacts.Artifact:

@@ -2,8 +2,8 @@
 
 python -m jaxinf benchmark --config=configs/cifar2_tiny.py --workdir=runs/cifar2_tiny
 
-Measured on 2 CPU cores: a model of a subset takes 2 min 36 s, two at a time with a core each, and one
-of all images 6 min 43 s.
+Measured on 2 CPU cores: a model of a subset takes 2 min 36 s, two at a time with a core each, and
+one of all images 6 min 43 s.
 """
 
 from ml_collections import ConfigDict

@@ -27,6 +27,7 @@ from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.kinds import EKFAC, KFAC, Diagonal, ExactGGN, Identity, Kind
 from jaxinf.diffusion.model import DiffusionModel
 from jaxinf.engine.compute import Compute
+from jaxinf.evaluation.replay import Replay, ReplayTraining
 from jaxinf.scores.sweep import Sweep
 
 
@@ -55,6 +56,7 @@ class Ingredients:
     projection: of TRAK and its kin.
     journey_steps: timesteps of a sampling trajectory, for Journey-TRAK.
     embed: examples → embeddings, for "clip".
+    training: () → the run that made the model, for "replay"; None where it is not known.
   """
 
   model: DiffusionModel
@@ -68,6 +70,7 @@ class Ingredients:
   embed: Callable[[Examples], Array]
   precision: str | None = None
   clip: bool = True
+  training: Callable[[], ReplayTraining] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +87,7 @@ class Method:
     of: what of the queries it needs where it takes no measurement: "examples", "trajectories", or
       "pictures", which are the pixels of queries and training examples, where models of latents
       see others.
+    replays: whether it goes through the training again, step by step.
   """
 
   make: Callable[[Ingredients], Attribution]
@@ -93,6 +97,7 @@ class Method:
   reads: tuple[str, ...] = ()
   sweeps: bool = True
   of: str = "examples"
+  replays: bool = False
 
   @property
   def curved(self) -> bool:
@@ -155,7 +160,17 @@ def _das(given: Ingredients) -> DAS:
   return DAS(given.model, given.projection, tuple(given.dampings), given.query_draws)
 
 
-_DRAWS = ("draws", "replicates", "query_draws", "query_replicates", "design")
+def _replay(given: Ingredients) -> Replay:
+  if given.training is None:
+    raise ValueError(
+      "replay goes through the training of the model again: give its ReplayTraining, of a model "
+      "that jaxinf.networks.training has trained, or leave the method out."
+    )
+  return Replay(given.training(), given.measurement, given.query_draws)
+
+
+_QUERY_DRAWS = ("query_draws", "query_replicates", "design")
+_DRAWS = ("draws", "replicates", *_QUERY_DRAWS)
 _PROJECTED = (*_DRAWS, "projection_dim", "projection")
 
 
@@ -180,6 +195,7 @@ METHODS: Mapping[str, Method] = {
     _journey_trak, 1e-9, reads=(*_PROJECTED, "journey_steps"), of="trajectories"
   ),
   "das": Method(_das, 1e-9, reads=_PROJECTED),
+  "replay": Method(_replay, measures=True, reads=_QUERY_DRAWS, replays=True),
   "pixel": Method(lambda given: PixelSimilarity("cosine"), of="pictures"),
   "pixel-l2": Method(lambda given: PixelSimilarity("l2"), of="pictures"),
   "clip": Method(

@@ -75,6 +75,10 @@ def _methods(run: Run) -> tuple[str, ...]:
 def _check(run: Run) -> None:
   """Raises ValueError for impossible settings."""
   config, num_train = run.config.counterfactual, len(run.dataset)
+  if run.config.retrain.same_batches:
+    raise ValueError(
+      "counterfactual trains models with seeds of their own: leave out retrain.same_batches."
+    )
   check_measurements(run, (config.measurement,))
   num_samples = run.config.sample.num_samples
   if not 1 <= config.num_queries <= num_samples:

@@ -14,7 +14,7 @@ from jaxinf.attribution.kernels import QUERY
 from jaxinf.core.random import fold_in_each, stream
 from jaxinf.diffusion.noise import noised
 from jaxinf.evaluation import replay
-from jaxinf.evaluation.replay import ReplayTraining, replay_scores, smooth_optimiser
+from jaxinf.evaluation.replay import ReplayTraining, replay_scores
 from jaxinf.networks import training
 from jaxinf.networks.training import TrainConfig
 from tests import nets, twins
@@ -145,39 +145,6 @@ def test_a_killed_replay_goes_on_from_its_last_segment(run, dataset, scores, tmp
   found = scores_of(run, dataset, kept, x64=True, segment=2)
   assert begun == [4, 2, 2, 0]
   np.testing.assert_array_equal(found, scores)
-
-
-def test_an_unmoved_parameter_has_the_derivative_zero_and_others_have_their_own():
-  """Of one step by gradients of which some are zero: those of Optax would not be numbers."""
-  plain, smooth = (make(CONFIG) for make in (training.optimiser, smooth_optimiser))
-  params = {"a": jnp.array([1.0, 2.0, 3.0]), "b": jnp.array([0.5])}
-  grads = {"a": jnp.array([0.0, 0.7, 1e-30]), "b": jnp.array([-2.0])}
-  state = plain.init(params)
-  assert jax.tree.structure(state) == jax.tree.structure(smooth.init(params))
-
-  def pulled(transform, grads):
-    (updates, after), pull = jax.vjp(lambda g: transform.update(g, state, params), grads)
-    ones = jax.tree.map(
-      lambda x: (
-        jnp.ones_like(x) if x.dtype == jnp.float32 else np.zeros(x.shape, jax.dtypes.float0)
-      ),
-      (updates, after),
-    )
-    return updates, pull(ones)[0]
-
-  updates, derivatives = pulled(smooth, grads)
-  for ours, theirs in zip(*map(jax.tree.leaves, (updates, pulled(plain, grads)[0])), strict=True):
-    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
-  moving = {"a": grads["a"][1:2], "b": grads["b"]}
-  state = plain.init(moving)
-  params = {"a": params["a"][1:2], "b": params["b"]}
-  _, expected = pulled(plain, moving)
-  # Float32 sums of a few terms.
-  np.testing.assert_allclose(derivatives["a"][1:2], expected["a"], rtol=1e-5)
-  np.testing.assert_allclose(derivatives["b"], expected["b"], rtol=1e-5)
-  assert np.isfinite(derivatives["a"]).all()
-  nothing = jax.tree.map(jnp.zeros_like, moving)
-  assert all(np.isfinite(x).all() for x in jax.tree.leaves(pulled(smooth, nothing)[1]))
 
 
 def test_bad_input_is_refused(run, dataset):

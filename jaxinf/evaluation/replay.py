@@ -106,13 +106,14 @@ def replay_scores(
     query_draws: of (t, ε) for each query.
     segment: steps between two states that are kept; None: √T, which takes the least memory.
     x64: the same training in float64 throughout, from the same parameters, batches and draws. It
-      ends where that of float32 does for a short time only. Networks with dropout draw other masks.
+      ends where that of float32 does for a short time only: leave out the run's params where it is
+      longer. Networks with dropout draw other masks.
     compute: batch_size, (query, draw) pairs at a time in the gradients of measurements; devices,
       which share the queries on the way back; query_chunk, queries there at a time (each takes four
       times the parameters); checkpoint, from which a killed computation goes on, by segment.
 
   Returns:
-    Scores of one replicate: values have no error of draws, but those of queries.
+    Scores of one replicate, without standard errors: their noise is that of the query draws.
 
   Raises:
     ValueError: the arguments don't fit together, there are several processes, the replay ends
@@ -124,13 +125,14 @@ def replay_scores(
   check_named(compute, measured)
   if processes.count() > 1:
     raise ValueError("A replay takes one process: start it alone.")
-  steps = training.config.steps
-  length = math.isqrt(steps - 1) + 1 if segment is None else checked_count(segment, "segment")
-  asked = query_draws.of_queries(query_draws)
+  asked, steps = query_draws.of_queries(query_draws), training.config.steps
+  if segment is not None:
+    checked_count(segment, "segment")
   loop = _Loop(training, train, compute, x64)
-  begins = range(0, steps, length)
+  start = loop.start()  # which checks the settings
+  begins = range(0, steps, segment or math.isqrt(steps - 1) + 1)
   with Progress("replay, forwards", steps, "steps") as progress:
-    kept = loop.states(loop.start(), steps, {*begins, steps}, progress)
+    kept = loop.states(start, steps, {*begins, steps}, progress)
   last = kept.pop(steps)
   distance = _distance(last.ema_params, training.params)
   settings = {

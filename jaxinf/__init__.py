@@ -58,6 +58,7 @@ from jaxinf.engine.compute import Compute
 from jaxinf.evaluation.comparison import compare, damping_lds
 from jaxinf.evaluation.lds import Retrained, lds
 from jaxinf.evaluation.oracle import noise_ceiling, retraining_lds
+from jaxinf.evaluation.replay import Replay, ReplayTraining, replay_scores
 from jaxinf.layers.coverage import SKIP_NORMALISATION
 from jaxinf.networks.diffusers import load_autoencoder
 from jaxinf.networks.latent_cache import encode_moments, open_moments
@@ -112,6 +113,8 @@ __all__ = [
   "Ranking",
   "Recommendation",
   "RelativeDamping",
+  "Replay",
+  "ReplayTraining",
   "Retrained",
   "Schedule",
   "Scores",
@@ -155,6 +158,7 @@ __all__ = [
   "random_subsets",
   "rank_stability",
   "recommend_damping",
+  "replay_scores",
   "retraining_lds",
   "self_influence",
   "trak",

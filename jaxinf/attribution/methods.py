@@ -32,6 +32,7 @@ from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.kinds import EKFAC, KFAC, Diagonal, ExactGGN, Identity, Kind, Shampoo
 from jaxinf.diffusion.model import DiffusionModel
 from jaxinf.engine.compute import Compute
+from jaxinf.evaluation.replay import Replay, ReplayTraining
 from jaxinf.scores.sweep import Sweep
 
 
@@ -62,6 +63,7 @@ class Ingredients:
     projection: of TRAK and its kin.
     journey_steps: timesteps of a sampling trajectory, for Journey-TRAK.
     embed: examples → embeddings, for "clip".
+    training: () → the run that made the model, for "replay"; None where it is not known.
   """
 
   model: DiffusionModel
@@ -77,6 +79,7 @@ class Ingredients:
   clip: bool = True
   learning_rate: float = 1e-4
   unlearning_steps: int = Unlearning.max_steps
+  training: Callable[[], ReplayTraining] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +99,7 @@ class Method:
     of: what of the queries it needs where it takes no measurement: "examples", "trajectories", or
       "pictures", which are the pixels of queries and training examples, where models of latents
       see others.
+    replays: whether it goes through the training again, step by step.
   """
 
   make: Callable[[Ingredients], Attribution]
@@ -106,6 +110,7 @@ class Method:
   sweeps: bool = True
   of: str = "examples"
   loss_power: float | None = None
+  replays: bool = False
 
   @property
   def curved(self) -> bool:
@@ -119,7 +124,7 @@ class Method:
   @property
   def sees_model(self) -> bool:
     """Whether scores depend on the model, so that another training run gives others."""
-    return self.curved or self.measures or "draws" in self.reads
+    return self.of != "pictures" and (self.curved or self.measures or "draws" in self.reads)
 
   def dampings(self, sweep: Sequence[float]) -> tuple[float, ...]:
     """Those of a sweep and the default, ascending; none where the method has none."""
@@ -194,7 +199,17 @@ def _unlearning(given: Ingredients) -> Unlearning:
   return Unlearning(given.model, given.learning_rate / 10, max_steps=given.unlearning_steps)
 
 
+def _replay(given: Ingredients) -> Replay:
+  if given.training is None:
+    raise ValueError(
+      "replay goes through the training of the model again: give its ReplayTraining, of a model "
+      "that jaxinf.networks.training has trained, or leave the method out."
+    )
+  return Replay(given.training(), given.measurement, given.query_draws)
+
+
 _OWN_DRAWS = ("draws", "replicates", "design")
+_QUERY_DRAWS = ("query_draws", "query_replicates", "design")
 _DRAWS = (*_OWN_DRAWS, "query_draws", "query_replicates")
 _PROJECTED = (*_DRAWS, "projection_dim", "projection")
 
@@ -241,6 +256,7 @@ METHODS: Mapping[str, Method] = {
   ),
   "das": Method(_das, 1e-9, reads=_PROJECTED),
   "unlearning": Method(_unlearning, reads=(*_OWN_DRAWS, "unlearning_steps")),
+  "replay": Method(_replay, measures=True, reads=_QUERY_DRAWS, replays=True),
   "pixel": Method(lambda given: PixelSimilarity("cosine"), of="pictures"),
   "pixel-l2": Method(lambda given: PixelSimilarity("l2"), of="pictures"),
   "nearest-patch": Method(

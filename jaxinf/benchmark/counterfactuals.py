@@ -91,6 +91,10 @@ def _methods(run: Run) -> tuple[str, ...]:
 def _check(run: Run) -> None:
   """Raises ValueError for impossible settings."""
   config, num_train = run.config.counterfactual, len(run.dataset)
+  if run.config.retrain.same_batches:
+    raise ValueError(
+      "counterfactual trains models with seeds of their own: leave out retrain.same_batches."
+    )
   check_measurements(run, (config.measurement,))
   is_pixels = "ssim" not in config.metrics or run.dataset.is_pixels
   check_metrics(config.metrics, run.dataset.image_shape, is_pixels)

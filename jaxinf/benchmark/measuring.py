@@ -129,6 +129,7 @@ def key_of_measurement(run: Run, name: str) -> dict:
     "samples_content": content_of_stage(run, "sample"),
     "share": run.config.retrain.share,
     "outside_weight": run.config.retrain.outside_weight,
+    **({"same_batches": True} if run.config.retrain.same_batches else {}),
     "steps": {"all": run.config.train.steps, "subset": run.config.retrain.steps},
   }
 

@@ -36,7 +36,8 @@ class Spec:
   Attributes:
     name: of its folder.
     member: the examples it trains on, and their weights.
-    seed: k, from 0; training takes the run's seed + 1 + k, so that none is the attributed model's.
+    seed: k, from 0; training takes the run's seed + 1 + k, so that none is the attributed model's,
+      but for −1 where retrain.same_batches asks for it.
     steps: of training.
   """
 
@@ -77,6 +78,8 @@ def subset_specs(run: Run) -> list[Spec]:
       f"retrain.outside_weight must lie in [0, 1); got {config.outside_weight}. 0 removes images."
     )
   full = run.config.train.steps
+  if config.same_batches:
+    return _same_batches(run, subsets)
   specs = [Spec(subset_name(None, k), Member(everyone), k, full) for k in seeds]
   for number, inside in enumerate(subsets.membership):
     if config.outside_weight:
@@ -88,9 +91,31 @@ def subset_specs(run: Run) -> list[Spec]:
   return specs
 
 
+def _same_batches(run: Run, subsets: Subsets) -> list[Spec]:
+  """The attributed model's training again, with weights: its seed, its batches, and all its steps.
+
+  The model of all images is trained again as well, beside the others, so that they differ in their
+  weights alone and not in the order of sums.
+  """
+  config, everyone = run.config.retrain, np.arange(len(run.dataset))
+  if config.num_seeds != 1:
+    raise ValueError(
+      "retrain.same_batches trains with the seed of the attributed model, of which there is one; "
+      f"got retrain.num_seeds={config.num_seeds}: set it to 1."
+    )
+  weights = [np.ones(len(everyone)), *np.where(subsets.membership, 1.0, config.outside_weight)]
+  names = [subset_name(None, 0), *(subset_name(m, 0) for m in range(len(subsets.membership)))]
+  return [
+    Spec(name, Member(everyone, own.astype(np.float32)), -1, run.config.train.steps)
+    for name, own in zip(names, weights, strict=True)
+  ]
+
+
 def folder(run: Run, stage: str) -> Path:
   """The folder of a stage on retrained models; those with weights are kept apart."""
-  weight = run.config.retrain.outside_weight
+  config = run.config.retrain
+  stage += "-same-batches" if config.same_batches else ""
+  weight = config.outside_weight
   return run.folder(f"{stage}-weight-{weight:g}" if weight else stage)
 
 

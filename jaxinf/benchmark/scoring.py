@@ -1,6 +1,7 @@
 """Scores of every method for the proof: one artefact a method and measurement, at all dampings."""
 
 import dataclasses
+import math
 import pathlib
 from typing import Any
 
@@ -19,6 +20,7 @@ from jaxinf.diffusion.model import DiffusionModel
 from jaxinf.engine import artifacts, processes
 from jaxinf.engine.artifacts import Outcome
 from jaxinf.engine.checkpoints import Checkpointing
+from jaxinf.evaluation.replay import ReplayTraining
 from jaxinf.runs.config import settings
 from jaxinf.runs.perform import perform
 from jaxinf.runs.run import (
@@ -204,13 +206,15 @@ def answered(run: Run, row: Row, method: Attribution, sums: pathlib.Path) -> Swe
   """A method's scores of the samples.
 
   A method that takes a curvature answers the samples in score.passes parts, each with a pass of its
-  own over the training examples.
+  own over the training examples. A replay takes as many parts, one after another at every segment.
   """
   config, queries = run.config.score, samples_of(run, row)
   power = row.kind.power(config.loss_power)
   draws = run.draws(config.draws, config.replicates, config.design, power)
-  compute = run.compute(config.batch_size, checkpoint=Checkpointing(sums))
-  passes = checked_count(config.passes, "score.passes") if row.kind.curved else 1
+  passes = checked_count(config.passes, "score.passes")
+  chunk = math.ceil(len(queries) / passes) if row.kind.replays else None
+  compute = run.compute(config.batch_size, checkpoint=Checkpointing(sums), query_chunk=chunk)
+  passes = passes if row.kind.curved else 1
   parts = np.array_split(np.arange(len(queries)), min(passes, len(queries)))
   found = [
     method.scores(
@@ -240,6 +244,9 @@ def ingredients(run: Run, row: Row) -> Ingredients:
     learning_rate=run.config.train.learning_rate,
     unlearning_steps=config.unlearning_steps,
     embed=lambda examples: _embeddings(run, examples),
+    training=lambda: ReplayTraining(
+      run.model, run.process, run.config.train, run.seed, model.params
+    ),
   )
 
 

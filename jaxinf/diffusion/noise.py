@@ -31,7 +31,7 @@ class Noised(NamedTuple):
 
 
 def predict(apply_fn: ApplyFn, params: Params, pairs: Noised) -> jax.Array:
-  """The network's outputs [B, …] on pairs, as float32."""
+  """The network's outputs [B, …] on pairs, as float32, or float64 where it computes in that."""
   return network_output(apply_fn, params, pairs.inputs, pairs.time, pairs.conditioning)
 
 
@@ -42,9 +42,10 @@ def network_output(
   time: jax.Array,
   conditioning: PyTree = None,
 ) -> jax.Array:
-  """apply_fn(params, inputs, time[, conditioning]) as float32: the one call of a network."""
+  """apply_fn(params, inputs, time[, conditioning]), at least float32: the one call of a network."""
   given = () if conditioning is None else (conditioning,)
-  return apply_fn(params, inputs, time, *given).astype(jnp.float32)
+  outputs = apply_fn(params, inputs, time, *given)
+  return outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
 
 
 def squared_errors(outputs: jax.Array, pairs: Noised) -> jax.Array:

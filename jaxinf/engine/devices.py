@@ -17,15 +17,18 @@ from jaxinf.engine.kernels import AXIS, Program, copying
 IN_FLIGHT = 2
 
 
-def on_all(function: Callable, devices: Sequence[jax.Device], donate: bool = False) -> Program:
+def on_all(
+  function: Callable, devices: Sequence[jax.Device], donate: bool = False, x64: bool = False
+) -> Program:
   """A function of arrays with a device axis, mapped; the first argument is donated on request."""
-  return Program(function, devices, donate)
+  return Program(function, devices, donate, x64)
 
 
 def parallel_step(
   sums: Callable[[PyTree, PyTree], PyTree],
   update: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
   devices: Sequence[jax.Device] | None = None,
+  x64: bool = False,
 ) -> Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]:
   """One training step over sharded rows: state, metrics = update(state, Σ sums(state, rows)).
 
@@ -37,7 +40,7 @@ def parallel_step(
     return update(state, jax.lax.psum(sums(state, batch), AXIS))
 
   everywhere = None if _spans_processes(devices) else local_devices(devices)
-  return Program(step, everywhere, donate=True)
+  return Program(step, everywhere, donate=True, x64=x64)
 
 
 def num_step_devices(devices: Sequence[jax.Device] | None = None) -> int:

@@ -164,25 +164,51 @@ def train_step(
   update(state, totals) → (state, metrics); ℓ is the loss of the process, its own weights included.
   The seed may be traced.
   """
-  transform, own = optimiser(config), apply_fn_of(network, process)
+  losses_of = step_losses(network, process, augmentation=augmentation, seed=seed)
 
   def total_loss(params, step, rows):
-    key = jax.random.fold_in(stream(seed, "train"), step)
-    keys = fold_in_each(key, rows.places)
-    dropout = {"dropout": jax.random.fold_in(stream(seed, "dropout"), step)}
-
-    def apply_fn(params, inputs, time, *given):
-      return own(params, inputs, time, *given, dropout_ids=rows.places, rngs=dropout)
-
-    pairs = noised(process, rows.data, keys, augmentation)
-    given = augmentation.conditioning(rows.conditioning, keys)
-    pairs = pairs._replace(conditioning=given)
-    each = losses(predict(apply_fn, params, pairs), pairs)
+    each = losses_of(params, step, rows)
     return jnp.sum(rows.mask * each if rows.weights is None else rows.mask * rows.weights * each)
 
   def sums(state, rows):
     loss, grads = jax.value_and_grad(total_loss)(state.params, state.step, rows)
     return grads, loss, jnp.sum(rows.mask)
+
+  return sums, step_update(optimiser(config), config)
+
+
+def step_losses(
+  network: nn.Module,
+  process: Process,
+  *,
+  augmentation: Augmentation = PLAIN,
+  seed: int | jax.Array,
+) -> Callable:
+  """losses_of(params, step, rows) → the losses ℓ [B] of a step's examples, without weights.
+
+  What is drawn is float32 whatever JAX's mode: under x64 the same keys would give other numbers.
+  """
+  own = apply_fn_of(network, process)
+
+  def losses_of(params, step, rows):
+    with jax.enable_x64(False):
+      key = jax.random.fold_in(stream(seed, "train"), step)
+      keys = fold_in_each(key, rows.places)
+      dropout = {"dropout": jax.random.fold_in(stream(seed, "dropout"), step)}
+      pairs = noised(process, rows.data, keys, augmentation)
+      given = augmentation.conditioning(rows.conditioning, keys)
+
+    def apply_fn(params, inputs, time, *given):
+      return own(params, inputs, time, *given, dropout_ids=rows.places, rngs=dropout)
+
+    pairs = pairs._replace(conditioning=given)
+    return losses(predict(apply_fn, params, pairs), pairs)
+
+  return losses_of
+
+
+def step_update(transform: optax.GradientTransformation, config: TrainConfig) -> Callable:
+  """update(state, totals) → (state, metrics): AdamW by `transform`, and the EMA; see train_step."""
 
   def update(state, totals):
     grads, loss, count = totals
@@ -194,7 +220,7 @@ def train_step(
     metrics = {"loss": loss / count, "grad_norm": optax.global_norm(grads)}
     return TrainState(state.step + 1, params, ema_params, opt_state), metrics
 
-  return sums, update
+  return update
 
 
 class NonFiniteLoss(ValueError):

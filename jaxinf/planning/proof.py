@@ -113,7 +113,7 @@ def _evaluate_cost(subject: Subject) -> StageCost:
   """Scores by every method: those of a curvature, which is fitted first, and the others."""
   run, config = subject.run, subject.run.config.score
   rows = rows_of(run)
-  known = [row for row in rows if not _is_solved(subject, row)]
+  known = [row for row in rows if not (_is_solved(subject, row) or row.kind.replays)]
   curved = [row for row in known if row.kind.curved]
   draws = run.draws(config.draws, config.replicates, config.design)
   asked = run.draws(config.query_draws, config.query_replicates, config.design)
@@ -179,7 +179,7 @@ def _of_scores(
 
 _NOTES = (
   "the tables that are made of the scores are not counted.",
-  "how long solves with the exact curvature take is not known beforehand.",
+  "how long solves with the exact curvature and replays of training take is not known beforehand.",
 )
 
 

@@ -235,6 +235,9 @@ class RetrainConfig:
   share: float = 0.5  # of the images in a subset
   steps: int = 80_000  # of each subset's model; warm-up and decay are train's in proportion
   outside_weight: float = 0.0  # in the loss, of images outside the subset; 0: they are removed
+  # Of the subset models: the attributed model's seed, steps and batches, in whose loss images
+  # outside the subset have outside_weight: what `replay` predicts.
+  same_batches: bool = added(False)
   models_at_once: int = 1  # on each device, as one vmapped step
 
 

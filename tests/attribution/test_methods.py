@@ -19,6 +19,9 @@ from jaxinf import (
   fit_curvature,
 )
 from jaxinf.attribution.methods import METHODS, Ingredients, method_named
+from jaxinf.evaluation.replay import ReplayTraining
+from jaxinf.networks import MLP
+from jaxinf.networks.training import TrainConfig
 from tests import nets
 from tests.processes import CONTINUOUS, PROCESSES
 
@@ -28,6 +31,7 @@ QUERY_IDS, TRAIN_IDS = np.array(["q7", "q3"]), np.arange(10, 10 + NUM_TRAIN)
 CURVED = [name for name, method in METHODS.items() if method.curved]
 SHAPES = {"in": {"kernel": (4, 3), "bias": (3,)}, "out": {"kernel": (3, 4), "bias": (4,)}}
 DRAWS = Draws(2, 1)
+TRAINING = TrainConfig(steps=3, batch_size=2, warmup_steps=0)
 # Queries and training examples in batches of the same size: both are one program.
 COMPUTE = Compute(batch_size=4, devices=jax.local_devices()[:1])
 
@@ -54,6 +58,7 @@ def ingredients(process: str, measurement: str = "loss") -> Ingredients:
     model=model, curvature=fitted, dampings=SWEEP, measurement=measurement, query_draws=DRAWS,
     compression=None, projection=Projection(16, 0), journey_steps=2,
     embed=lambda examples: nets.random_images(len(examples), (5,)),
+    training=lambda: ReplayTraining(MLP(hidden=(), time_features=2), model.process, TRAINING, 0),
   )  # fmt: skip
 
 
@@ -132,6 +137,12 @@ def test_each_curvature_gives_scores_of_its_own():
   np.testing.assert_array_equal(found.pop("influence"), found["kfac"])
   for one, other in itertools.combinations(found, 2):
     assert not np.allclose(found[one], found[other], rtol=1e-3), (one, other)
+
+
+def test_replay_is_of_a_training_that_is_known():
+  given = dataclasses.replace(ingredients("epsilon_min_snr"), training=None)
+  with pytest.raises(ValueError, match="give its ReplayTraining"):
+    METHODS["replay"].make(given)
 
 
 def test_an_unknown_method_is_refused_with_those_that_there_are():

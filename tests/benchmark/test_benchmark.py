@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 
 from jaxinf import benchmark
+from jaxinf.attribution.kernels import QUERY
 from jaxinf.benchmark import counterfactuals as removal
 from jaxinf.benchmark import measuring as measures
 from jaxinf.benchmark import retraining as models
@@ -224,6 +225,36 @@ def test_tables_of_before_are_shown_where_their_scores_are_gone_and_made_anew_ot
   assert "as they are" in shown and "negative × 0.5" in shown
 
 
+def test_replay_predicts_the_same_training_with_other_weights(finished, tmp_path):
+  """Of images outside a subset, 0.98 instead of 1: so little that changes are almost linear."""
+  fields = {"retrain.outside_weight": 0.98, "retrain.num_seeds": 1, "retrain.same_batches": True}
+  run = copied(finished, tmp_path, fields | {"retrain.models_at_once": 5})
+  benchmark.retrain(run)
+  names = ["full-seed-0", *(f"subset-{m:04d}-seed-0" for m in range(4))]
+  params, model = [models.load_params(run, name) for name in names], load_model(run)
+  for ours, theirs in zip(*map(jax.tree.leaves, (params[0], model.params)), strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-5)  # vmapped with others
+  samples = artifacts.read(run.folder("sample")).arrays
+  draws = Draws(4, 1, seed=run.config.seed)
+  keys = fold_in_each(stream(draws.seed, QUERY), draws.numbers(example_numbers(samples["ids"])))
+  keys = jax.vmap(partial(draw_keys, draws=4))(keys)
+  measured = np.stack([
+    MEASUREMENTS["loss"].evaluate(
+      model.apply_fn, each, model.process, samples["images"], keys, draws=draws
+    )
+    for each in params
+  ])  # fmt: skip
+  (scores,) = scoring.scored(run, scoring.Row("replay", "loss"))
+  assert scores.settings["distance"] == 0
+  outside = np.where(models.subsets_of(run).membership, 0, 0.02)
+  predicted = outside @ scores.values.T / len(run.dataset)
+  change = measured[1:] - measured[0]
+  # What is left is of second order, a sixth at 0.95 and less here, and float32's rounding.
+  np.testing.assert_allclose(predicted, change, rtol=0, atol=0.1 * np.abs(change).max())
+  with pytest.raises(ValueError, match="leave out retrain.same_batches"):
+    benchmark.counterfactual(run)
+
+
 def test_counterfactual_models_lack_the_top_images(finished):
   artifact = artifacts.read(finished.folder("counterfactual"))
   assert artifact.arrays["change"].shape == (3, 2, 2, 1)
@@ -302,6 +333,8 @@ def test_bad_settings_are_refused(finished, tmp_path):
     benchmark.evaluate(copied(finished, tmp_path / "a", {"score.methods": ("shapley",)}))
   with pytest.raises(ValueError, match="outside_weight"):
     benchmark.retrain(copied(finished, tmp_path / "b", {"retrain.outside_weight": 1.0}))
+  with pytest.raises(ValueError, match="same_batches trains with the seed of the attributed"):
+    benchmark.retrain(copied(finished, tmp_path / "d", {"retrain.same_batches": True}))
   with pytest.raises(ValueError, match=r"set sample\.keep_trajectory=True"):
     changes = {"measure.measurements": ("trajectory",), "sample.keep_trajectory": False}
     benchmark.retrain(run_of(tmp_path / "c", changes))

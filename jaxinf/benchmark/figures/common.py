@@ -105,6 +105,7 @@ def truth_of(run: Run, names: Sequence[str]) -> Truth:
   if len(measured_everywhere(run, names)) == 0:
     weight = run.config.retrain.outside_weight
     option = f" --config.retrain.outside_weight={weight:g}" if weight else ""
+    option += " --config.retrain.same_batches=True" if run.config.retrain.same_batches else ""
     raise ValueError(
       f"No retrained model was measured by all of {', '.join(names)}, and none is there to be "
       f"measured: run the stage retrain{option} first. (Models may be deleted once they are "

@@ -197,7 +197,7 @@ class _Question:
     self._say(checks)
     return merged_rounds(
       lambda number: self._round(score_pass, rows, number),
-      lambda products, num: self._sweep(products, num, checks),
+      lambda products, num: self._sweep(products, num, checks, rows.solves),
       self.draws,
     )
 
@@ -239,6 +239,7 @@ class _Question:
       dampings=self.dampings,
       compression=self.compression,
       groups=replicates,
+      checkpoint=self.compute.within("solves").checkpoint,
     )
 
   def _score_pass(self) -> ScorePass:
@@ -304,8 +305,14 @@ class _Question:
     shape = len(self.train), replicates, len(self.dampings), len(self.queries), -1
     return products.reshape(shape)
 
-  def _sweep(self, products: np.ndarray, num: int, checks: Sequence[dict | None]) -> Sweep:
-    """Scores at each damping from products [N, G, L, Q, A]."""
+  def _sweep(
+    self,
+    products: np.ndarray,
+    num: int,
+    checks: Sequence[dict | None],
+    solves: Sequence[dict[str, list]],
+  ) -> Sweep:
+    """Scores at each damping from products [N, G, L, Q, A]; `solves` are those of QueryRows."""
     of_draws = np.transpose(products.mean(axis=4), (2, 1, 3, 0))
     of_queries = np.transpose(products.mean(axis=1), (1, 3, 2, 0))
     settings = self._settings | {"draws": num}
@@ -315,7 +322,9 @@ class _Question:
           of_draws[i],
           self.queries.ids,
           self.train.ids,
-          settings | {"damping": damping, "check": checks[i]},
+          settings
+          | {"damping": damping, "check": checks[i]}
+          | ({"solves": solves[i]} if solves else {}),
           of_queries[i] if of_queries.shape[1] > 1 else None,
           self.train.groups,
         )

@@ -25,6 +25,7 @@ from jaxinf.core.registry import named
 from jaxinf.core.types import Array
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.kinds import EKFAC, KFAC, Diagonal, ExactGGN, Identity, Kind
+from jaxinf.curvature.solver import Solver
 from jaxinf.diffusion.model import DiffusionModel
 from jaxinf.engine.compute import Compute
 from jaxinf.scores.sweep import Sweep
@@ -174,6 +175,7 @@ METHODS: Mapping[str, Method] = {
   "diagonal": _curved(Diagonal()),
   "identity": _curved(Identity(), sweeps=False),
   "exact": _curved(ExactGGN()),
+  "astra": _curved(ExactGGN(Solver(method="stochastic"))),
   "trak": Method(_trak, 1e-9, measures=True, reads=_PROJECTED),
   "dtrak": Method(_d_trak, 1e-9, reads=_PROJECTED),
   "journey-trak": Method(

@@ -12,7 +12,7 @@ from jaxinf.attribution.influence import AUTO
 from jaxinf.compression.compression import STORE_COMPRESSION
 from jaxinf.core.draws import Draws
 from jaxinf.curvature.fit import SKIP_NORMALISATION
-from jaxinf.curvature.ggn import Solver
+from jaxinf.curvature.solver import Solver
 from jaxinf.data import DataConfig
 from jaxinf.networks import UNet
 from jaxinf.networks.autoencoder_training import AutoencoderConfig

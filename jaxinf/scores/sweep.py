@@ -19,7 +19,7 @@ class Sweep(tuple[Scores, ...]):
 
   Raises:
     ValueError: there are none, a damping comes twice or is missing, or the scores have other ids,
-      replicates of draws or settings (but "damping" and "check", which are each damping's own).
+      replicates of draws or settings (but "damping", "check" and "solves": each damping's own).
   """
 
   __slots__ = ()
@@ -72,8 +72,11 @@ def _of_parts(parts: Sequence[Scores]) -> Scores:
   of_queries = [
     part.query_replicate_values for part in parts if part.query_replicate_values is not None
   ]
+  solves = [part.settings["solves"] for part in parts if "solves" in part.settings]
+  joined = {name: [x for each in solves for x in each[name]] for name in (solves or [{}])[0]}
   return dataclasses.replace(
     parts[0],
+    settings={**parts[0].settings, **({"solves": joined} if solves else {})},
     replicate_values=np.concatenate([part.replicate_values for part in parts], axis=1),
     query_ids=np.concatenate([part.query_ids for part in parts]),
     query_replicate_values=np.concatenate(of_queries, axis=1) if of_queries else None,
@@ -82,7 +85,7 @@ def _of_parts(parts: Sequence[Scores]) -> Scores:
 
 def shared_settings(scores: Scores) -> dict[str, Any]:
   """The settings that scores of a sweep have in common."""
-  own = ("damping", "check")
+  own = ("damping", "check", "solves")
   return {name: value for name, value in scores.settings.items() if name not in own}
 
 

@@ -195,7 +195,7 @@ class GGN:
     # Without reorthogonalisation, which would need all vectors: it spoils only other eigenvalues.
     for _ in range(iterations):
       product = self._product(vector) - beta * previous
-      diagonal.append(vector @ product)
+      diagonal.append(float(np.vdot(vector, product)))
       product -= diagonal[-1] * vector
       beta = float(np.linalg.norm(product))
       if beta <= 1e-6 * max(diagonal):  # nothing but rounding is left

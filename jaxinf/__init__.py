@@ -38,9 +38,9 @@ from jaxinf.core.examples import Examples
 from jaxinf.core.moments import Moments
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.fit import fit_curvature
-from jaxinf.curvature.ggn import Solver
 from jaxinf.curvature.kinds import EKFAC, KFAC, Diagonal, ExactGGN, Identity, Shampoo
 from jaxinf.curvature.saving import load_curvature
+from jaxinf.curvature.solver import Solver
 from jaxinf.data.subsets import Subsets, random_subsets
 from jaxinf.diffusion.measurements import (
   Measurement,

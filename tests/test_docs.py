@@ -79,6 +79,7 @@ def test_processes_are_made_as_shown(run):
 def test_a_curvature_is_read_as_it_was_written(run):
   names = run("curvature.md")
   assert names["curvature"].kind == jaxinf.KFAC()
+  assert names["exact"].kind == jaxinf.ExactGGN(names["solver"])
 
 
 def test_gradients_are_spent_and_kept(run):

@@ -224,7 +224,7 @@ class _Question:
     kernel = ScoreKernel(question.compression)
     return merged_rounds(
       lambda number: question._round(score_pass, rows, kernel, number),
-      lambda products, num: question._sweep(products, num, checks),
+      lambda products, num: question._sweep(products, num, checks, rows.solves),
       self.draws,
     )
 
@@ -235,10 +235,10 @@ class _Question:
     kernel = LayerScoreKernel(question.compression, tuple(x.name for x in self.curvature.layers))
     products, num = mean_of_rounds(
       lambda number: question._round(score_pass, rows, kernel, number),
-      lambda products, num: question._sweep(products.sum(axis=2), num, checks),
+      lambda products, num: question._sweep(products.sum(axis=2), num, checks, rows.solves),
       self.draws,
     )
-    return question._layer_scores(products, num, checks)
+    return question._layer_scores(products, num, checks, rows.solves)
 
   def _settled(
     self,
@@ -295,6 +295,7 @@ class _Question:
       dampings=self.dampings,
       compression=self.compression,
       groups=replicates,
+      checkpoint=self.compute.within("solves").checkpoint,
     )
 
   def _score_pass(self) -> ScorePass:
@@ -371,8 +372,14 @@ class _Question:
       return products
     return products - products.mean(axis=0, dtype=np.float64).astype(products.dtype)
 
-  def _sweep(self, products: np.ndarray, num: int, checks: Sequence[dict | None]) -> Sweep:
-    """Scores at each damping from products [N, G, L, Q, A]."""
+  def _sweep(
+    self,
+    products: np.ndarray,
+    num: int,
+    checks: Sequence[dict | None],
+    solves: Sequence[dict[str, list]],
+  ) -> Sweep:
+    """Scores at each damping from products [N, G, L, Q, A]; `solves` are those of QueryRows."""
     products = self._centred(products)
     of_draws = np.transpose(products.mean(axis=4), (2, 1, 3, 0))
     of_queries = np.transpose(products.mean(axis=1), (1, 3, 2, 0))
@@ -383,7 +390,10 @@ class _Question:
           of_draws[i],
           self.queries.ids,
           self.train.ids,
-          settings | damping_settings(damping) | {"check": checks[i]},
+          settings
+          | damping_settings(damping)
+          | {"check": checks[i]}
+          | ({"solves": solves[i]} if solves else {}),
           of_queries[i] if of_queries.shape[1] > 1 else None,
           self.train.groups,
         )
@@ -392,7 +402,11 @@ class _Question:
     )
 
   def _layer_scores(
-    self, products: np.ndarray, num: int, checks: Sequence[dict | None]
+    self,
+    products: np.ndarray,
+    num: int,
+    checks: Sequence[dict | None],
+    solves: Sequence[dict[str, list]],
   ) -> tuple[LayerScores, ...]:
     """Scores of each layer at each damping from products [N, G, layers, L, Q, A]."""
     products = self._centred(products)
@@ -405,7 +419,10 @@ class _Question:
         tuple(layer.name for layer in self.curvature.layers),
         self.queries.ids,
         self.train.ids,
-        settings | damping_settings(damping) | {"check": checks[i]},
+        settings
+        | damping_settings(damping)
+        | {"check": checks[i]}
+        | ({"solves": solves[i]} if solves else {}),
         of_queries[i] if of_queries.shape[2] > 1 else None,
         self.train.groups,
       )

@@ -30,6 +30,7 @@ from jaxinf.core.registry import named
 from jaxinf.core.types import Array
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.curvature.kinds import EKFAC, KFAC, Diagonal, ExactGGN, Identity, Kind, Shampoo
+from jaxinf.curvature.solver import Solver
 from jaxinf.diffusion.model import DiffusionModel
 from jaxinf.engine.compute import Compute
 from jaxinf.evaluation.replay import Replay, ReplayTraining
@@ -243,6 +244,7 @@ METHODS: Mapping[str, Method] = {
   "diagonal": _curved(Diagonal()),
   "identity": _curved(Identity(), sweeps=False),
   "exact": _curved(ExactGGN()),
+  "astra": _curved(ExactGGN(Solver(method="stochastic"))),
   "influence-relative": _relative(None),
   "ekfac-relative": _relative(EKFAC()),
   "shampoo-relative": _relative(Shampoo()),

@@ -9,20 +9,22 @@ q, a) is that of damping l, query q and group a of its draws.
 import collections
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
 
 from jaxinf.attribution.kernels import GradientKernel, Replicate
 from jaxinf.compression.compression import Compression
+from jaxinf.core.checks import checked_damping
 from jaxinf.core.damping import Damping
 from jaxinf.core.draws import Draws
 from jaxinf.core.examples import Examples
 from jaxinf.core.types import Array, Matrices, PyTree
-from jaxinf.curvature.curvature import Curvature
+from jaxinf.curvature.curvature import Curvature, ExactCurvature
 from jaxinf.diffusion.measurements import Measurement
 from jaxinf.engine import processes
+from jaxinf.engine.checkpoints import Checkpointing
 from jaxinf.engine.compute import Compute
 from jaxinf.engine.kernels import Kernel, numerics
 from jaxinf.engine.maps import stream_batches
@@ -41,11 +43,14 @@ class QueryRows:
     checked: positions [L · C · A] of the rows that are kept uncompressed too: those of the first
       C queries of each damping, in the primary process.
     exact: layer name → those rows [L · C · A, …, d_out, d_in].
+    solves: [L] how well the systems of each damping were solved: the relative "residuals" of the
+      Q · A rows and how many "iterations" each took. Empty where nothing was to be solved.
   """
 
   compressed: dict[str, PyTree]
   checked: np.ndarray
   exact: Matrices
+  solves: tuple[dict[str, list], ...] = ()
 
 
 def query_rows(
@@ -56,6 +61,7 @@ def query_rows(
   dampings: Sequence[Damping],
   compression: Compression,
   groups: int = 1,
+  checkpoint: Checkpointing | None = None,
 ) -> QueryRows:
   """Preconditions and compresses query gradients as they come.
 
@@ -67,6 +73,7 @@ def query_rows(
     dampings: L of them.
     compression: of the rows.
     groups: A.
+    checkpoint: where solves with the exact GGN are kept and gone on from.
   """
   solves = not curvature.has_eigenbasis
   if solves:  # a solve is a computation of all processes' rows
@@ -76,13 +83,15 @@ def query_rows(
   begin, end = processes.share(num_rows)
   num_checked = min(_CHECKED_QUERIES * groups, (end - begin) // groups * groups)
   done = 0
+  how_well: dict[int, dict[str, list]] = {}
   for grads in gradient_batches:
-    for damping, part, some in zip(dampings, parts, exact, strict=True):
-      for name, rows in curvature.precondition_rows(grads, damping):
+    for i, matrices, solved in _preconditioned(curvature, grads, dampings, checkpoint):
+      how_well |= {i: solved} if solved else {}
+      for name, rows in matrices:
         compressed = _compress(compression, rows, curvature.eigenvalues(name))
-        part[name].append(jax.tree.map(np.asarray, compressed))
+        parts[i][name].append(jax.tree.map(np.asarray, compressed))
         if done < num_checked:
-          some[name].append(np.asarray(rows[: num_checked - done]))
+          exact[i][name].append(np.asarray(rows[: num_checked - done]))
     done += len(next(iter(grads.values())))
   gather = lambda x: x if solves else processes.gathered(x, num_rows)
   joined = lambda *arrays: gather(np.concatenate(arrays))
@@ -100,6 +109,7 @@ def query_rows(
       for layer in curvature.layers
       if num_checked
     },
+    solves=tuple(how_well[i] for i in sorted(how_well)),
   )
 
 
@@ -149,6 +159,27 @@ def gradient_batches(
     unit="(query, replicate) rows",
     devices=compute.devices,
   )
+
+
+def _preconditioned(
+  curvature: Curvature,
+  grads: Matrices,
+  dampings: Sequence[Damping],
+  checkpoint: Checkpointing | None,
+) -> Iterator[tuple[int, Iterable[tuple[str, Array]], dict[str, list]]]:
+  """Yields (number of a damping, layers with their rows, how well they were solved) for each."""
+  if not isinstance(curvature, ExactCurvature):
+    for i, damping in enumerate(dampings):
+      yield i, curvature.precondition_rows(grads, damping), {}
+    return
+  for damping, solved, residuals in curvature.solutions(
+    grads, [checked_damping(d) for d in dampings], checkpoint
+  ):
+    how_well = {
+      "residuals": residuals.relative.tolist(),
+      "iterations": residuals.iterations.tolist(),
+    }
+    yield list(dampings).index(damping), solved.items(), how_well
 
 
 def _everyones_rows(batches: Iterator[Matrices], num_rows: int) -> Matrices:

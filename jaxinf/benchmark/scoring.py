@@ -13,7 +13,7 @@ from jaxinf.compression.projection import Projection
 from jaxinf.core.checks import checked_count
 from jaxinf.core.examples import Examples
 from jaxinf.curvature.curvature import Curvature
-from jaxinf.curvature.kinds import Kind
+from jaxinf.curvature.kinds import ExactGGN, Kind
 from jaxinf.data.files import read_embeddings
 from jaxinf.diffusion.measurements import measurement_named
 from jaxinf.diffusion.model import DiffusionModel
@@ -263,11 +263,21 @@ def _embeddings(run: Run, examples: Examples) -> np.ndarray:
 def _curvature(run: Run, model: DiffusionModel, kind: Kind | None) -> Curvature:
   """The run's curvature, or one of another kind, in a folder of its own."""
   own = run.config.curvature
+  solver = own.solver
+  if isinstance(kind, ExactGGN):  # whose solver is the config's, but for the method
+    solver = dataclasses.replace(solver, method=kind.solver.method)
+    kind = ExactGGN(solver)
   if kind is not None and kind != kind_of_config(own):
     section = dataclasses.replace(
-      own, kind=kind.name, approx=kind.approx, fisher=kind.fisher, samples=kind.samples
+      own,
+      kind=kind.name,
+      approx=kind.approx,
+      fisher=kind.fisher,
+      samples=kind.samples,
+      solver=solver,
     )
-    name = "curvature-" + "-".join((section.kind, section.approx, section.fisher))
+    stochastic = ("stochastic",) * (isinstance(kind, ExactGGN) and solver.method == "stochastic")
+    name = "-".join(("curvature", section.kind, section.approx, section.fisher, *stochastic))
     run = run.with_curvature(section, name)
   perform(run, "curvature")
   return load_curvature(run, model)

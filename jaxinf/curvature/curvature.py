@@ -1,7 +1,7 @@
 """The fitted curvature of a model, in eigenbases; and the exact one, which they precondition."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from jaxinf.core.types import Array, Eigenbasis, Matrices, Params
 from jaxinf.curvature.eigenbasis import multiply, precondition
 from jaxinf.curvature.ggn import GGN
 from jaxinf.curvature.kinds import Kind
+from jaxinf.curvature.solver import Residuals
 from jaxinf.diffusion.model import DiffusionModel
+from jaxinf.engine.checkpoints import Checkpointing
 from jaxinf.engine.kernels import numerics
 from jaxinf.layers.coverage import Coverage, Selection
 from jaxinf.layers.specs import Layer, from_matrices, to_matrices
@@ -152,17 +154,31 @@ class ExactCurvature(Curvature):
 
   def precondition(self, grads: Params, damping: Damping) -> Params:
     one_row = {name: matrix[None] for name, matrix in to_matrices(self.layers, grads).items()}
-    solved = self._solved(one_row, damping)
+    number = checked_damping(damping)
+    solved, _ = self.ggn.solve(one_row, number, preconditioner=self.approximation)
     zeros = jax.tree.map(lambda x: np.zeros(np.shape(x)), grads)
     return from_matrices(self.layers, {name: m[0] for name, m in solved.items()}, zeros)
 
   def precondition_rows(self, grads: Matrices, damping: Damping) -> Iterator[tuple[str, jax.Array]]:
-    for name, matrices in self._solved(grads, damping).items():
-      yield name, jnp.asarray(matrices, jnp.float32)
+    ((_, solved, _),) = self.solutions(grads, (checked_damping(damping),))
+    yield from solved.items()
 
-  def _solved(self, rows: Matrices, damping: Damping) -> Matrices:
-    number = checked_damping(damping)
-    return self.ggn.solve(rows, number, preconditioner=self.approximation)[0]
+  def solutions(
+    self, grads: Matrices, dampings: Sequence[float], checkpoint: Checkpointing | None = None
+  ) -> Iterator[tuple[float, dict[str, jax.Array], Residuals]]:
+    """Yields (λ, (H + λI)⁻¹ ∇ as `precondition_rows`, how well it solves), from the largest λ down.
+
+    Args:
+      grads: layer name → [R, …, d_out, d_in].
+      dampings: the λ.
+      checkpoint: where unfinished solves are kept and gone on from.
+    """
+    found = self.ggn.solutions(
+      grads, dampings, preconditioner=self.approximation, checkpoint=checkpoint
+    )
+    for damping, solved, residuals in found:
+      single = {name: jnp.asarray(x, jnp.float32) for name, x in solved.items()}
+      yield damping, single, residuals
 
   def _arrays(self) -> dict[str, Any]:
     return super()._arrays() | self.ggn.content

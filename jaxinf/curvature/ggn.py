@@ -5,32 +5,34 @@ network's outputs, w_t the weight of the loss, and J = ∂output/∂θ over the 
 layers together. Nothing between layers is dropped. Only (t, ε) are sampled, and these draws are the
 ones of `fit_curvature`.
 
-A product H v is a forward-mode and a reverse-mode derivative of each batch. (H + λI) x = b is
-solved by conjugate gradients, preconditioned by a fitted curvature. A product costs a pass over all
-pairs, and a solve takes dozens of products for each query. So this is for small sets: a referee to
-measure the other kinds of curvature against.
+A product H v is a forward-mode and a reverse-mode derivative of each batch; those with several
+vectors share the linearised network. (H + λI) x = b is solved for all right-hand sides together, by
+conjugate gradients or stochastic steps, preconditioned by a fitted curvature, a sketch or both. A
+product costs a pass over all pairs for each right-hand side, and a solve takes dozens of them.
 """
 
 import dataclasses
-import functools
-import itertools
-import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 from scipy.linalg import eigvalsh_tridiagonal
-from scipy.sparse.linalg import LinearOperator, cg
 
-from jaxinf.core.checks import checked_damping
+from jaxinf.core.arrays import read_rows
+from jaxinf.core.checks import checked_damping, checked_dampings
 from jaxinf.core.draws import Draws
 from jaxinf.core.examples import Examples
-from jaxinf.core.types import Matrices, Params
-from jaxinf.curvature.nystrom import Nystrom, nystrom
-from jaxinf.curvature.products import ProductKernel
+from jaxinf.core.types import Eigenbasis, Matrices, Params
+from jaxinf.curvature.metrics import Kronecker, Sketch
+from jaxinf.curvature.products import AT_ONCE, ProductKernel
+from jaxinf.curvature.solver import Residuals, Solver
+from jaxinf.curvature.solves import Solves
+from jaxinf.diffusion.content import content_of
 from jaxinf.diffusion.model import DiffusionModel
+from jaxinf.engine import processes
+from jaxinf.engine.checkpoints import Checkpointing, PartialState
 from jaxinf.engine.compute import Compute
 from jaxinf.engine.kernels import numerics
 from jaxinf.engine.progress import Progress
@@ -38,61 +40,14 @@ from jaxinf.engine.reductions import reduce_batches
 from jaxinf.engine.worklist import Rows
 from jaxinf.layers.specs import Layer, from_matrices, to_matrices
 
-_LOG = logging.getLogger("jaxinf")
-
-PRECISIONS = ("float32", "float64")
+_SKETCHED = 64  # vectors of a sketch whose products are made, and kept, together
 
 
 class Preconditioner(Protocol):
-  """An approximation of (H + λI)⁻¹, symmetric and positive definite, as `Curvature` is."""
+  """An approximation of H, block-diagonal in eigenbases, as `Curvature` is."""
 
-  def precondition(self, grads: Params, damping: float) -> Params: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Residuals:
-  """How well Q systems (H + λI) x = b were solved.
-
-  Attributes:
-    relative: [Q] ‖(H + λI) x − b‖ / ‖b‖ from a fresh product with each solution; 0 where b is 0.
-    iterations: [Q] int, of conjugate gradients.
-    converged: [Q] bool, whether `relative` is within the tolerance.
-  """
-
-  relative: np.ndarray
-  iterations: np.ndarray
-  converged: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Solver:
-  """How (H + λI) x = b is solved.
-
-  Attributes:
-    tolerance: relative residual to reach, in (0, 1).
-    max_iterations: for each right-hand side; each is one product.
-    precision: of the products, "float32" or "float64". A float32 product is right to some 1e-6 of
-      the largest eigenvalue of H, so that a damping far below that is lost in its rounding and
-      solves stall: "float64" computes the network in float64 on the same float32 draws.
-    sketch_rank: r > 0 takes r products once for a Nyström preconditioner, r vectors in memory. It
-      pays where H has more than a few hundred eigenvalues above the damping: then take as many. 0:
-      preconditioned by whatever `solve` is given.
-  """
-
-  tolerance: float = 1e-4
-  max_iterations: int = 200
-  precision: str = "float32"
-  sketch_rank: int = 0
-
-  def __post_init__(self):
-    if self.precision not in PRECISIONS:
-      raise ValueError(f"Unknown precision {self.precision!r}; there are: {', '.join(PRECISIONS)}.")
-    if not 0 < self.tolerance < 1:
-      raise ValueError(f"tolerance must lie between 0 and 1; got {self.tolerance}.")
-    if self.max_iterations < 1:
-      raise ValueError(f"max_iterations must be at least 1; got {self.max_iterations}.")
-    if self.sketch_rank < 0:
-      raise ValueError(f"sketch_rank must not be negative; got {self.sketch_rank}.")
+  @property
+  def bases(self) -> Mapping[str, Eigenbasis]: ...
 
 
 class GGN:
@@ -120,13 +75,15 @@ class GGN:
     if not layers:
       raise ValueError("layers is empty: there are no parameters to take the GGN of.")
     self._solver = Solver() if solver is None else solver
-    self._params, self._layers = model.params, tuple(layers)
+    self._model, self._layers = model, tuple(layers)
     self._dtype = np.dtype(self._solver.precision)
     self._train, self._rows = train, Rows.of(train, draws.num)
-    self._seed, self._compute = np.uint32(draws.seed), compute
+    self._draws, self._compute = draws, compute
     self._zeros = [np.zeros(leaf.shape) for leaf in jax.tree.leaves(model.params)]
     self._ends = np.cumsum([math.prod(layer.matrix_shape) for layer in layers])
-    marked = self._leaves(np.ones(self._ends[-1]))
+    self.size, self.num_pairs = int(self._ends[-1]), len(self._rows)
+    self.batch_size = compute.batch_size
+    marked = self._leaves(np.ones(self.size))
     self._covered = tuple(i for i, leaf in enumerate(marked) if np.any(leaf))
     self._kernel = ProductKernel(
       model.apply_fn,
@@ -135,6 +92,7 @@ class GGN:
       augmentation=train.augmentation,
       x64=self._dtype == np.float64,
     )
+    self._prepared: _Prepared | None = None
 
   @property
   def content(self) -> dict[str, Any]:
@@ -150,12 +108,13 @@ class GGN:
       ValueError: λ is not positive, or grads has another structure.
     """
     checked_damping(damping)
-    expected, got = (jax.tree.map(np.shape, tree) for tree in (self._params, grads))
+    params = self._model.params
+    expected, got = (jax.tree.map(np.shape, tree) for tree in (params, grads))
     if expected != got:
       raise ValueError("grads must be a pytree with the structure and shapes of the parameters.")
-    vector = self._vector([np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(grads)])
+    vector = self._vectors([np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(grads)])
     leaves = self._leaves(self._product(vector) + damping * vector)
-    return jax.tree.unflatten(jax.tree.structure(self._params), leaves)
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
   def solve(
     self,
@@ -164,50 +123,62 @@ class GGN:
     *,
     preconditioner: Preconditioner | None = None,
     solver: Solver | None = None,
+    checkpoint: Checkpointing | None = None,
   ) -> tuple[Matrices, Residuals]:
-    """(H + λI)⁻¹ b for Q right-hand sides, by conjugate gradients in float64 on the host.
+    """(H + λI)⁻¹ b for Q right-hand sides, in float64 but for the products.
 
     Args:
       rhs: b, layer name → [Q, d_out, d_in], such as query gradients.
       damping: λ > 0, in the units of H (squared gradient of the pixel-mean loss).
-      preconditioner: gives the first guess and the metric, where there is no sketch; such as a
-        fitted `Curvature`.
-      solver: tolerance and iterations; those given to the GGN where None.
+      preconditioner: for solvers that take eigenbases; such as a fitted `Curvature`. None: none,
+        where the solver names none.
+      solver: how; the one given to the GGN where None, whose precision counts in any case.
+      checkpoint: where unfinished solves are kept and gone on from.
 
     Returns:
       Solutions like `rhs`, float64, and their residuals. A solution that misses the tolerance is
       returned too, with a warning in the log.
 
     Raises:
-      ValueError: the arguments are out of range, or rhs does not fit the layers.
+      ValueError: the arguments are out of range, rhs does not fit the layers, the solver's
+        preconditioner is missing, or stochastic steps diverge.
     """
-    checked_damping(damping)
+    ((_, found, residuals),) = self.solutions(
+      rhs, (damping,), preconditioner=preconditioner, solver=solver, checkpoint=checkpoint
+    )
+    return found, residuals
+
+  def solutions(
+    self,
+    rhs: Matrices,
+    dampings: Sequence[float],
+    *,
+    preconditioner: Preconditioner | None = None,
+    solver: Solver | None = None,
+    checkpoint: Checkpointing | None = None,
+  ) -> Iterator[tuple[float, Matrices, Residuals]]:
+    """Yields (λ, solutions, residuals) of `solve` for several dampings, from the largest down.
+
+    Conjugate gradients start from the solutions of the damping before, where these are near.
+    """
+    for damping in dampings:
+      checked_damping(damping)
+    dampings = checked_dampings(dampings)
     solver = self._solver if solver is None else solver
-    solutions, relative, iterations = [], [], []
-    columns = self._checked_rows(rhs)
-    with Progress("exact solves", len(columns), "queries") as progress:
-      for b in columns:
-        x, count = self._solve_one(b, damping, preconditioner, solver)
-        residual = np.linalg.norm(self._product(x) + damping * x - b)
-        relative.append(residual / (np.linalg.norm(b) or 1.0))
-        solutions.append(x)
-        iterations.append(count)
-        progress.advance(1, f"residual {relative[-1]:.1e} after {count} iterations")
-    converged = np.array(relative) <= solver.tolerance
-    if not converged.all():
-      _LOG.warning(
-        "exact GGN: %d of %d solves missed the tolerance %.1e, with relative residuals up to %.1e "
-        "after at most %d iterations. Allow more iterations (max_iterations), raise the damping "
-        "(%.1e), or use precision='float64' if it is float32.",
-        np.sum(~converged),
-        len(converged),
-        solver.tolerance,
-        np.max(relative),
-        max(iterations),
-        damping,
-      )
-    residuals = Residuals(np.array(relative), np.array(iterations), converged)
-    return self._matrices(np.stack(solutions)), residuals
+    rows = self._checked_rows(rhs)
+    bases = self._bases(solver, preconditioner)
+    key = {} if checkpoint is None else self._key
+    kronecker, sketch = None, None
+    if solver.parts.sketched or bases is not None:
+      if self._prepared is None or not self._prepared.serves(solver, bases):
+        kronecker = Kronecker(self._layers, bases, self._solver.precision)
+        if solver.parts.sketched:  # at the least damping, where it is needed most
+          sketch = self._sketch(kronecker, solver.sketch_rank, min(dampings), checkpoint, key)
+        self._prepared = _Prepared(bases, solver.sketch_rank, kronecker, sketch)
+      kronecker, sketch = self._prepared.kronecker, self._prepared.sketch
+    solves = Solves(self, solver, kronecker, sketch, checkpoint, key)
+    for damping, x, residuals in solves.descending(rows, dampings):
+      yield damping, self._matrices(x), residuals
 
   def largest_eigenvalue(self, iterations: int = 20) -> float:
     """The largest eigenvalue of H from below, by that many products of the Lanczos iteration.
@@ -216,7 +187,7 @@ class GGN:
     """
     if iterations < 1:
       raise ValueError(f"iterations must be at least 1; got {iterations}.")
-    vector = np.random.default_rng(0).normal(size=self._ends[-1])
+    vector = np.random.default_rng(0).normal(size=self.size)
     vector /= np.linalg.norm(vector)
     previous, beta = np.zeros_like(vector), 0.0
     diagonal: list[float] = []
@@ -224,7 +195,7 @@ class GGN:
     # Without reorthogonalisation, which would need all vectors: it spoils only other eigenvalues.
     for _ in range(iterations):
       product = self._product(vector) - beta * previous
-      diagonal.append(vector @ product)
+      diagonal.append(float(np.vdot(vector, product)))
       product -= diagonal[-1] * vector
       beta = float(np.linalg.norm(product))
       if beta <= 1e-6 * max(diagonal):  # nothing but rounding is left
@@ -233,71 +204,127 @@ class GGN:
       previous, vector = vector, product / beta
     return float(eigvalsh_tridiagonal(diagonal, off_diagonal[: len(diagonal) - 1])[-1])
 
-  @functools.cached_property
-  def _sketch(self) -> Nystrom | None:
-    rank = min(self._solver.sketch_rank, int(self._ends[-1]))
-    if not rank:
-      return None
-    with Progress("sketch of the GGN", rank, "products") as progress:
+  def products(
+    self, vectors: np.ndarray, pairs: Rows | None = None, room: int | None = None
+  ) -> np.ndarray:
+    """H v for rows v [R, P], float64.
 
-      def product(vector):
-        result = self._product(vector)
-        progress.advance(1)
-        return result
-
-      return nystrom(product, int(self._ends[-1]), rank)
-
-  def _solve_one(self, b, damping, preconditioner, solver):
-    """(x [P], number of iterations) for b [P]."""
-    operator = lambda matvec: LinearOperator((len(b), len(b)), matvec=matvec, dtype=np.float64)
-    count = itertools.count()
-
-    def precondition(vector):
-      tree = jax.tree.unflatten(jax.tree.structure(self._params), self._leaves(vector))
-      return self._vector(jax.tree.leaves(preconditioner.precondition(tree, damping)))
-
-    guess = metric = None
-    if self._sketch is not None:
-      metric = operator(lambda v: self._sketch.precondition(v, damping))
-    elif preconditioner is not None:
-      guess, metric = precondition(b), operator(precondition)
-    x, _ = cg(
-      operator(lambda v: self._product(v) + damping * v),
-      b,
-      x0=guess,
-      M=metric,
-      rtol=solver.tolerance / 2,  # of a running residual; rounding parts the true one from it
-      maxiter=solver.max_iterations,
-      callback=lambda _: next(count),
-    )
-    return x, next(count)
-
-  def _product(self, vector: np.ndarray) -> np.ndarray:
-    """H v for v [P], float64."""
-    leaves = self._leaves(vector)
-    operand = [np.asarray(leaves[i], self._dtype) for i in self._covered]
+    Args:
+      vectors: v.
+      pairs: that H is a mean over; its own where None.
+      room: of how many rows the compiled program is: products of fewer need no other one.
+    """
+    pairs = self._rows if pairs is None else pairs
+    num, size = len(vectors), max(len(vectors), room or 0)
+    if size > AT_ONCE:
+      size = math.ceil(size / AT_ONCE) * AT_ONCE
+    padded = np.zeros((size, self.size), self._dtype)
+    padded[:num] = vectors
+    leaves = self._leaves(padded)
+    operand = [leaves[i] for i in self._covered]
     with numerics(self._kernel.x64):
       sums = reduce_batches(
         self._kernel,
-        (self._params, operand, self._seed),
-        self._rows,
+        (self._model.params, operand, np.int32(num), np.uint32(self._draws.seed)),
+        pairs,
         batch_size=self._compute.batch_size,
         label=None,
         devices=self._compute.devices,
       )
-    product = list(self._zeros)
+    found: list[np.ndarray] = list(self._zeros)
     for i, leaf in zip(self._covered, sums, strict=True):
-      product[i] = leaf.astype(np.float64)
-    return self._vector(product) / len(self._rows)
+      found[i] = leaf[:num].astype(np.float64)
+    return self._vectors(found) / len(pairs)
 
-  def _vector(self, leaves: list[np.ndarray]) -> np.ndarray:
-    """[P] from leaves like the parameters'."""
+  def sample(self, number: int, num: int) -> Rows:
+    """The number-th sample of `num` pairs, with draws of its own; all pairs where that is fewer.
+
+    Examples are drawn without repeats. Where there are fewer of them than `num`, all have several
+    draws, as many pairs in all as whole draws allow.
+    """
+    if num >= self.num_pairs:
+      return self._rows
+    each = math.ceil(num / len(self._train))
+    rng = np.random.default_rng((self._draws.seed, number))
+    chosen = np.sort(rng.choice(len(self._train), num // each, replace=False))
+    return Rows(
+      read_rows(self._train.data, chosen),
+      self._train.numbers[chosen],
+      each,
+      jax.tree.map(lambda x: read_rows(x, chosen), self._train.conditioning),
+      first_draw=self._draws.num + number * each,
+    )
+
+  @property
+  def _key(self) -> dict[str, Any]:
+    """What products depend on, as JSON."""
+    return {
+      "draws": self._draws.num,
+      "seed": self._draws.seed,
+      "layers": [layer.name for layer in self._layers],
+      "precision": self._solver.precision,
+      **content_of(self._model, train=self._train),
+    }
+
+  def _bases(
+    self, solver: Solver, preconditioner: Preconditioner | None
+  ) -> Mapping[str, Eigenbasis] | None:
+    """The eigenbases that the solver takes, or None."""
+    if not solver.parts.kronecker or (preconditioner is None and solver.preconditioner is None):
+      return None
+    if preconditioner is None:
+      raise ValueError(
+        f"The preconditioner {solver.preconditioner!r} takes a fitted curvature: give one, or take "
+        "the preconditioner none or nystrom."
+      )
+    return preconditioner.bases
+
+  def _sketch(
+    self,
+    kronecker: Kronecker,
+    rank: int,
+    damping: float,
+    checkpoint: Checkpointing | None,
+    key: Mapping[str, Any],
+  ) -> Sketch:
+    """Of what K misses, by `rank` products, each group of which is kept when it is made."""
+    rank, done = min(rank, self.size), 0
+    group = min(rank, _SKETCHED)
+    label = processes.label("sketch of the GGN")
+    with Progress(label, rank, "products") as progress:
+
+      def products(rows: np.ndarray) -> np.ndarray:
+        nonlocal done
+        kept, saved = None, None
+        if checkpoint is not None:
+          path = checkpoint.path(f"sketch-{done:06d}.npz")
+          kept = PartialState(path, {**key, "rank": rank, "damping": damping}, checkpoint.every)
+          saved = kept.load()
+        found = self.products(rows, room=group) if saved is None else saved["products"]
+        if kept is not None and saved is None:
+          kept.save({"products": found})
+        done += len(rows)
+        progress.advance(len(rows))
+        return found
+
+      return Sketch.of(
+        products, kronecker, size=self.size, rank=rank, damping=damping, rows_at_once=group
+      )
+
+  def _product(self, vector: np.ndarray) -> np.ndarray:
+    """H v for v [P], float64."""
+    return self.products(vector[None])[0]
+
+  def _vectors(self, leaves: list[np.ndarray]) -> np.ndarray:
+    """[…, P] from leaves like the parameters', with axes … in front."""
     matrices = to_matrices(self._layers, leaves)
-    return np.concatenate([np.ravel(matrices[layer.name]) for layer in self._layers])
+    lead = lambda layer: matrices[layer.name].ndim - len(layer.matrix_shape)
+    flat = [matrices[x.name].reshape(*matrices[x.name].shape[: lead(x)], -1) for x in self._layers]
+    return np.concatenate(flat, axis=-1)
 
-  def _leaves(self, vector: np.ndarray) -> list[np.ndarray]:
-    """Leaves like the parameters' from [P], zeros outside the layers."""
-    return from_matrices(self._layers, self._matrices(vector), self._zeros)
+  def _leaves(self, vectors: np.ndarray) -> list[np.ndarray]:
+    """Leaves like the parameters' from […, P], zeros outside the layers."""
+    return from_matrices(self._layers, self._matrices(vectors), self._zeros)
 
   def _matrices(self, vectors: np.ndarray) -> Matrices:
     """Layer name → [..., d_out, d_in] from [..., P]."""
@@ -322,3 +349,19 @@ class GGN:
     if not np.isfinite(joined).all():
       raise ValueError("rhs is not finite: check the gradients it is made of.")
     return joined
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+  """A preconditioner's parts, made once for all solves that take the same."""
+
+  bases: Mapping[str, Eigenbasis] | None
+  rank: int
+  kronecker: Kronecker
+  sketch: Sketch | None
+
+  def serves(self, solver: Solver, bases: Mapping[str, Eigenbasis] | None) -> bool:
+    """Whether they are what such a solver takes."""
+    if self.bases is not bases or solver.parts.sketched != (self.sketch is not None):
+      return False
+    return self.sketch is None or self.rank == solver.sketch_rank

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from jaxinf.core.checks import checked_count
 from jaxinf.core.registry import named
-from jaxinf.curvature.ggn import Solver
+from jaxinf.curvature.solver import Solver
 from jaxinf.curvature.targets import FISHERS
 from jaxinf.layers.coverage import Selection
 from jaxinf.layers.factors import APPROXIMATIONS, GRADIENTS
@@ -120,12 +120,10 @@ class Identity:
 
 @dataclasses.dataclass(frozen=True)
 class ExactGGN:
-  """The GGN itself, by products with vectors and conjugate gradients: a referee for small sets.
-
-  It is preconditioned by EK-FAC, or by a sketch of it where the solver asks for one.
+  """The GGN itself, by products with vectors: a referee, and stochastic solves (ASTRA).
 
   Attributes:
-    solver: tolerance, iterations, precision and sketch.
+    solver: how systems are solved, and what preconditions them.
   """
 
   solver: Solver = dataclasses.field(default_factory=Solver)
@@ -133,12 +131,16 @@ class ExactGGN:
   fisher: ClassVar[str] = "mc"
   samples: ClassVar[int] = 1
   name: ClassVar[str] = "exact"
-  corrects: ClassVar[bool] = True
+
+  @property
+  def corrects(self) -> bool:
+    """Whether it is preconditioned by EK-FAC."""
+    return self.solver.parts.corrected
 
   @property
   def passes(self) -> bool:
-    """A sketch needs no fitted preconditioner."""
-    return not self.solver.sketch_rank
+    """Whether it is preconditioned by anything that is fitted."""
+    return self.solver.parts.kronecker
 
   def selection(self, asked: Selection) -> Selection:
     """As asked."""
@@ -150,6 +152,8 @@ Kind = KFAC | EKFAC | Shampoo | Diagonal | Identity | ExactGGN
 
 def settings_of(kind: Kind) -> dict[str, Any]:
   """A kind as JSON, which `kind_of` understands."""
+  if isinstance(kind, ExactGGN):
+    return {"name": kind.name, "solver": kind.solver.settings}
   return {"name": kind.name, **dataclasses.asdict(kind)}
 
 

@@ -1,4 +1,4 @@
-"""A Nyström preconditioner: the leading eigendirections of a matrix, from products with it.
+"""The leading eigendirections of a matrix, from products with it: a Nyström sketch.
 
 (Frangella, Tropp and Udell, 2021: Randomized Nyström Preconditioning.) The GGN of a network has a
 few thousand eigenvalues above a damping of interest, spread over many decades, and conjugate
@@ -27,39 +27,46 @@ class Nystrom:
   vectors: np.ndarray
   eigenvalues: np.ndarray
 
-  def precondition(self, vector: np.ndarray, damping: float) -> np.ndarray:
-    """About (λ_r + λ) (H + λI)⁻¹ v for v [P], with λ_r the least eigenvalue of the sketch."""
-    along = self.vectors.T @ vector.astype(np.float32)
-    least = self.eigenvalues[-1] + damping
-    return vector + self.vectors @ (along * (least / (self.eigenvalues + damping) - 1)).astype(
-      np.float32
-    )
-
 
 def nystrom(
-  product: Callable[[np.ndarray], np.ndarray], size: int, rank: int, seed: int = 0
+  product: Callable[[np.ndarray], np.ndarray],
+  size: int,
+  rank: int,
+  seed: int = 0,
+  rows_at_once: int = 64,
 ) -> Nystrom:
   """The Nyström approximation of a symmetric positive semi-definite matrix.
 
   Args:
-    product: v [P] → H v [P].
+    product: rows v [R, P] → rows H v [R, P].
     size: P.
     rank: r ≤ P, as many products are taken.
     seed: of the random test vectors.
+    rows_at_once: R, at most.
   """
   rng = np.random.default_rng(seed)
   test, _ = np.linalg.qr(rng.normal(size=(size, rank)).astype(np.float32))
   sketch = np.empty_like(test)
-  for i in range(rank):
-    sketch[:, i] = product(test[:, i].astype(np.float64))
+  for begin in range(0, rank, rows_at_once):
+    columns = slice(begin, begin + rows_at_once)
+    sketch[:, columns] = product(test[:, columns].T.astype(np.float64)).T
   shift = _NOISE * float(np.linalg.norm(sketch, axis=0).max()) * np.sqrt(size)
   sketch += np.float32(shift) * test
   core = (test.T @ sketch).astype(np.float64)
   del test
   lower = scipy.linalg.cholesky((core + core.T) / 2, lower=True)
-  root = scipy.linalg.solve_triangular(lower, sketch.T, lower=True, overwrite_b=True).T
-  # U and Λ from the r × r matrix rootᵀ root, whose eigenvalues are those of the approximation.
-  values, rotation = np.linalg.eigh((root.T @ root).astype(np.float64))
-  values = np.maximum(values, shift)
-  vectors = (root @ (rotation / np.sqrt(values)))[:, ::-1]
-  return Nystrom(vectors.astype(np.float32), np.maximum(values[::-1] - shift, 0))
+  root = scipy.linalg.solve_triangular(lower, sketch.T, lower=True, overwrite_b=True)
+  found = from_root(root)
+  eigenvalues = np.maximum(found.eigenvalues, shift) - shift
+  return Nystrom(found.vectors, eigenvalues)
+
+
+def from_root(root: np.ndarray) -> Nystrom:
+  """The eigendirections of Rᵀ R for R [r, P], by the r × r matrix R Rᵀ of the same eigenvalues."""
+  root = np.asarray(root, np.float32)
+  values, rotation = np.linalg.eigh((root @ root.T).astype(np.float64))
+  # Directions below the rounding of float32 are noise: their eigenvalues count as zero.
+  kept = values > np.finfo(np.float32).eps * max(values[-1], np.finfo(np.float32).tiny)
+  scale = np.divide(1, np.sqrt(np.abs(values)), out=np.zeros_like(values), where=kept)
+  vectors = root.T @ (rotation * scale).astype(np.float32)
+  return Nystrom(vectors[:, ::-1], np.where(kept, values, 0)[::-1])

@@ -64,15 +64,9 @@ class PartialSums:
     """(rows done, sums) as saved, or None; StaleArtifact for another key, ValueError if damaged."""
     if not self._path.exists():
       return None
-    try:
-      with np.load(self._path, allow_pickle=False) as file:
-        key, rows_done = json.loads(str(file["key"])), int(file["rows_done"])
-        sums = [file[f"sum_{i}"] for i in range(len(file.files) - 2)]
-    except Exception as error:  # zipfile and NumPy raise many kinds for damaged files
-      raise ValueError(
-        f"{self._path} cannot be read ({error}). Delete it to begin again from the first row."
-      ) from error
-    refuse_stale(self._path, key, self._key, "file")
+    arrays = _read(self._path, self._key, "Delete it to begin again from the first row.")
+    rows_done = int(arrays.pop("rows_done"))
+    sums = [arrays[f"sum_{i}"] for i in range(len(arrays))]
     return rows_done, sums
 
 
@@ -95,15 +89,8 @@ class PartialOutputs:
     """The rows saved so far, file by file; StaleArtifact for another key, ValueError if damaged."""
     rows: list[PyTree] = []
     while (path := self._path(len(rows))).exists():
-      try:
-        with np.load(path, allow_pickle=False) as file:
-          key = json.loads(str(file["key"]))
-          leaves = [file[f"leaf_{i}"] for i in range(len(file.files) - 1)]
-      except Exception as error:  # zipfile and NumPy raise many kinds for damaged files
-        raise ValueError(
-          f"{path} cannot be read ({error}). Delete {self._folder} to begin again."
-        ) from error
-      refuse_stale(path, key, self._key, "file")
+      arrays = _read(path, self._key, f"Delete {self._folder} to begin again.")
+      leaves = [arrays[f"leaf_{i}"] for i in range(len(arrays))]
       rows.append(jax.tree.unflatten(self._structure, leaves))
     self._num_saved = len(rows)
     return rows
@@ -138,6 +125,51 @@ class Kept:
       processes.wait_for_all(f"{name} kept")
     with np.load(path, allow_pickle=False) as file:
       return {name: file[name] for name in file.files}
+
+
+class PartialState:
+  """Where an iteration stands, in one file written atomically; the next saving replaces it.
+
+  With several processes all have the same state: the primary writes it, and all go on from there.
+
+  Args:
+    path: the file, an .npz.
+    key: what the state depends on, as JSON.
+    every: batches between two savings.
+  """
+
+  def __init__(self, path: Path, key: Mapping[str, Any], every: int):
+    self._path, self._key, self._every = path, plain(key), checked_count(every, "every")
+    self._batches = 0
+
+  def load(self) -> dict[str, np.ndarray] | None:
+    """The arrays saved last, or None; StaleArtifact for another key, ValueError if damaged."""
+    if not processes.agreed(self._path.exists()):
+      return None
+    return _read(self._path, self._key, "Delete it to begin again.")
+
+  def save(self, arrays: Mapping[str, np.ndarray]) -> None:
+    if processes.is_primary():
+      _write(self._path, {"key": np.array(json.dumps(self._key)), **arrays})
+
+  def passed(self, batches: int, arrays: Mapping[str, np.ndarray]) -> None:
+    """Says that so many batches are done since the last time; saves where they are enough."""
+    self._batches += batches
+    if self._batches >= self._every:
+      self._batches = 0
+      self.save(arrays)
+
+
+def _read(path: Path, key: Any, way_out: str) -> dict[str, np.ndarray]:
+  """The arrays of a file by name, but its key; StaleArtifact for another, ValueError if damaged."""
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      arrays = {name: file[name] for name in file.files}
+    found = json.loads(str(arrays.pop("key")))
+  except Exception as error:  # zipfile and NumPy raise many kinds for damaged files
+    raise ValueError(f"{path} cannot be read ({error}). {way_out}") from error
+  refuse_stale(path, found, key, "file")
+  return arrays
 
 
 def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

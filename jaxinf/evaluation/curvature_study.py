@@ -28,8 +28,8 @@ from jaxinf.core.examples import Examples, check_alike
 from jaxinf.core.types import Matrices
 from jaxinf.curvature.curvature import Curvature, ExactCurvature
 from jaxinf.curvature.eigenbasis import precondition
-from jaxinf.curvature.ggn import Residuals, Solver
 from jaxinf.curvature.kinds import EKFAC, KFAC, Diagonal, ExactGGN, Identity, Kind
+from jaxinf.curvature.solver import Residuals, Solver
 from jaxinf.diffusion.measurements import LOSS
 from jaxinf.engine.compute import Compute
 from jaxinf.engine.maps import Blocks, map_batches

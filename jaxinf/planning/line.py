@@ -13,6 +13,7 @@ from jaxinf.compression.compression import QUERY_COMPRESSION, compression_named
 from jaxinf.curvature.fit import partition
 from jaxinf.curvature.kinds import ExactGGN
 from jaxinf.curvature.memory import LayerMemory, layer_memory
+from jaxinf.curvature.products import AT_ONCE, ProductKernel
 from jaxinf.engine import processes
 from jaxinf.engine.rehearsal import Rehearsal, num_operations
 from jaxinf.engine.worklist import Rows
@@ -172,7 +173,7 @@ def attribute_cost(subject: Subject, curved: Reduced) -> StageCost:
       "rows of queries": rows * row, "scores": products + scores,
     },
     disk={"scores": scores, "partial scores": products},
-    notes=_attribute_notes(config.auto_draws, exact),
+    notes=_attribute_notes(subject, query_replicates * dampings if exact else 0),
   )  # fmt: skip
   return dataclasses.replace(cost, seconds={**cost.seconds, "batches": None}) if exact else cost
 
@@ -190,10 +191,46 @@ def _with_identity(subject: Subject, run: Reduced) -> Reduced:
   return run
 
 
-def _attribute_notes(auto_draws: bool, exact: bool) -> tuple[str, ...]:
+def _attribute_notes(subject: Subject, solves: int) -> tuple[str, ...]:
+  """On draws, and on the exact curvature's solves, of which each query has so many."""
   most = ("with attribute.auto_draws this is the most; it may stop after fewer draws.",)
-  solves = ("how long the exact curvature's solves take is not known beforehand.",)
-  return most * auto_draws + solves * exact
+  notes = most * subject.run.config.attribute.auto_draws
+  return (*notes, solves_note(subject, solves)) if solves else notes
+
+
+def solves_note(subject: Subject, solves: int) -> str:
+  """What a query's solves with the exact curvature take at most: products × pairs × FLOPs."""
+  config = subject.run.config.curvature
+  pairs = len(subject.run.dataset) * config.draws
+  if config.solver.method == "stochastic":
+    pairs = min(pairs, config.solver.step_pairs)
+  products = solves * (config.solver.max_iterations + 1)
+  each = _product_operations(subject)
+  flops = "" if each is None else f", {products * pairs * each:.1e} FLOPs"
+  return (
+    f"a query takes at most {products:,} products with the exact curvature over {pairs:,} pairs"
+    f"{flops}; how long solves take is not known beforehand."
+  )
+
+
+def _product_operations(subject: Subject) -> float | None:
+  """Of a product with the exact curvature over one pair, where several share the network."""
+  model, struct = fresh_model(subject.run), jax.ShapeDtypeStruct
+  found = (position for layer in subject.layers.layers for position in (layer.kernel, layer.bias))
+  covered = tuple(sorted(position for position in found if position is not None))
+  leaves = jax.tree.leaves(model.params)
+  one = lambda tree: jax.tree.map(lambda x: struct((1, *np.shape(x)), x.dtype), tree)
+  operands = (
+    one(model.params),
+    [struct((1, AT_ONCE, *leaves[i].shape), jnp.float32) for i in covered],
+    struct((1,), jnp.int32),
+    struct((1,), jnp.uint32),
+  )
+  batch = one(Rows.of(subject.run.stand_in, 1).padded_batch(0, 1))
+  operations = num_operations(
+    ProductKernel(model.apply_fn, model.process, covered), (operands, batch)
+  )
+  return None if operations is None else operations / AT_ONCE
 
 
 def index_cost(subject: Subject, curved: Reduced) -> StageCost:

@@ -15,7 +15,7 @@ from jaxinf.core.damping import DAMPINGS
 from jaxinf.core.draws import Draws
 from jaxinf.core.registry import named
 from jaxinf.curvature.fit import SKIP_NORMALISATION
-from jaxinf.curvature.ggn import Solver
+from jaxinf.curvature.solver import Solver
 from jaxinf.data import DataConfig
 from jaxinf.networks import UNet
 from jaxinf.networks.autoencoder_training import AutoencoderConfig

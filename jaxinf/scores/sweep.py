@@ -10,7 +10,7 @@ from jaxinf.core.damping import Damping, RelativeDamping, number_of
 from jaxinf.scores.scores import Scores
 
 # Settings that differ between the dampings of a sweep.
-OWN = ("damping", "check", "layer_weights", "temperature")
+OWN = ("damping", "check", "solves", "layer_weights", "temperature")
 
 
 class Sweep(tuple[Scores, ...]):
@@ -87,8 +87,11 @@ def _of_parts(parts: Sequence[Scores]) -> Scores:
     for name in names
     if getattr(parts[0], name) is not None
   }
+  solves = [part.settings["solves"] for part in parts if "solves" in part.settings]
+  of_all = {name: [x for each in solves for x in each[name]] for name in (solves or [{}])[0]}
+  settings = {**parts[0].settings, **({"solves": of_all} if solves else {})}
   query_ids = np.concatenate([part.query_ids for part in parts])
-  return dataclasses.replace(parts[0], query_ids=query_ids, **joined)
+  return dataclasses.replace(parts[0], query_ids=query_ids, settings=settings, **joined)
 
 
 def shared_settings(scores: Scores) -> dict[str, Any]:

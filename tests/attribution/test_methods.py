@@ -123,6 +123,16 @@ def test_a_measurement_that_a_process_has_not_is_refused_by_name(process):
       method.scores(queries=queries("images", process), train=train(), draws=DRAWS)
 
 
+@pytest.mark.parametrize("name", ["exact", "astra"])
+def test_scores_by_solves_say_how_well_each_row_was_solved(name):
+  for scores in answer(name, "epsilon_min_snr"):
+    solves = scores.settings["solves"]
+    assert len(solves["residuals"]) == len(solves["iterations"]) == NUM_QUERIES
+    assert all(0 <= residual < np.inf for residual in solves["residuals"])
+    iterations = solves["iterations"]
+    assert iterations == [200] * NUM_QUERIES if name == "astra" else 0 < max(iterations) <= 200
+
+
 def test_damping_changes_more_than_the_scale_where_a_method_says_so():
   for name, method in METHODS.items():
     if method.default_damping is not None and method.sweeps:

@@ -12,6 +12,7 @@ from scipy import stats
 
 from jaxinf import benchmark
 from jaxinf.attribution.kernels import QUERY
+from jaxinf.attribution.methods import METHODS
 from jaxinf.benchmark import counterfactuals as removal
 from jaxinf.benchmark import measuring as measures
 from jaxinf.benchmark import retraining as models
@@ -22,7 +23,7 @@ from jaxinf.diffusion.measurements import MEASUREMENTS
 from jaxinf.engine import artifacts
 from jaxinf.networks import training
 from jaxinf.runs.config import settings
-from jaxinf.runs.run import load_model
+from jaxinf.runs.run import kind_of_config, load_model
 from jaxinf.runs.sampling import load_samples, regenerated
 from tests.running import run_of
 
@@ -317,6 +318,19 @@ def test_passes_over_parts_of_the_samples_change_nothing(finished, tmp_path):
     # The same int8 rows, in other batches.
     atol = 1e-5 * np.abs(theirs.values).max()
     np.testing.assert_allclose(ours.values, theirs.values, rtol=1e-4, atol=atol)
+
+
+def test_solves_take_the_solver_of_the_config_by_the_method_of_their_name(tmp_path, monkeypatch):
+  run = run_of(tmp_path / "run", {"curvature.solver.step_pairs": 7})
+  fitted = []
+  monkeypatch.setattr(scoring, "perform", lambda run, stage: fitted.append(run))
+  monkeypatch.setattr(scoring, "load_curvature", lambda run, model: None)
+  for name in ("exact", "astra"):
+    scoring._curvature(run, None, METHODS[name].kind)
+  exact, astra = (kind_of_config(run.config.curvature).solver for run in fitted)
+  assert exact == run.config.curvature.solver and exact.step_pairs == 7
+  assert astra == dataclasses.replace(exact, method="stochastic")
+  assert len({run.folder("curvature") for run in fitted}) == 2
 
 
 def test_bad_settings_are_refused(finished, tmp_path):

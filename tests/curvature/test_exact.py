@@ -6,8 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinf import Compute, DiffusionModel, Draws, Examples, fit_curvature
-from jaxinf.curvature.ggn import GGN, Solver
+from jaxinf import Checkpointing, Compute, DiffusionModel, Draws, Examples, fit_curvature
+from jaxinf.curvature.ggn import GGN
+from jaxinf.curvature.solver import PRECONDITIONERS, Solver
+from jaxinf.layers.specs import from_matrices
 from tests import nets, twins
 from tests.twins import vector
 
@@ -145,14 +147,13 @@ def true_residuals(matrix, damping, rhs, solutions):
   return np.linalg.norm(x @ matrix + damping * x - b, axis=1) / np.linalg.norm(b, axis=1)
 
 
-@pytest.mark.parametrize("preconditioned", [False, True])
+# EK-FAC is another fit of the same eigenbases.
+@pytest.mark.parametrize("name", [name for name in PRECONDITIONERS if "ekfac" not in name])
 @pytest.mark.parametrize("ratio", [1e-1, 1e-3, 1e-5])
-def test_solutions_are_those_of_a_dense_solve(exact, matrix, kfac, rhs, preconditioned, ratio):
+def test_solutions_are_those_of_a_dense_solve(exact, matrix, kfac, rhs, name, ratio):
   damping = ratio * np.linalg.eigvalsh(matrix)[-1]
-  preconditioner = kfac if preconditioned else None
-  solutions, residuals = exact.solve(
-    rhs, damping, preconditioner=preconditioner, solver=Solver(tolerance=1e-7, max_iterations=1000)
-  )
+  solver = Solver(1e-7, max_iterations=1000, sketch_rank=20, preconditioner=name)
+  solutions, residuals = exact.solve(rhs, damping, preconditioner=kfac, solver=solver)
   assert residuals.converged.all()
   expected = np.linalg.solve(matrix + damping * np.eye(len(matrix)), flat(rhs).T).T
   # ‖x − x*‖ ≤ ‖(H + λI)⁻¹‖ ‖(H + λI) x − b‖ ≤ (1/λ) · tolerance · ‖b‖
@@ -160,6 +161,108 @@ def test_solutions_are_those_of_a_dense_solve(exact, matrix, kfac, rhs, precondi
   assert (np.linalg.norm(flat(solutions) - expected, axis=1) <= bound).all()
   for name, matrices in rhs.items():
     assert solutions[name].shape == matrices.shape
+
+
+def test_dampings_are_solved_from_the_largest_down_each_from_the_one_before(exact, matrix, rhs):
+  """To the same solutions, in fewer iterations together than from nothing."""
+  dampings = np.array([1e-3, 1e-1, 3e-2, 1e-2]) * np.linalg.eigvalsh(matrix)[-1]
+  solver = Solver(tolerance=1e-6, max_iterations=1000, preconditioner="none")
+  found = list(exact.solutions(rhs, dampings, solver=solver))
+  assert [damping for damping, *_ in found] == sorted(dampings, reverse=True)
+  alone = [exact.solve(rhs, damping, solver=solver) for damping, *_ in found]
+  for (damping, solutions, residuals), (expected, _) in zip(found, alone, strict=True):
+    assert residuals.converged.all()
+    bound = 2e-6 / damping * np.linalg.norm(flat(rhs), axis=1)
+    assert (np.linalg.norm(flat(solutions) - flat(expected), axis=1) <= bound).all()
+  total = lambda residuals: sum(r.iterations.sum() for r in residuals)
+  assert total(r for *_, r in found) <= total(r for _, r in alone)
+
+
+def test_many_right_hand_sides_are_solved_as_each_alone(exact, matrix, layers):
+  """More than products are made of at once, one of them zero; each stops when it has converged."""
+  rng = np.random.default_rng(5)
+  nonzero = (np.arange(10) != 4).reshape(-1, 1, 1)
+  some = {x.name: nonzero * rng.normal(size=(10, *x.matrix_shape)) for x in layers}
+  damping = 1e-2 * np.linalg.eigvalsh(matrix)[-1]
+  solutions, residuals = exact.solve(some, damping)
+  two = {name: matrices[[7, 2]] for name, matrices in some.items()}
+  expected, alone = exact.solve(two, damping)
+  np.testing.assert_array_equal(residuals.iterations[[7, 2]], alone.iterations)
+  # Draws round to 1e-7 by the program that they are compiled in, and a condition number of 100.
+  twins.assert_close(flat(solutions)[[7, 2]], flat(expected), 1e-5)
+  assert residuals.converged.all() and residuals.iterations[4] == 0
+  assert not flat(solutions)[4].any()
+
+
+def test_stochastic_steps_over_all_pairs_end_at_the_dense_solution(exact, matrix, kfac, rhs):
+  damping = 1e-1 * np.linalg.eigvalsh(matrix)[-1]
+  solver = Solver(1e-6, 400, method="stochastic", step_pairs=NUM * DRAWS, momentum=0.8, decay=1.0)
+  solutions, residuals = exact.solve(rhs, damping, preconditioner=kfac, solver=solver)
+  expected = np.linalg.solve(matrix + damping * np.eye(len(matrix)), flat(rhs).T).T
+  assert residuals.converged.all() and (residuals.iterations == 400).all()
+  bound = 1e-6 / damping * np.linalg.norm(flat(rhs), axis=1)
+  assert (np.linalg.norm(flat(solutions) - expected, axis=1) <= bound).all()
+
+
+def test_stochastic_steps_sample_pairs_without_repeats_and_with_draws_of_their_own(exact):
+  few, many = exact.sample(3, 4), exact.sample(4, 7)
+  assert len(few) == 4 and set(few.ids) < set(IDS) and few.first_draw == DRAWS + 3
+  assert len(many) == 6 and (many.draws, many.first_draw) == (2, DRAWS + 8)
+  assert len(exact.sample(0, NUM * DRAWS)) == NUM * DRAWS
+
+
+def test_stochastic_steps_with_samples_come_near(model, layers, matrix, kfac, rhs):
+  """Nearer than the preconditioner alone."""
+  many = ggn(model, layers, num=200, precision="float64", batch_size=500)
+  damping = 1e-2 * np.linalg.eigvalsh(matrix)[-1]
+  solver = Solver(method="stochastic", max_iterations=200, step_pairs=5)
+  solutions, residuals = many.solve(rhs, damping, preconditioner=kfac, solver=solver)
+  x, b = flat(solutions), flat(rhs)
+  each = [
+    from_matrices(kfac.layers, dict(zip(rhs, m, strict=True)), GRADS)
+    for m in zip(*rhs.values(), strict=True)
+  ]
+  guess = np.stack([vector(kfac.layers, kfac.precondition(tree, damping)) for tree in each])
+  distance = lambda x: np.linalg.norm(many.products(x) + damping * x - b) / np.linalg.norm(b)
+  assert distance(x) < 0.7 * distance(guess)  # which is left by the noise of five pairs a step
+  # Estimated from two samples of 80 pairs.
+  assert 0.8 < np.sqrt(np.mean(residuals.relative**2)) / distance(x) < 1.25
+
+
+@pytest.mark.parametrize("method", ["cg", "stochastic"])
+def test_a_stopped_solve_goes_on_to_the_same_numbers(
+  model, layers, matrix, kfac, rhs, method, tmp_path
+):
+  """Stopped in the fifth iteration, with the state of an earlier one saved."""
+  damping = 1e-2 * np.linalg.eigvalsh(matrix)[-1]
+  solver = Solver(
+    max_iterations=9, method=method, step_pairs=5, preconditioner="kfac-nystrom", sketch_rank=6
+  )
+  fresh = lambda: ggn(model, layers, precision="float64")
+  expected, whole = fresh().solve(rhs, damping, preconditioner=kfac, solver=solver)
+  stopped, kept = fresh(), Checkpointing(tmp_path, every=2)
+  products, calls = stopped.products, []
+
+  def stopping(*args, **options):
+    calls.append(args)
+    if len(calls) == 1 + 5 + 20 * (method == "stochastic"):  # a sketch, and a power iteration
+      raise KeyboardInterrupt
+    return products(*args, **options)
+
+  stopped.products = stopping
+  with pytest.raises(KeyboardInterrupt):
+    stopped.solve(rhs, damping, preconditioner=kfac, solver=solver, checkpoint=kept)
+  with np.load(tmp_path / f"solves-{damping:e}-000.npz") as file:
+    assert 0 < file["iterations"].max() < 5
+  resumed = fresh()
+  found, residuals = resumed.solve(
+    rhs, damping, preconditioner=kfac, solver=solver, checkpoint=kept
+  )
+  np.testing.assert_array_equal(flat(found), flat(expected))
+  np.testing.assert_array_equal(residuals.iterations, whole.iterations)
+  other = {name: 2 * matrices for name, matrices in rhs.items()}
+  with pytest.raises(ValueError, match="other right-hand sides"):
+    resumed.solve(other, damping, preconditioner=kfac, solver=solver, checkpoint=kept)
 
 
 def test_float32_solves_at_an_ordinary_damping(model, layers, dense, rhs, devices):
@@ -215,7 +318,7 @@ def test_the_largest_eigenvalue_is_approached_from_below(exact, matrix):
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
-def test_the_network_is_traced_once_for_all_products(model, layers, rhs, precision):
+def test_the_network_is_traced_once_for_products_of_as_many_vectors(model, layers, rhs, precision):
   traces = []
 
   def counted(params, x_t, t):
@@ -225,10 +328,11 @@ def test_the_network_is_traced_once_for_all_products(model, layers, rhs, precisi
   exact = ggn(DiffusionModel(counted, model.params, nets.PROCESS), layers, precision=precision)
   exact.multiply(GRADS, 0.1)
   after_the_first = len(traces)
-  exact.solve(rhs, 1e-2)
   exact.largest_eigenvalue(3)
   exact.multiply(model.params, 0.2)
   assert len(traces) == after_the_first
+  exact.solve(rhs, 1e-2)  # products of two, and of the one that takes longer
+  assert len(traces) == 2 * after_the_first
 
 
 def test_a_network_that_casts_to_float32_inside_has_no_float64_products(model, layers):
@@ -269,6 +373,17 @@ def test_bad_options_are_refused(model, exact, layers, rhs):
     exact.solve(rhs, 0.1, solver=Solver(tolerance=0))
   with pytest.raises(ValueError, match="max_iterations must be at least 1; got 0"):
     exact.solve(rhs, 0.1, solver=Solver(max_iterations=0))
+  with pytest.raises(ValueError, match="Unknown preconditioner 'lu'; there are: none, kfac"):
+    Solver(preconditioner="lu")
+  with pytest.raises(ValueError, match="'kfac-nystrom' is made of a sketch: give a sketch_rank"):
+    Solver(preconditioner="kfac-nystrom")
+  with pytest.raises(ValueError, match="Unknown method of solving 'gmres'"):
+    Solver(method="gmres")
+  for name, value in (("momentum", 1.0), ("decay", 0.0), ("learning_rate", 0.0)):
+    with pytest.raises(ValueError, match=f"{name} must be .*; got {value}"):
+      Solver(**{name: value})
+  with pytest.raises(ValueError, match="'kfac' takes a fitted curvature: give one"):
+    exact.solve(rhs, 0.1, solver=Solver(preconditioner="kfac"))
   with pytest.raises(ValueError, match="iterations must be at least 1; got 0"):
     exact.largest_eigenvalue(0)
   with pytest.raises(ValueError, match="there are: float32, float64"):

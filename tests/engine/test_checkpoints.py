@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from jaxinf.engine import processes
 from jaxinf.engine.artifacts import StaleArtifact
-from jaxinf.engine.checkpoints import Kept, PartialOutputs, PartialSums
+from jaxinf.engine.checkpoints import Kept, PartialOutputs, PartialState, PartialSums
 
 KEY = {"seed": 0, "train": {"steps": 10, "shape": (2, 3), "decay": None}}
 
@@ -150,3 +151,43 @@ def test_the_primary_keeps_for_all_processes(tmp_path, in_processes):
   results = in_processes(3, lambda: kept("sum", lambda: {"x": np.arange(3)}))
   assert [found["x"].tolist() for found in results] == [[0, 1, 2]] * 3
   assert [path.name for path in tmp_path.iterdir()] == ["sum.npz"]
+
+
+# --- states of iterations ---
+
+
+def test_the_last_state_is_loaded_in_all_processes(tmp_path, arrays, in_processes):
+  path = tmp_path / "solve" / "state.npz"
+
+  def both():
+    state = PartialState(path, KEY, every=1)
+    state.save({"scalar": np.array(1)})
+    state.save(arrays)
+    processes.wait_for_all("saved")
+    return PartialState(path, KEY, every=5).load()
+
+  assert PartialState(path, KEY, every=1).load() is None
+  for found in in_processes(2, both):
+    assert found.keys() == arrays.keys()
+    for name, array in found.items():
+      np.testing.assert_array_equal(array, arrays[name], strict=True)
+
+
+def test_a_state_of_another_key_or_a_damaged_one_is_refused_by_name(tmp_path, arrays):
+  path = tmp_path / "state.npz"
+  PartialState(path, KEY, every=1).save(arrays)
+  with pytest.raises(StaleArtifact, match="seed: 0 → 1\n.* delete that file"):
+    PartialState(path, KEY | {"seed": 1}, every=1).load()
+  path.write_bytes(path.read_bytes()[:50])
+  with pytest.raises(ValueError, match=f"{path} cannot be read .* Delete it to begin again"):
+    PartialState(path, KEY, every=1).load()
+
+
+def test_a_state_is_saved_when_enough_batches_have_passed(tmp_path):
+  state = PartialState(tmp_path / "state.npz", KEY, every=5)
+  found = []
+  for number, batches in enumerate((2, 2, 2, 4, 1, 9)):
+    state.passed(batches, {"number": np.array(number)})
+    saved = state.load()
+    found.append(None if saved is None else int(saved["number"]))
+  assert found == [None, None, 2, 2, 4, 5]

@@ -7,6 +7,7 @@ the numbers of batches.
 import dataclasses
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ STAGES = ("train", "sample", "curvature", "attribute", "index")
 MATRICES = ((8, 69), (64, 9))
 PARAMS = sum(map(math.prod, MATRICES))
 IMAGES, SAMPLES, LAYERS = 24, 3, 2
+_PRODUCTS = r"at most (\d+) products with the exact curvature over (\d+) pairs (\S+) FLOPs"
 PLENTY = planning.Limits(None, 2**40, 2**40)
 
 
@@ -241,6 +243,13 @@ def test_every_kind_of_curvature_has_its_passes(tmp_path, method, passes):
   if method == "exact":
     solved = attribute_cost(subject, curved)
     assert solved.total_seconds is None and "not known beforehand" in solved.notes[-1]
+    # 500 iterations and a check at the one damping for two replicates, over 24 × 3 pairs.
+    said = solved.notes[-1].replace(",", "")
+    products, pairs, flops = map(float, re.search(_PRODUCTS, said).groups())
+    assert (products, pairs) == (501 * 2, 72)
+    # Two FLOPs for a product and a sum. Forward mode takes each matrix with two vectors, reverse
+    # mode too, but for the inputs of the first; the network itself is an eighth.
+    assert 4 * PARAMS < flops / (products * pairs) < 10 * PARAMS
 
 
 def test_unknown_lines_and_impossible_settings_are_refused(tmp_path):

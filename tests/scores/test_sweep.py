@@ -70,3 +70,17 @@ def test_a_sweep_is_made_of_scores():
   for members in ([], [np.zeros((2, 9))]):
     with pytest.raises(ValueError, match="made of Scores, one or more"):
       Sweep(members)
+
+
+def test_parts_of_the_queries_are_joined_with_how_well_each_was_solved():
+  solved = lambda *residuals: {"residuals": list(residuals), "iterations": [7] * len(residuals)}
+  one, other = (
+    Sweep(scores_at(damping, solves=solved(*found)) for damping, found in pairs)
+    for pairs in (((1e-2, (0.1, 0.2)), (1e-3, (0.3, 0.4))), ((1e-2, (0.5,)), (1e-3, (0.6,))))
+  )
+  whole = Sweep.of_parts([one, other])
+  assert [scores.settings["solves"] for scores in whole] == [
+    solved(0.1, 0.2, 0.5),
+    solved(0.3, 0.4, 0.6),
+  ]
+  assert "solves" not in Sweep.of_parts([Sweep([scores_at(1.0)])] * 2)[0].settings

@@ -1,8 +1,10 @@
 """A user's own images, in a NumPy .npz file or a folder of image files; and embeddings of them."""
 
+import os
 import pathlib
 import zipfile
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -159,6 +161,23 @@ def read_npz(path: pathlib.Path, holds: str = "images=...") -> dict[str, np.ndar
       f"{path}: expected readable arrays of numbers or strings, got: {error} "
       f"Write it again with np.savez(path, {holds}), without object arrays."
     ) from error
+
+
+def write_npz(path: str | pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+  """Writes arrays of numbers or strings as an .npz file that `read_npz` reads, atomically.
+
+  Raises:
+    ValueError: the name does not end in .npz, its folder does not exist, or an array holds objects.
+  """
+  path = pathlib.Path(path).expanduser()
+  if path.suffix != ".npz" or not path.parent.is_dir():
+    raise ValueError(f"{path}: expected the name of an .npz file in a folder that exists.")
+  objects = [name for name, array in arrays.items() if array.dtype.kind == "O"]
+  if objects:
+    raise ValueError(f"{path}: expected numbers or strings; {', '.join(objects)} hold objects.")
+  partial = path.with_name(path.stem + ".partial.npz")
+  np.savez(partial, allow_pickle=False, **arrays)
+  os.replace(partial, path)
 
 
 def as_strings(ids: np.ndarray) -> np.ndarray:

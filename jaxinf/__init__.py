@@ -44,6 +44,7 @@ from jaxinf.engine.compute import Compute
 from jaxinf.evaluation.comparison import compare, damping_lds
 from jaxinf.evaluation.lds import Retrained, lds
 from jaxinf.evaluation.oracle import noise_ceiling, retraining_lds
+from jaxinf.evaluation.truths import Truth, load_truth, truths
 from jaxinf.layers.coverage import SKIP_NORMALISATION
 from jaxinf.networks.diffusers import load_autoencoder
 from jaxinf.networks.latent_cache import encode_moments, open_moments
@@ -94,6 +95,7 @@ __all__ = [
   "Store",
   "Subsets",
   "Sweep",
+  "Truth",
   "build_store",
   "clip_embeddings",
   "compare",
@@ -109,6 +111,7 @@ __all__ = [
   "lds",
   "load_autoencoder",
   "load_curvature",
+  "load_truth",
   "loss_at_time",
   "loss_at_timestep",
   "noise_ceiling",
@@ -121,6 +124,7 @@ __all__ = [
   "recommend_damping",
   "retraining_lds",
   "trak",
+  "truths",
   "weigh_dampings",
   "weighted_loss",
 ]

@@ -99,6 +99,11 @@ class Method:
     """Whether scores depend on a fitted curvature."""
     return self.kind is not None
 
+  @property
+  def other_kind(self) -> Kind | None:
+    """The kind of curvature that the method names; None where it takes the usual one, or none."""
+    return None if isinstance(self.kind, str) else self.kind
+
   def dampings(self, sweep: Sequence[float]) -> tuple[float, ...]:
     """Those of a sweep and the default, ascending; none where the method has none."""
     if self.default_damping is None:

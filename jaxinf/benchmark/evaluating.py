@@ -15,7 +15,7 @@ from jaxinf.benchmark.scoring import Row, check_rows, rows_of, score_key, scored
 from jaxinf.engine import artifacts
 from jaxinf.engine.artifacts import Outcome
 from jaxinf.evaluation.comparison import DampingLDS, damping_lds
-from jaxinf.evaluation.lds import LDS, Retrained, lds, percent_range
+from jaxinf.evaluation.lds import LDS, Retrained, lds, p_text, percent_range
 from jaxinf.evaluation.oracle import noise_ceiling, retraining_lds
 from jaxinf.runs.run import Run
 from jaxinf.scores.scores import Scores
@@ -52,14 +52,18 @@ def evaluate(run: Run) -> None:
 
 def evaluate_key(run: Run) -> dict:
   """What the tables depend on: settings of all scores, and the measurements that are there."""
-  measurements = run.config.measure.measurements
   return {
     "scores": {row.name: score_key(run, row) for row in rows_of(run)},
-    "measured": {
-      name: {"key": key_of_measurement(run, name), "content": _content(retrained(run, name))}
-      for name in measurements
-    },
+    "measured": measured_key(run),
     "num_resamples": run.config.evaluate.num_resamples,
+  }
+
+
+def measured_key(run: Run) -> dict:
+  """Which measurements there are, of which models."""
+  return {
+    name: {"key": key_of_measurement(run, name), "content": _content(retrained(run, name))}
+    for name in run.config.measure.measurements
   }
 
 
@@ -179,8 +183,7 @@ def table_text(target: str, table: Mapping[str, Any]) -> str:
 
 
 def _cells(summary: Mapping[str, Any]) -> str:
-  p_value = summary["p_value"]
-  cell = "–" if p_value is None else "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
+  cell = p_text(summary["p_value"])
   return f"{_score(summary):>14}{percent_range(summary['interval']):>16}{cell:>9}"
 
 

@@ -22,7 +22,7 @@ def test_a_row_is_complete(row):
   assert not row.does or callable(row.function)
   assert set(row.needs) | set(row.steps) <= set(STAGES)
   assert row.data in (None, "images", "labelled")
-  assert set(row.flags) <= {"images", "ids", "shard"}
+  assert set(row.flags) <= {"images", "ids", "shard", "truth", "scores"}
   assert not row.kept or row.section
   fields = set()
   if row.section:

@@ -1,11 +1,11 @@
 """Truths: retraining judges anyone's scores as it judged ours, and says what it cannot judge."""
 
-import configparser
 import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
+from setuptools import Distribution
 
 import jaxinf
 from configs import digits_mlp, digits_unet
@@ -125,14 +125,16 @@ def test_unknown_names_list_what_there_is(truth):
     truth.leaderboard("elbo")
 
 
-def test_the_wheel_carries_every_file_of_a_truth():
-  config = configparser.ConfigParser()
-  config.read(ROOT / "setup.cfg")
-  patterns = config["options.package_data"]["jaxinf"].split()
-  package = ROOT / "jaxinf"
-  carried = {path for pattern in patterns for path in package.glob(pattern)}
-  files = {path for path in (package / "truths").rglob("*") if path.is_file()}
-  assert files and files <= carried
+def test_the_wheel_carries_every_file_of_a_truth(monkeypatch):
+  """What setuptools would put into it, as setup.cfg says."""
+  monkeypatch.chdir(ROOT)
+  setup = Distribution()
+  setup.parse_config_files(["setup.cfg"])
+  build = setup.get_command_obj("build_py")
+  build.ensure_finalized()
+  (carried,) = (set(names) for package, _, _, names in build.data_files if package == "jaxinf")
+  files = [path for path in (ROOT / "jaxinf" / "truths").rglob("*") if path.is_file()]
+  assert files and {path.relative_to(ROOT / "jaxinf").as_posix() for path in files} <= carried
 
 
 @pytest.mark.parametrize("name", jaxinf.truths())

@@ -59,6 +59,7 @@ from jaxinf.evaluation.comparison import compare, damping_lds
 from jaxinf.evaluation.lds import Retrained, lds
 from jaxinf.evaluation.oracle import noise_ceiling, retraining_lds
 from jaxinf.evaluation.replay import Replay, ReplayTraining, replay_scores
+from jaxinf.evaluation.truths import Truth, load_truth, truths
 from jaxinf.layers.coverage import SKIP_NORMALISATION
 from jaxinf.networks.diffusers import load_autoencoder
 from jaxinf.networks.latent_cache import encode_moments, open_moments
@@ -124,6 +125,7 @@ __all__ = [
   "Store",
   "Subsets",
   "Sweep",
+  "Truth",
   "Unlearning",
   "balanced_weights",
   "build_store",
@@ -143,6 +145,7 @@ __all__ = [
   "learn_layer_weights",
   "load_autoencoder",
   "load_curvature",
+  "load_truth",
   "loss_at_time",
   "loss_at_timestep",
   "loss_in_band",
@@ -162,6 +165,7 @@ __all__ = [
   "retraining_lds",
   "self_influence",
   "trak",
+  "truths",
   "weigh_dampings",
   "weighted_loss",
 ]

@@ -61,6 +61,18 @@ _IMAGES = flags.DEFINE_string(
   "images", None, f"An .npz file or folder of images, for {_reading('images')}."
 )
 _IDS = flags.DEFINE_list("ids", [], f"Ids of training images, for {_reading('ids')}.")
+_TRUTH = flags.DEFINE_string(
+  "truth",
+  None,
+  f"What to judge scores by, for {_reading('truth')}: the name of a truth of the package, all, or "
+  "the folder of one.",
+)
+_SCORES = flags.DEFINE_string(
+  "scores",
+  None,
+  "The scores to judge: an .npz file with values [samples, images], query_ids and train_ids, or "
+  "the folder of scores of jaxinf's own.",
+)
 _SHARD = flags.DEFINE_string(
   "shard",
   "0/1",
@@ -80,6 +92,10 @@ def main(argv: list[str]) -> None:
   with processes.ending_together():
     try:
       stage, *words = _stage(argv)
+      if _TRUTH.value is not None:
+        scores = None if _SCORES.value is None else Path(_SCORES.value)
+        print(pkgutil.resolve_name(stage.of_truth)(_TRUTH.value, scores))
+        return
       run = _run(stage)
       _connect()
       _speak()
@@ -100,9 +116,13 @@ def _stage(argv: list[str]) -> tuple[Stage, *tuple[str, ...]]:
     raise ValueError(f"Too many words: {' '.join(argv[1:])}. See --help.")
   if _DRY_RUN.value and not stage.dry_run:
     raise ValueError(f"--dry-run goes with {_DRY_RUNS}.")
-  for flag in (_IMAGES, _IDS, _SHARD):
+  for flag in (_IMAGES, _IDS, _SHARD, _TRUTH, _SCORES):
     if flag.value != flag.default and flag.name not in stage.flags:
       raise ValueError(f"--{flag.name} goes with {_reading(flag.name)}.")
+  if _SCORES.value is not None and _TRUTH.value is None:
+    raise ValueError("--scores goes with --truth, which they are judged by. See --help.")
+  if _TRUTH.value is not None and (_CONFIG.value is not None or _WORKDIR.value is not None):
+    raise ValueError("--truth takes the place of --config and --workdir: leave these out.")
   return stage, *words
 
 

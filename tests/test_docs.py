@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import jaxinf
+from jaxinf.benchmark import judged
 
 DOCS = Path(__file__).parents[1] / "docs"
 TINY_AUTOENCODER = Path(__file__).parent / "networks" / "fixtures" / "autoencoder-tiny"
@@ -115,6 +116,19 @@ def test_methods_are_compared_by_retrained_models(run, capsys):
   assert names["between"].shape == (3, 10) and (names["between"] > 0).all()
   assert names["change"].model_std_errors.shape == (3,)
   assert "p against influence" in capsys.readouterr().out
+
+
+def test_the_leaderboard_is_what_the_truths_say(run):
+  """The tables letter for letter; and the example, whose pixels are judged as ours were."""
+  *_, tables = (DOCS / "leaderboard.md").read_text().partition("-->\n")
+  assert tables == judged("all", None) + "\n"
+  names = run("leaderboard.md")
+  truth, found = names["truth"], names["found"]
+  (ours,) = (one.lds["loss"] for one in truth.references if one.name == "pixel")
+  # Predictions of ours are kept in float32, where two of a hundred may change places.
+  assert found.ldses[0].mean == pytest.approx(ours["mean"], abs=1e-3)
+  np.testing.assert_allclose(found.ldses[0].interval, ours["interval"], atol=1e-3)
+  np.testing.assert_array_equal(jaxinf.Scores.load("mine.npz").values, names["scores"].values)
 
 
 def test_images_become_latents_and_images_again(run, tmp_path):

@@ -127,6 +127,11 @@ class Method:
     """Whether scores depend on the model, so that another training run gives others."""
     return self.of != "pictures" and (self.curved or self.measures or "draws" in self.reads)
 
+  @property
+  def other_kind(self) -> Kind | None:
+    """The kind of curvature that the method names; None where it takes the usual one, or none."""
+    return None if isinstance(self.kind, str) else self.kind
+
   def dampings(self, sweep: Sequence[float]) -> tuple[float, ...]:
     """Those of a sweep and the default, ascending; none where the method has none."""
     if self.default_damping is None:

@@ -3,5 +3,6 @@
 from jaxinf.benchmark.counterfactuals import counterfactual
 from jaxinf.benchmark.evaluating import evaluate
 from jaxinf.benchmark.stages import benchmark, measure, retrain
+from jaxinf.benchmark.truths import judged, truth
 
-__all__ = ["benchmark", "counterfactual", "evaluate", "measure", "retrain"]
+__all__ = ["benchmark", "counterfactual", "evaluate", "judged", "measure", "retrain", "truth"]

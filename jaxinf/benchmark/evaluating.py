@@ -25,7 +25,7 @@ from jaxinf.benchmark.scoring import (
 from jaxinf.engine import artifacts
 from jaxinf.engine.artifacts import Outcome
 from jaxinf.evaluation.comparison import DampingLDS, damping_lds
-from jaxinf.evaluation.lds import LDS, Retrained, lds, percent_range
+from jaxinf.evaluation.lds import LDS, Retrained, lds, p_text, percent_range
 from jaxinf.evaluation.oracle import noise_ceiling, retraining_lds
 from jaxinf.runs.run import Run
 from jaxinf.scores.models import mean_scores
@@ -99,13 +99,10 @@ def evaluate_key(run: Run) -> dict:
   Tables from before there were readouts stay valid, without them, where their scores are gone:
   otherwise results that are kept without scores would be made anew for hours.
   """
-  rows, measurements = rows_of(run), run.config.measure.measurements
+  rows = rows_of(run)
   before = {
     "scores": {row.name: score_key(run, row) for row in rows},
-    "measured": {
-      name: {"key": key_of_measurement(run, name), "content": _content(retrained(run, name))}
-      for name in measurements
-    },
+    "measured": measured_key(run),
     "num_resamples": run.config.evaluate.num_resamples,
   }
   if run.config.train.num_models > 1:
@@ -116,6 +113,14 @@ def evaluate_key(run: Run) -> dict:
   if kept and not all(has_scores(run, row) for row in rows):
     return before
   return before | {"readouts": [dataclasses.asdict(readout) for readout in readouts_of(run)]}
+
+
+def measured_key(run: Run) -> dict:
+  """Which measurements there are, of which models."""
+  return {
+    name: {"key": key_of_measurement(run, name), "content": _content(retrained(run, name))}
+    for name in run.config.measure.measurements
+  }
 
 
 def _content(truth: Retrained) -> str:
@@ -287,8 +292,7 @@ def _readout_lines(entries: Sequence[Mapping[str, Any]], width: int) -> list[str
 
 
 def _cells(summary: Mapping[str, Any]) -> str:
-  p_value = summary["p_value"]
-  cell = "–" if p_value is None else "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
+  cell = p_text(summary["p_value"])
   return f"{_score(summary):>14}{percent_range(summary['interval']):>16}{cell:>9}"
 
 

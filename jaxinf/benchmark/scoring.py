@@ -159,7 +159,14 @@ def scored(run: Run, row: Row) -> Sweep:
     notes = {"settings": [dict(scores.settings) for scores in found]}
     return arrays, notes, f"scores at {len(found)} dampings"
 
+  if row.kind.curved and not is_scored(run, row):  # before, so that the cost is of scores alone
+    fitted(run, row.kind.other_kind)
   artifact = artifacts.cached(folder, score_key(run, row), compute, label=_label(run, row))
+  return sweep_of(artifact)
+
+
+def sweep_of(artifact: artifacts.Artifact) -> Sweep:
+  """The scores of a row from its artefact."""
   ids = artifact.arrays["query_ids"], artifact.arrays["train_ids"]
   pairs = zip(artifact.arrays["values"], artifact.notes["settings"], strict=True)
   return Sweep(Scores(values[None], *ids, settings) for values, settings in pairs)
@@ -167,6 +174,25 @@ def scored(run: Run, row: Row) -> Sweep:
 
 def _label(run: Run, row: Row) -> str:
   return f"score: {row.name}" + (f", model {run.model_number}" if run.model_number else "")
+
+
+def cost_of(run: Run, row: Row) -> dict[str, Any]:
+  """What the scores of a row took at all dampings, with the fit of the curvature they take.
+
+  Returns:
+    seconds, core_seconds of all threads (None where they were not kept), and the devices.
+  """
+  places = [_folder(run, row)]
+  if row.kind.curved:
+    places.append(fitted(run, row.kind.other_kind).folder("curvature"))
+  manifests = [artifacts.read_manifest(place) for place in places]
+  costs = [manifest["cost"] for manifest in manifests]
+  kept = all("core_seconds" in cost for cost in costs)
+  return {
+    "seconds": sum(cost["seconds"] for cost in costs),
+    "core_seconds": sum(cost["core_seconds"] for cost in costs) if kept else None,
+    "devices": sorted({device for manifest in manifests for device in manifest["devices"]}),
+  }
 
 
 def _folder(run: Run, row: Row) -> pathlib.Path:
@@ -261,7 +287,12 @@ def _embeddings(run: Run, examples: Examples) -> np.ndarray:
 
 
 def _curvature(run: Run, model: DiffusionModel, kind: Kind | None) -> Curvature:
-  """The run's curvature, or one of another kind, in a folder of its own."""
+  """The curvature of a method, read or fitted."""
+  return load_curvature(fitted(run, kind), model)
+
+
+def fitted(run: Run, kind: Kind | None) -> Run:
+  """The run whose stage `curvature` is done: its own kind, or another in a folder of its own."""
   own = run.config.curvature
   solver = own.solver
   if isinstance(kind, ExactGGN):  # whose solver is the config's, but for the method
@@ -280,4 +311,4 @@ def _curvature(run: Run, model: DiffusionModel, kind: Kind | None) -> Curvature:
     name = "-".join(("curvature", section.kind, section.approx, section.fisher, *stochastic))
     run = run.with_curvature(section, name)
   perform(run, "curvature")
-  return load_curvature(run, model)
+  return run

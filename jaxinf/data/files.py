@@ -1,8 +1,10 @@
 """A user's own images, in a NumPy .npz file or a folder of image files; and embeddings of them."""
 
+import os
 import pathlib
 import zipfile
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -174,6 +176,23 @@ def read_array(path: str | pathlib.Path) -> np.ndarray:
   if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
     raise ValueError(f"{path}: expected one array of numbers; write it with np.save(path, array).")
   return array
+
+
+def write_npz(path: str | pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+  """Writes arrays of numbers or strings as an .npz file that `read_npz` reads, atomically.
+
+  Raises:
+    ValueError: the name does not end in .npz, its folder does not exist, or an array holds objects.
+  """
+  path = pathlib.Path(path).expanduser()
+  if path.suffix != ".npz" or not path.parent.is_dir():
+    raise ValueError(f"{path}: expected the name of an .npz file in a folder that exists.")
+  objects = [name for name, array in arrays.items() if array.dtype.kind == "O"]
+  if objects:
+    raise ValueError(f"{path}: expected numbers or strings; {', '.join(objects)} hold objects.")
+  partial = path.with_name(path.stem + ".partial.npz")
+  np.savez(partial, allow_pickle=False, **arrays)
+  os.replace(partial, path)
 
 
 def as_strings(ids: np.ndarray) -> np.ndarray:

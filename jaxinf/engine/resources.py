@@ -13,16 +13,18 @@ import jax
 
 @contextlib.contextmanager
 def measured() -> Iterator[dict]:
-  """Yields a dict that holds `seconds`, `peak_host_mib` and `peak_device_mib` afterwards.
+  """Yields a dict of `seconds`, `core_seconds`, `peak_host_mib` and `peak_device_mib` afterwards.
 
-  On Linux the host's peak is that of the block; elsewhere of the process so far.
+  core_seconds are those of all threads of the process, which other work on the machine hardly
+  changes. On Linux the host's peak is that of the block; elsewhere of the process so far.
   peak_device_mib, the most of any local device so far, is None where devices keep no count (CPU).
   """
   cost: dict = {}
   _reset_peak()
-  began = time.perf_counter()
+  began, worked = time.perf_counter(), time.process_time()
   yield cost
   cost["seconds"] = round(time.perf_counter() - began, 2)
+  cost["core_seconds"] = round(time.process_time() - worked, 2)
   cost["peak_host_mib"] = round(_peak_host_mib())
   peaks = [device.memory_stats() or {} for device in jax.local_devices()]
   used = [stats["peak_bytes_in_use"] for stats in peaks if "peak_bytes_in_use" in stats]

@@ -11,6 +11,7 @@ from jaxinf.evaluation.lds import (
   LDS,
   Retrained,
   lds,
+  p_text,
   percent_range,
   predicted_and_measured,
 )
@@ -118,8 +119,7 @@ def compare(ldses: Mapping[str, LDS], *, against: str | None = None) -> str:
   head = f"{'method':<{width}}{'LDS (%)':>14}{'over subsets':>18}{'and queries':>18}"
   lines = [f"{head}  p against {reference}"]
   for name, found in ldses.items():
-    p_value = found.against(ldses[reference]).p_value
-    cell = "–" if name == reference else "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
+    cell = p_text(None if name == reference else found.against(ldses[reference]).p_value)
     intervals = (f"{percent_range(x):>18}" for x in (found.interval, found.interval_both))
     lines.append(
       f"{name:<{width}}{_score(found.mean, found.std_error):>14}{''.join(intervals)}  {cell}"

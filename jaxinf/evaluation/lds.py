@@ -198,18 +198,50 @@ def lds(
     ValueError: ids or numbers of subsets differ, scores are not finite, or the weight is not in
       [0, 1].
   """
-  predicted, measured = predicted_and_measured(scores, subsets, retrained, negative_weight)
-  counts = statistics.resamples(*predicted.shape, seed=seed, num_resamples=num_resamples).subsets
+  predicted = ordered_predictions(scores, subsets, retrained, negative_weight)
+  settings = {**scores.settings, "negative_weight": negative_weight}
+  return lds_of_predictions(
+    predicted, retrained, settings=settings, seed=seed, num_resamples=num_resamples
+  )
+
+
+def lds_of_predictions(
+  predicted: np.ndarray,
+  retrained: Retrained,
+  *,
+  settings: Mapping[str, Any],
+  seed: int = 0,
+  num_resamples: int = 1000,
+) -> LDS:
+  """The LDS of predictions, however they were made.
+
+  Args:
+    predicted: [M, Q] changes of all subsets of `retrained`, queries in its order.
+    retrained: the measurements; subsets without any model are left out.
+    settings: of the method.
+    seed, num_resamples: as of `lds`.
+
+  Raises:
+    ValueError: there are not as many predictions as measurements, or some are not finite.
+  """
+  shape = len(retrained.values), len(retrained.query_ids)
+  if np.shape(predicted) != shape or not np.isfinite(predicted).all():
+    raise ValueError(
+      f"predicted must be finite numbers {shape}, of {shape[0]} subsets and {shape[1]} queries; "
+      f"got shape {np.shape(predicted)}."
+    )
+  kept, measured = retrained.kept, retrained.means()[retrained.kept]
+  counts = statistics.resamples(*measured.shape, seed=seed, num_resamples=num_resamples).subsets
   return LDS(
-    per_query=statistics.spearman(predicted, measured, axis=0),
+    per_query=statistics.spearman(predicted[kept], measured, axis=0),
     query_ids=np.asarray(retrained.query_ids),
-    predicted=predicted,
+    predicted=predicted[kept],
     measured=measured,
-    subset_numbers=retrained.kept,
-    resampled=statistics.resampled_spearman(predicted, measured, counts),
+    subset_numbers=kept,
+    resampled=statistics.resampled_spearman(predicted[kept], measured, counts),
     seed=seed,
     measurement=retrained.measurement,
-    settings={**scores.settings, "negative_weight": negative_weight},
+    settings=settings,
   )
 
 
@@ -217,15 +249,22 @@ def predicted_and_measured(
   scores: Scores, subsets: Subsets, retrained: Retrained, negative_weight: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
   """[M, Q] predicted changes and mean measurements, of the M subsets that have a model."""
+  kept = retrained.kept
+  predicted = ordered_predictions(scores, subsets, retrained, negative_weight)
+  return predicted[kept], retrained.means()[kept]
+
+
+def ordered_predictions(
+  scores: Scores, subsets: Subsets, retrained: Retrained, negative_weight: float = 1.0
+) -> np.ndarray:
+  """[M, Q] predicted changes of all subsets, queries in the order of `retrained`."""
   if len(subsets) != len(retrained.values):
     raise ValueError(
       f"There are {len(subsets)} subsets but measurements of {len(retrained.values)}: pass the "
       "subsets that the models were trained on."
     )
   columns = _matched(scores.query_ids, retrained.query_ids, "queries", "the retrained models'")
-  kept = retrained.kept
-  predicted = predictions(scores, subsets, negative_weight)
-  return predicted[kept][:, columns], retrained.means()[kept]
+  return predictions(scores, subsets, negative_weight)[:, columns]
 
 
 def predictions(scores: Scores, subsets: Subsets, negative_weight: float = 1.0) -> np.ndarray:
@@ -236,8 +275,14 @@ def predictions(scores: Scores, subsets: Subsets, negative_weight: float = 1.0) 
   """
   columns = _matched(scores.train_ids, subsets.train_ids, "training examples", "the subsets'")
   values = scores.values
-  if not np.isfinite(values).all():
-    raise ValueError("Some scores are not finite: they predict nothing.")
+  infinite = np.argwhere(~np.isfinite(values))
+  if len(infinite):
+    query, example = infinite[0]
+    raise ValueError(
+      f"Some scores are not finite and predict nothing: {len(infinite)} of {values.size}, such as "
+      f"that of training example {scores.train_ids[example]} for query {scores.query_ids[query]}. "
+      "Score these again."
+    )
   weighted = values * negative_weights(values, negative_weight)
   return (~subsets.membership).astype(float) @ weighted[:, columns].T / len(columns)
 
@@ -263,3 +308,8 @@ def _some(ids: list) -> str:
 def percent_range(interval: tuple[float, float]) -> str:
   """An interval in %, as 20.1 … 22.9."""
   return "{:.1f} … {:.1f}".format(*(100 * x for x in interval))
+
+
+def p_text(p_value: float | None) -> str:
+  """A p-value of three digits; a dash where there is none."""
+  return "–" if p_value is None else "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"

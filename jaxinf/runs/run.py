@@ -390,11 +390,12 @@ def kind_of_config(config: CurvatureConfig) -> Kind:
 
 def load_scores(run: Run) -> Scores:
   """The scores of a run, means over its models."""
-  return mean_scores([_own_scores(model) for model in run.each_model()])
+  folders = [model.folder("attribute") for model in run.each_model()]
+  return mean_scores([scores_of(artifacts.read(folder)) for folder in folders])
 
 
-def _own_scores(run: Run) -> Scores:
-  artifact = artifacts.read(run.folder("attribute"))
+def scores_of(artifact: artifacts.Artifact) -> Scores:
+  """The scores, at the first damping, that the stage `attribute` left."""
   before = {"group_values": "replicate_values", "query_group_values": "query_replicate_values"}
   own = {before.get(n, n): array for n, array in artifact.arrays.items() if "/" not in n}
   return Scores(settings=artifact.notes["settings"], **own)  # type: ignore[arg-type]

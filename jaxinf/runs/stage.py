@@ -48,6 +48,8 @@ class Stage:
     dry_run: "module:function" from the run to what --dry-run prints, where it can.
     shows: "module:function" from the result of a stage that is kept to a text, which is printed
       whether the result was there or not.
+    of_truth: "module:function" from --truth and --scores to what is printed, where it can do
+      without a run.
     then: what to do next, where that is no stage of the same line; {folder} is the result's.
     key: "module:function" from the run to a dict of what else the result depends on.
   """
@@ -71,6 +73,7 @@ class Stage:
   flags: tuple[str, ...] = ()
   dry_run: str = ""
   shows: str = ""
+  of_truth: str = ""
   then: str = ""
   key: str = ""
 
@@ -155,11 +158,18 @@ STAGES: dict[str, Stage] = {stage.name: stage for stage in (
         does="jaxinf.benchmark:measure", group=PROOF,
         section="measure", pace=("batch_size",), extent=("measurements",)),
   Stage("evaluate",
-        "score by every method, and tell how well each predicts the measurements",
-        does="jaxinf.benchmark:evaluate", group=PROOF, section="evaluate"),
+        "score by every method, and tell how well each predicts the measurements; or judge "
+        "--scores=mine.npz by --truth=NAME, without config and workdir (without --scores: ours; "
+        "--truth=all)",
+        does="jaxinf.benchmark:evaluate", group=PROOF, section="evaluate",
+        flags=("truth", "scores"), of_truth="jaxinf.benchmark:judged"),
   Stage("benchmark", "all of these, train and sample among them",
         does="jaxinf.benchmark:benchmark", group=PROOF,
         steps=("train", "sample", "retrain", "measure", "evaluate")),
+  Stage("truth",
+        "keep in DIR/truth what retraining said and our methods predicted, as a truth that "
+        "evaluate --truth=DIR/truth judges anyone's scores by",
+        does="jaxinf.benchmark:truth", group=PROOF),
   Stage("counterfactual", "retrain without the images that each method calls most supporting",
         does="jaxinf.benchmark:counterfactual", group=PROOF, section="counterfactual",
         flags=("shard",)),

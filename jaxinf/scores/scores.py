@@ -1,6 +1,8 @@
 """Scores of training examples for queries, and rankings made of them."""
 
 import dataclasses
+import json
+import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -8,6 +10,7 @@ import numpy as np
 
 from jaxinf.core.checks import checked_count
 from jaxinf.core.damping import damping_of, number_of, symbol_of
+from jaxinf.data.files import read_npz, write_npz
 from jaxinf.scores.statistics import mean_and_error
 
 # What a negative score counts in predictions. It says that the model would fit the query better
@@ -15,6 +18,9 @@ from jaxinf.scores.statistics import mean_and_error
 # configs/digits_mlp.py (LDS for the loss: 88.0 % at 1, 88.8 at ½, 88.5 at ¼, 87.4 at 0), so that
 # only the figures of other benchmarks say what it brings.
 NEGATIVE_WEIGHT = 0.5
+
+# Of what is saved.
+_OPTIONAL = ("query_replicate_values", "train_groups", "num_examples", "model_values")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,6 +268,68 @@ class Scores:
       return f"Scores({self.size()})"
     damping = damping_of(self.settings)
     return f"Scores({self.size()}; {symbol_of(damping)} = {number_of(damping):g})"
+
+  def save(self, path: str | pathlib.Path) -> None:
+    """Writes the scores as an .npz file, which `Scores.load` reads.
+
+    Its arrays are `values` [Q, N], or `replicate_values` [G, Q, N] where draws have G > 1
+    replicates; `query_ids` [Q], `train_ids` [N] and `settings`, a JSON text; and, where the scores
+    have them, `query_replicate_values` [A, Q, N], `model_values` [K, Q, N], `train_groups` [N] and
+    `num_examples` [].
+
+    Raises:
+      ValueError: the path is no .npz file's, ids are objects, or the settings are not JSON's kinds.
+    """
+    one = len(self.replicate_values) == 1
+    arrays = {"values": self.values} if one else {"replicate_values": self.replicate_values}
+    for name in ("query_ids", "train_ids", *_OPTIONAL):
+      if (value := getattr(self, name)) is not None:
+        arrays[name] = np.asarray(value)
+    try:
+      arrays["settings"] = np.array(json.dumps(dict(self.settings)))
+    except TypeError as error:
+      raise ValueError(f"settings must be numbers, strings, lists and dicts: {error}.") from error
+    write_npz(path, arrays)
+
+  @classmethod
+  def load(cls, path: str | pathlib.Path) -> "Scores":
+    """Reads scores that `save` wrote, or that anyone wrote as an .npz file of the same arrays.
+
+    Three are enough: `values`, `query_ids` and `train_ids`. Settings are then empty.
+
+    Raises:
+      ValueError: there is no such file, or its arrays are not those.
+    """
+    path = pathlib.Path(path).expanduser()
+    contents = read_npz(path, holds="values=..., query_ids=..., train_ids=...")
+    values = [name for name in ("values", "replicate_values") if name in contents]
+    lacking = {"query_ids", "train_ids"} - set(contents)
+    unknown = set(contents) - {*values, "query_ids", "train_ids", "settings", *_OPTIONAL}
+    if len(values) != 1 or lacking or unknown:
+      raise ValueError(
+        f"{path}: expected the arrays values [queries, training examples] (or replicate_values "
+        f"with replicates first), query_ids and train_ids, and maybe settings and "
+        f"{', '.join(_OPTIONAL)}; got {', '.join(contents) or 'none'}. Rename, add or drop some."
+      )
+    found = contents[values[0]]
+    if found.dtype.kind not in "fiu" or found.ndim != (2 if values[0] == "values" else 3):
+      raise ValueError(
+        f"{path}: expected {values[0]} as numbers [{'' if values[0] == 'values' else 'G, '}Q, N]; "
+        f"got shape {found.shape} of type {found.dtype}."
+      )
+    try:
+      return cls(
+        found if found.ndim == 3 else found[None],
+        contents["query_ids"],
+        contents["train_ids"],
+        json.loads(str(contents.get("settings", "{}"))),
+        contents.get("query_replicate_values"),
+        contents.get("train_groups"),
+        int(contents["num_examples"]) if "num_examples" in contents else None,
+        contents.get("model_values"),
+      )
+    except (TypeError, ValueError) as error:
+      raise ValueError(f"{path}: {error}") from error
 
   def top(self, k: int) -> Ranking:
     """The k most supporting training examples of each query."""

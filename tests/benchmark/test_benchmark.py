@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+import jaxinf
 from jaxinf import benchmark
 from jaxinf.attribution.kernels import QUERY
 from jaxinf.attribution.methods import METHODS
@@ -17,6 +18,7 @@ from jaxinf.benchmark import counterfactuals as removal
 from jaxinf.benchmark import measuring as measures
 from jaxinf.benchmark import retraining as models
 from jaxinf.benchmark import scoring
+from jaxinf.benchmark.truths import read_scores
 from jaxinf.core.draws import Draws
 from jaxinf.core.random import draw_keys, example_numbers, fold_in_each, stream
 from jaxinf.diffusion.measurements import MEASUREMENTS
@@ -254,6 +256,55 @@ def test_replay_predicts_the_same_training_with_other_weights(finished, tmp_path
   np.testing.assert_allclose(predicted, change, rtol=0, atol=0.1 * np.abs(change).max())
   with pytest.raises(ValueError, match="leave out retrain.same_batches"):
     benchmark.counterfactual(run)
+
+
+def test_a_truth_judges_as_the_proof_it_was_made_of(finished, capsys):
+  """Its model, samples and methods are the run's, and so are scores that were kept elsewhere."""
+  benchmark.truth(finished)
+  truth = jaxinf.load_truth(finished.folder("truth"))
+  board = capsys.readouterr().out
+  assert truth.name == finished.workdir.name and truth.leaderboard("elbo") in board
+  assert truth.dataset().fingerprint() == finished.dataset.fingerprint()
+  model, images = load_model(finished), truth.samples.data
+  for ours, theirs in zip(*(jax.tree.leaves(x.params) for x in (truth.model, model)), strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+  of = lambda m: m.apply_fn(m.params, images, np.full(len(images), 7, np.int32))
+  np.testing.assert_array_equal(of(truth.model), of(model))
+  rows = {row.name: row for row in scoring.rows_of(finished)}
+  tables = artifacts.read(finished.folder("evaluate")).notes["tables"]
+  assert [one.name for one in truth.references if one.default] == [
+    "influence, loss", "pixel", "random"
+  ]  # fmt: skip
+  for target, table in tables.items():
+    entries = {entry["name"]: entry for entry in table["entries"]}
+    assert truth.notes["limits"][target]["oracle"]["mean"] == table["oracle"]["mean"]
+    for one in truth.references:
+      entry = entries[one.name]
+      at = "default" if one.default else "best"
+      if one.default or target in one.best_for:
+        assert one.lds[target]["mean"] == pytest.approx(entry[at]["mean"], abs=1e-12)
+      assert one.cost["core_seconds"] >= 0 and one.cost["devices"] == ["cpu"]
+    # The scores of a proof, at all dampings, and those of a file.
+    folder = finished.folder("score") / artifacts.file_name("influence, loss")
+    for place in (folder, finished.workdir / "scores.npz"):
+      sweep = scoring.scored(finished, rows["influence, loss"])
+      sweep[0].save(finished.workdir / "scores.npz")
+      found = truth.evaluate(read_scores(place), target)
+      means = entries["influence, loss"]["sweep"][: len(found.ldses)]
+      np.testing.assert_allclose([x.mean for x in found.ldses], means, atol=1e-12)
+
+
+def test_a_truth_needs_influence_and_its_own_images(finished, tmp_path):
+  with pytest.raises(ValueError, match=r"against influence: add it to score\.methods"):
+    benchmark.truth(copied(finished, tmp_path, {"score.methods": ("pixel",)}))
+  benchmark.truth(finished)
+  truth = jaxinf.load_truth(finished.folder("truth"))
+  other = dict(truth.settings["data"], num_examples=12)
+  notes = dict(truth.notes, settings=dict(truth.settings, data=other))
+  with pytest.raises(ValueError, match="These are not the training images of work"):
+    dataclasses.replace(truth, notes=notes).dataset()
+  with pytest.raises(ValueError, match="holds no scores. Give the folder"):
+    read_scores(finished.folder("sample"))
 
 
 def test_counterfactual_models_lack_the_top_images(finished):

@@ -210,3 +210,61 @@ def test_scores_are_shown_in_a_line():
   said = "2 queries × 6 training examples, 4 replicates of draws, 3 of query draws"
   assert repr(scores) == f"Scores({said}; λ = 0.1)"
   assert scores.summary().startswith(f"{said}; damping 0.1, root mean square ")
+
+
+@pytest.mark.parametrize("replicates", [1, 3])
+def test_scores_are_read_as_they_were_saved(replicates, tmp_path):
+  values = np.random.default_rng(0).normal(size=(replicates, 2, 4)).astype(np.float32)
+  scores = Scores(
+    values, np.array(["a", "b"]), np.arange(4),
+    {"method": "toy", "damping": 1e-8, "design": {"shared": True}},
+    query_replicate_values=2 * values if replicates > 1 else None,
+    train_groups=np.array([0, 0, 1, 1]), num_examples=9,
+  )  # fmt: skip
+  scores.save(tmp_path / "scores.npz")
+  assert [path.name for path in tmp_path.iterdir()] == ["scores.npz"]
+  again = Scores.load(tmp_path / "scores.npz")
+  for field in dataclasses.fields(Scores):
+    ours, theirs = getattr(scores, field.name), getattr(again, field.name)
+    np.testing.assert_array_equal(theirs, ours)  # of None too
+  np.testing.assert_array_equal(again.by_group().values, scores.by_group().values)
+
+
+def test_three_arrays_are_scores(tmp_path):
+  values = np.arange(6.0).reshape(2, 3)
+  np.savez(tmp_path / "mine.npz", values=values, query_ids=["x", "y"], train_ids=[5, 6, 7])
+  scores = Scores.load(tmp_path / "mine.npz")
+  np.testing.assert_array_equal(scores.values, values)
+  assert scores.settings == {} and scores.top(1).ids.tolist() == [[7], [7]]
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"train_ids": None}, "expected the arrays values.* got values, query_ids"),
+    ({"value": np.zeros(3)}, "Rename, add or drop some"),
+    ({"replicate_values": np.zeros((1, 2, 3))}, "expected the arrays values"),
+    ({"values": np.zeros((1, 2, 3))}, r"values as numbers \[Q, N\]; got shape \(1, 2, 3\)"),
+    ({"values": np.zeros((3, 2))}, r"mine.npz: query_ids must be 3"),
+    ({"values": np.full((2, 3), "1")}, "got shape .* of type <U1"),
+    ({"settings": np.array("{")}, "mine.npz: Expecting property name"),
+  ],
+)
+def test_files_of_other_arrays_are_refused(change, message, tmp_path):
+  arrays = {"values": np.zeros((2, 3)), "query_ids": np.arange(2), "train_ids": np.arange(3)}
+  path = tmp_path / "mine.npz"
+  np.savez(path, **{k: x for k, x in (arrays | change).items() if x is not None})
+  with pytest.raises(ValueError, match=message):
+    Scores.load(path)
+
+
+def test_what_a_file_cannot_hold_is_refused(tmp_path):
+  scores = Scores(np.zeros((1, 1, 1)), np.arange(1), np.arange(1), {})
+  with pytest.raises(ValueError, match="expected the name of an .npz file"):
+    scores.save(tmp_path / "scores.json")
+  with pytest.raises(ValueError, match="settings must be numbers"):
+    dataclasses.replace(scores, settings={"draws": object()}).save(tmp_path / "scores.npz")
+  with pytest.raises(ValueError, match="query_ids hold objects"):
+    dataclasses.replace(scores, query_ids=np.array([None])).save(tmp_path / "scores.npz")
+  with pytest.raises(ValueError, match="expected an .npz file, got none"):
+    Scores.load(tmp_path / "scores.npz")

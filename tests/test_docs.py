@@ -98,7 +98,7 @@ def test_questions_are_asked(run):
   difference = by_artist.values[0] - by_artist.values[1]
   place = names["most"].positions[0]
   np.testing.assert_allclose(names["most"].values[0], difference[place], rtol=1e-3)
-  assert (names["odd"].std_errors > 0).all() and len(names["same"].ids) == 12
+  assert (names["odd"].std_errors > 0).all() and len(names["other"].ids) == 12
   distances = names["moved"].values
   assert distances.shape == (2, 3) and (distances[0] == 0).all() and (distances[1] > 0).all()
 

@@ -256,16 +256,7 @@ def settings_of_projected(
   """What projected scores are computed with, as JSON."""
   return {
     "process": model.process.settings,
-    "draws": draws.num,
-    "replicates": draws.replicates,
-    "query_draws": asked.num,
-    "query_replicates": asked.replicates,
-    "seed": draws.seed,
-    "query_seed": asked.seed,
-    "design": draws.design,
-    "query_design": asked.design,
-    "loss_power": draws.power,
-    "query_loss_power": asked.power,
+    **draws.settings(asked),
     **train.augmentation.settings,
     "projection": projection.kind,
     "projection_dim": projection.dim,

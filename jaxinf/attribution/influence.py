@@ -221,10 +221,11 @@ class _Question:
     """The scores."""
     question, score_pass, rows, checks = self._settled()
     question._say(checks)
+    own = question._own_settings(checks, rows.solves)
     kernel = ScoreKernel(question.compression)
     return merged_rounds(
       lambda number: question._round(score_pass, rows, kernel, number),
-      lambda products, num: question._sweep(products, num, checks, rows.solves),
+      lambda products, num: question._sweep(products, num, own),
       self.draws,
     )
 
@@ -232,13 +233,14 @@ class _Question:
     """The scores of each layer, at every damping."""
     question, score_pass, rows, checks = self._settled()
     question._say(checks)
+    own = question._own_settings(checks, rows.solves)
     kernel = LayerScoreKernel(question.compression, tuple(x.name for x in self.curvature.layers))
     products, num = mean_of_rounds(
       lambda number: question._round(score_pass, rows, kernel, number),
-      lambda products, num: question._sweep(products.sum(axis=2), num, checks, rows.solves),
+      lambda products, num: question._sweep(products.sum(axis=2), num, own),
       self.draws,
     )
-    return question._layer_scores(products, num, checks, rows.solves)
+    return question._layer_scores(products, num, own)
 
   def _settled(
     self,
@@ -322,16 +324,7 @@ class _Question:
       "curvature": dict(self.curvature.settings),
       "process": self.curvature.model.process.settings,
       "measurement": self.measurement.name or "custom",
-      "draws": self.draws.num,
-      "replicates": self.draws.replicates,
-      "query_draws": self.asked.num,
-      "query_replicates": self.asked.replicates,
-      "seed": self.draws.seed,
-      "query_seed": self.asked.seed,
-      "design": self.draws.design,
-      "query_design": self.asked.design,
-      "loss_power": self.draws.power,
-      "query_loss_power": self.asked.power,
+      **self.draws.settings(self.asked),
       **self.train.augmentation.settings,
       "compression": self.compression.description,
       "precision": self.precision,
@@ -372,14 +365,20 @@ class _Question:
       return products
     return products - products.mean(axis=0, dtype=np.float64).astype(products.dtype)
 
-  def _sweep(
-    self,
-    products: np.ndarray,
-    num: int,
-    checks: Sequence[dict | None],
-    solves: Sequence[dict[str, list]],
-  ) -> Sweep:
-    """Scores at each damping from products [N, G, L, Q, A]; `solves` are those of QueryRows."""
+  def _own_settings(
+    self, checks: Sequence[dict | None], solves: Sequence[dict[str, list]]
+  ) -> list[dict[str, Any]]:
+    """What only the scores of each damping are known by; `solves` are those of QueryRows."""
+    found = [
+      damping_settings(damping) | {"check": check}
+      for damping, check in zip(self.dampings, checks, strict=True)
+    ]
+    if solves:
+      found = [own | {"solves": how} for own, how in zip(found, solves, strict=True)]
+    return found
+
+  def _sweep(self, products: np.ndarray, num: int, own: Sequence[dict[str, Any]]) -> Sweep:
+    """Scores at each damping from products [N, G, L, Q, A], with the settings that are its own."""
     products = self._centred(products)
     of_draws = np.transpose(products.mean(axis=4), (2, 1, 3, 0))
     of_queries = np.transpose(products.mean(axis=1), (1, 3, 2, 0))
@@ -390,23 +389,16 @@ class _Question:
           of_draws[i],
           self.queries.ids,
           self.train.ids,
-          settings
-          | damping_settings(damping)
-          | {"check": checks[i]}
-          | ({"solves": solves[i]} if solves else {}),
+          settings | own[i],
           of_queries[i] if of_queries.shape[1] > 1 else None,
           self.train.groups,
         )
-        for i, damping in enumerate(self.dampings)
+        for i in range(len(self.dampings))
       )
     )
 
   def _layer_scores(
-    self,
-    products: np.ndarray,
-    num: int,
-    checks: Sequence[dict | None],
-    solves: Sequence[dict[str, list]],
+    self, products: np.ndarray, num: int, own: Sequence[dict[str, Any]]
   ) -> tuple[LayerScores, ...]:
     """Scores of each layer at each damping from products [N, G, layers, L, Q, A]."""
     products = self._centred(products)
@@ -419,14 +411,11 @@ class _Question:
         tuple(layer.name for layer in self.curvature.layers),
         self.queries.ids,
         self.train.ids,
-        settings
-        | damping_settings(damping)
-        | {"check": checks[i]}
-        | ({"solves": solves[i]} if solves else {}),
+        settings | own[i],
         of_queries[i] if of_queries.shape[2] > 1 else None,
         self.train.groups,
       )
-      for i, damping in enumerate(self.dampings)
+      for i in range(len(self.dampings))
     )
 
   def _say(self, checks: Sequence[dict[str, Any] | None]) -> None:

@@ -191,6 +191,21 @@ class Draws:
     """How the draws of a replicate depend on each other, as JSON."""
     return {name: getattr(self, name) for name in ("timesteps", "antithetic", "shared")}
 
+  def settings(self, asked: "Draws") -> dict[str, Any]:
+    """How training examples and queries, `asked`, are drawn, as JSON."""
+    return {
+      "draws": self.num,
+      "replicates": self.replicates,
+      "query_draws": asked.num,
+      "query_replicates": asked.replicates,
+      "seed": self.seed,
+      "query_seed": asked.seed,
+      "design": self.design,
+      "query_design": asked.design,
+      "loss_power": self.power,
+      "query_loss_power": asked.power,
+    }
+
 
 # The paper's design: every draw by itself, each example's own.
 INDEPENDENT = Draws(1, timesteps="uniform", antithetic=False, shared=False)

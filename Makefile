@@ -17,7 +17,7 @@ export MALLOC_TRIM_THRESHOLD_ = 68719476736
 export MALLOC_TOP_PAD_ = 67108864
 
 .PHONY: demo test test-next test-interop bench-gradients bench-draws bench-store bench-curvature \
-	bench-trak bench-plan bench-lds bench-retrain bench-autoencoder truths lint lock clean
+	bench-trak bench-plan bench-lds bench-retrain bench-autoencoder docs truths lint lock clean
 
 # Train, sample, fit curvature, attribute and report on scikit-learn's digits.
 demo: .venv/installed
@@ -101,6 +101,14 @@ bench-retrain: .venv/installed
 bench-autoencoder: .venv-interop/installed
 	.venv-interop/bin/python -m tests.benchmarks.autoencoder $(ARGS)
 
+# The documentation as a site in site/, which opens from its files: no server, and nothing from
+# elsewhere. Any warning, a broken link or a docstring that cannot be read, is an error.
+docs: .venv-docs/installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --quiet
+	@! grep -rlE '<(script|img|iframe)[^>]* src="?https?:|<link[^>]*stylesheet[^>]* href="?https?:' \
+		--include='*.html' site || { echo "these pages load something from elsewhere" >&2; exit 1; }
+	@echo "site/index.html"
+
 lint: .venv/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -115,9 +123,11 @@ lock:
 		--no-annotate --no-header --output-file requirements.lock setup.cfg
 	sed -i.old "s/rev: v.*/rev: v$$(sed -n 's/^ruff==//p' requirements.lock)/" .pre-commit-config.yaml
 	rm .pre-commit-config.yaml.old
+	sed -n '/^docs =$$/,/^[a-z]/s/^  //p' setup.cfg | .venv-lock/bin/uv pip compile --quiet --universal \
+		--python-version 3.11 --no-annotate --no-header --output-file docs/requirements.lock -
 
 clean:
-	rm -rf .venv .venv-next .venv-interop .venv-lock .pytest_cache runs build *.egg-info
+	rm -rf .venv .venv-docs .venv-next .venv-interop .venv-lock .pytest_cache runs build site *.egg-info
 
 .venv/installed: requirements.lock setup.cfg
 	@test -n "$(PYTHON)" || { echo "jaxinf needs Python 3.11, 3.12 or 3.13" >&2; exit 1; }
@@ -125,6 +135,12 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(RUN) $(PIP) install --no-deps -r requirements.lock
 	$(RUN) $(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv-docs/installed: docs/requirements.lock
+	@test -n "$(PYTHON)" || { echo "the documentation needs Python 3.11, 3.12 or 3.13" >&2; exit 1; }
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python $(PIP) install --no-deps -r docs/requirements.lock
 	@touch $@
 
 .venv-next/installed: requirements.lock setup.cfg

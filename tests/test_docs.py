@@ -1,20 +1,38 @@
-"""The library examples of docs/ run as they stand, on a small model and few draws.
+"""The documentation is whole, and its examples run as they stand, on a small model and few draws.
 
-Those of docs/any_model.md are in networks/test_any_model.py.
+Those of docs/any_model.md are in networks/test_any_model.py, and that of docs/index.md, which is
+the README's, in test_readme.py.
 """
 
+import doctest
+import importlib
 import re
 import shutil
+import unicodedata
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 
 import jaxinf
 from jaxinf.benchmark import judged
+from jaxinf.data import DATASETS
+from jaxinf.runs.stage import STAGES
+from tests.test_architecture import GROUND, LIBRARY, PROGRAMS
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(
+  path.relative_to(ROOT).as_posix()
+  for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md"))
+)
+EXAMPLES = sorted(  # modules that have any in their docstrings
+  ".".join(path.relative_to(ROOT).with_suffix("").parts)
+  for path in (ROOT / "jaxinf").rglob("*.py")
+  if "    >>> " in path.read_text()
+)
 TINY_AUTOENCODER = Path(__file__).parent / "networks" / "fixtures" / "autoencoder-tiny"
 # As few draws as repeat, and dimensions of a projection as the model has.
 FEWER = {"Draws(250": "Draws(40", "projection=2048": "projection=8"}
@@ -139,3 +157,104 @@ def test_images_become_latents_and_images_again(run, tmp_path):
   assert names["fresh_each_draw"].shape == names["train"].shape
   again = jaxinf.load_autoencoder("my-vae")
   assert again.fingerprint == names["autoencoder"].fingerprint
+
+
+def text_of(page: Path) -> str:
+  """A page without its blocks of code."""
+  return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def pages_of(nav) -> list[str]:
+  """The pages that a part of mkdocs.yml's nav names."""
+  if isinstance(nav, str):
+    return [nav]
+  parts = nav.values() if isinstance(nav, dict) else nav
+  return [page for part in parts for page in pages_of(part)]
+
+
+def anchors(page: Path) -> set[str]:
+  """What headings are linked by: in Python-Markdown, their ASCII words with hyphens between."""
+  found = re.findall(r"^#+ (.*)$", text_of(page), re.MULTILINE)
+  plain = (
+    unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode() for title in found
+  )
+  words = (re.sub(r"[^\w\s-]", "", title).strip().lower() for title in plain)
+  return {re.sub(r"[-\s]+", "-", title) for title in words}
+
+
+def test_every_page_is_in_the_site():
+  named = pages_of(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+  there = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+  assert sorted(named) == sorted(there)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+  """Files are there, and headings in them; pictures too."""
+  page = ROOT / page
+  for link in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+    if link.startswith(("https://", "http://")):
+      continue
+    path, _, anchor = link.partition("#")
+    target = (page.parent / path).resolve() if path else page
+    assert target.is_file(), link
+    assert not anchor or anchor in anchors(target), link
+
+
+def test_the_reference_has_every_public_name_once():
+  text = "\n".join(path.read_text() for path in sorted((DOCS / "api").glob("*.md")))
+  shown = re.findall(r"^::: jaxinf\.(\w+)$", text, re.MULTILINE)
+  assert sorted(shown) == sorted(jaxinf.__all__)
+
+
+def test_pages_of_tables_have_every_row():
+  """Methods, stages, configs, data sets, and folders in the band that holds them."""
+  titles = re.findall(r"^### (.*)$", (DOCS / "methods.md").read_text(), re.MULTILINE)
+  methods = re.findall(r"`([\w-]+)`", " ".join(titles))
+  assert sorted(methods) == sorted(jaxinf.METHODS)
+  commands = (DOCS / "command_line.md").read_text()
+  configs = {f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
+  for name in {*STAGES, *DATASETS, *configs}:
+    assert re.search(rf"`{re.escape(name)}[ `]", commands), name
+  bands = re.split(r"^\*\*", (DOCS / "architecture.md").read_text(), flags=re.MULTILINE)[1:]
+  for text, rooms in zip(bands, (PROGRAMS, LIBRARY, GROUND), strict=True):
+    shown = re.findall(r"^\| `([\w.]+)` \|", text, re.MULTILINE)
+    assert {name.removesuffix(".py") for name in shown} == rooms
+
+
+@pytest.mark.parametrize("module", EXAMPLES)
+def test_examples_in_docstrings_hold(module):
+  found = doctest.testmod(importlib.import_module(module), optionflags=doctest.ELLIPSIS)
+  assert found.attempted and not found.failed
+
+
+def test_scores_of_the_how_tos(run):
+  """Dampings, draws and removals on one model: compiled once, since shapes are the same."""
+  swept = run("howto/damping.md")
+  assert swept["found"].fidelity.shape == (3, 3)
+  drawn = run("howto/draws.md")
+  np.testing.assert_array_equal(drawn["scores"].values, swept["sweep"].at(1e-8).values)
+  assert drawn["trusted"].shape == (3,)
+  assert drawn["scores"].settings["loss_power"] == 0.5
+
+
+def test_removing_images_is_a_sum_of_scores(run):
+  names = run("howto/remove_images.md")
+  scores, by_artist = names["scores"], names["by_artist"]
+  assert by_artist.train_ids.tolist() == ["ada", "ben", "eva"]
+  expected = scores.values[:, ::3].sum(axis=1, dtype=float) / 12
+  np.testing.assert_allclose(names["without_ada"], expected, rtol=1e-5)
+  assert len(names["kept"]) == 7
+
+
+def test_a_proof_has_a_ceiling_and_a_baseline(run, capsys):
+  names = run("howto/prove_it.md")
+  assert len(names["rows"]) == 6
+  assert set(names["found"]) == {"influence", "pixels", "one retraining"}
+  assert "NoiseCeiling" in capsys.readouterr().out
+
+
+def test_conditioning_and_arrays_on_disk_are_examples(run):
+  assert run("howto/labels_and_text.md")["train"].conditioning_dropout == 0.1
+  assert run("howto/large_data.md")["train"].data.dtype == np.uint8
+  assert len(run("howto/many_devices.md")["compute"].devices) == 1

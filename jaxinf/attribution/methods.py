@@ -239,7 +239,7 @@ def _relative(kind: Kind | None) -> Method:
 
 METHODS: Mapping[str, Method] = {
   "influence": _curved(None),
-  "influence-loss": _curved(None, loss_power=1.0),
+  "influence-unweighted": _curved(None, loss_power=1.0),
   "kfac": _curved(KFAC()),
   "ekfac": _curved(EKFAC()),
   "shampoo": _curved(Shampoo()),

@@ -78,6 +78,17 @@ class Draws:
 
   Raises:
     ValueError: a field is out of range, or num does not split into the replicates.
+
+  Examples:
+    >>> draws = Draws(250, replicates=5)
+    >>> draws.size
+    50
+    >>> draws.of_queries(None).replicates  # of as many draws for a query
+    2
+    >>> Draws(250, replicates=4)
+    Traceback (most recent call last):
+      ...
+    ValueError: 250 draws do not split into 4 equal replicates; ...
   """
 
   num: int = 250

@@ -39,6 +39,18 @@ class Examples:
 
   Raises:
     ValueError: data are no array [N, …] of finite numbers, or the rest does not fit them.
+
+  Examples:
+    >>> pixels = np.zeros((3, 8, 8, 1), np.uint8)
+    >>> train = Examples(pixels, ids=["cat", "dog", "fox"], groups=["ada", "ben", "ada"])
+    >>> train
+    Examples(3 × 8 × 8 × 1 uint8)
+    >>> train.take(np.array([2])).ids.tolist()
+    ['fox']
+    >>> Examples(pixels.astype(np.int64))
+    Traceback (most recent call last):
+      ...
+    ValueError: Data must be uint8 pixels or floating-point numbers; got int64. ...
   """
 
   data: Any

@@ -29,6 +29,14 @@ class KFAC:
 
   Raises:
     ValueError: an unknown name, or samples of another Fisher than "mc".
+
+  Examples:
+    >>> KFAC("reduce", samples=4)
+    KFAC(approx='reduce', fisher='mc', samples=4)
+    >>> KFAC(fisher="empirical", samples=4)
+    Traceback (most recent call last):
+      ...
+    ValueError: samples counts model-sampled targets: 'empirical' has one; got 4.
   """
 
   approx: str = "expand"

@@ -65,6 +65,14 @@ def random_subsets(train_ids: np.ndarray, num_subsets: int, *, share: float, see
 
   Raises:
     ValueError: a subset would be empty or the whole, or a number is out of range.
+
+  Examples:
+    >>> subsets = random_subsets(np.array(["cat", "dog", "elk", "fox"]), 3, share=0.5, seed=0)
+    >>> subsets.membership.sum(axis=1).tolist()
+    [2, 2, 2]
+    >>> more = random_subsets(subsets.train_ids, 5, share=0.5, seed=0)
+    >>> (more.membership[:3] == subsets.membership).all().item()
+    True
   """
   num_train = len(train_ids)
   size = round(share * num_train)

@@ -69,6 +69,17 @@ class Process:
     sigma_data: standard deviation of the data, of EDM.
     sigma_range: smallest and largest noise level that samplers of EDM visit.
     raw: whether the network of EDM is the denoiser D(x, σ) itself.
+
+  Examples:
+    >>> schedule = Schedule.scaled_linear(1000, 8.5e-4, 0.012)
+    >>> Process.v(schedule, weight="min_snr").num_steps
+    1000
+    >>> Process.flow("logit_normal", shift=3.0).is_discrete
+    False
+    >>> Process.epsilon(schedule.with_zero_terminal_snr())
+    Traceback (most recent call last):
+      ...
+    ValueError: Process.epsilon cannot have a schedule with a zero terminal ...
   """
 
   name: str

@@ -26,6 +26,15 @@ class Schedule:
     exact_betas: β [T] float64, the variance added in each step.
     exact_alpha_bars: ᾱ [T] float64, the share of the data's variance left after each step.
     settings: how it was made, as JSON for `from_settings`.
+
+  Examples:
+    >>> schedule = Schedule.linear(1000, 1e-4, 0.02)
+    >>> schedule
+    Schedule.linear(num_steps=1000, beta_start=0.0001, beta_end=0.02)
+    >>> [round(float(schedule.exact_alpha_bars[t]), 3) for t in (0, 250, 500)]
+    [1.0, 0.521, 0.078]
+    >>> schedule.with_zero_terminal_snr().has_zero_terminal_snr
+    True
   """
 
   exact_betas: np.ndarray
@@ -40,7 +49,7 @@ class Schedule:
   @property
   def has_zero_terminal_snr(self) -> bool:
     """Whether the last step leaves nothing of the data: ᾱ_{T−1} = 0."""
-    return self.exact_alpha_bars[-1] == 0
+    return bool(self.exact_alpha_bars[-1] == 0)
 
   @functools.cached_property
   def betas(self) -> np.ndarray:

@@ -197,6 +197,16 @@ def lds(
   Raises:
     ValueError: ids or numbers of subsets differ, scores are not finite, or the weight is not in
       [0, 1].
+
+  Examples:
+    >>> from jaxinf.data.subsets import random_subsets
+    >>> effects = np.array([[3, -1, 2, 0.5]], np.float32)  # what leaving each out does, times N
+    >>> subsets = random_subsets(np.arange(4), 6, share=0.5, seed=0)
+    >>> measured = ~subsets.membership @ effects[0] / 4
+    >>> retrained = Retrained(measured[:, None, None], np.array(["sample"]), "loss")
+    >>> scores = Scores(effects[None], np.array(["sample"]), np.arange(4), {})
+    >>> round(lds(scores, subsets, retrained).mean, 6)
+    1.0
   """
   predicted = ordered_predictions(scores, subsets, retrained, negative_weight)
   settings = {**scores.settings, "negative_weight": negative_weight}

@@ -81,6 +81,16 @@ class Scores:
 
   Raises:
     ValueError: the shapes of the values and the numbers of ids or groups do not agree.
+
+  Examples:
+    >>> of_draws = np.array([[[3, -1, 0]], [[5, -1, 2]]], np.float32)  # two replicates
+    >>> scores = Scores(of_draws, np.array(["sample"]), np.array(["cat", "dog", "fox"]), {})
+    >>> scores.values.tolist()
+    [[4.0, -1.0, 1.0]]
+    >>> scores.std_errors.round(6).tolist()
+    [[1.0, 0.0, 1.0]]
+    >>> scores.top(2).ids.tolist()
+    [['cat', 'fox']]
   """
 
   replicate_values: np.ndarray

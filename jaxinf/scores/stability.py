@@ -94,6 +94,15 @@ def rank_stability(scores: Scores, *, seed: int = 0, num_splits: int = 20) -> Ra
 
   Raises:
     ValueError: there is one replicate of draws only, or one training example.
+
+  Examples:
+    >>> ids, order = np.arange(20), np.arange(20.0)
+    >>> agreeing = Scores(np.stack([order, order])[:, None], np.array(["sample"]), ids, {})
+    >>> rank_stability(agreeing).depth(0.8).tolist()  # the deepest it looks at is half of them
+    [10]
+    >>> opposite = Scores(np.stack([order, -order])[:, None], np.array(["sample"]), ids, {})
+    >>> rank_stability(opposite).depth(0.8).tolist()
+    [0]
   """
   weights = split_weights(*num_replicates(scores), seed=seed, num_splits=num_splits)
   _, num_queries, num_train = scores.replicate_values.shape

@@ -321,7 +321,7 @@ def versions() -> dict[str, str]:
 @functools.cache  # of the code that runs, which does not change any more
 def git_revision() -> str | None:
   """The revision of the jaxinf checkout that runs, or None outside one."""
-  checkout = Path(__file__).parents[1]
+  checkout = Path(__file__).parents[2]
   if not (checkout / ".git").exists():  # installed: a repository further up is another project's
     return None
   command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]

@@ -2,6 +2,8 @@
 
 import json
 import struct
+import subprocess
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -291,3 +293,16 @@ def test_a_text_file_is_replaced_whole(tmp_path, monkeypatch):
     patch.setattr(artifacts.os, "replace", interrupted)
     artifacts.write_text(path, "new")
   assert path.read_text(encoding="utf-8") == "old ε"
+
+
+def test_the_git_revision_is_that_of_the_checkout():
+  """With -dirty behind it while something is not committed; None where jaxinf is installed."""
+  root = Path(__file__).parents[2]
+  if not (root / ".git").exists():
+    pytest.skip("not a checkout")
+  said = artifacts.git_revision().removesuffix("-dirty")
+  hashes = [
+    subprocess.run(["git", "rev-parse", name], cwd=root, capture_output=True, text=True).stdout
+    for name in (f"{said}^{{commit}}", "HEAD^{commit}")
+  ]
+  assert hashes[0] == hashes[1] != ""

@@ -33,7 +33,8 @@ def get_config() -> ConfigDict:
   config.measure.replicates = 5
   config.measure.batch_size = 400
   config.score.methods = (
-    "influence", "influence-unweighted", "ekfac", "identity", "trak", "dtrak", "das", "pixel", "random",
+    "influence", "influence-unweighted", "ekfac", "identity", "trak", "dtrak", "das", "pixel",
+    "random",
   )  # fmt: skip
   config.score.draws = 24
   config.score.query_draws = 192

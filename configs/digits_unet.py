@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     "influence", "ekfac", "kfac-empirical", "kfac-reduce", "kfac-reduce-empirical", "identity",
     "trak", "dtrak", "pixel", "random",
   )  # fmt: skip
+  config.score.loss_power = 1.0  # as when the results that are kept were made
   config.score.compression = None
   config.score.passes = 1
   config.score.draws = 48

@@ -319,7 +319,7 @@ class _Question:
     rows = Rows.of(examples, draws.replicates if replicate is None else 1)
     values = map_batches(
       kernel,
-      row_operands(params, draws, stream_name),
+      row_operands((params, None), draws, stream_name),
       dataclasses.replace(rows, first_draw=replicate or 0),
       batch_size=compute.rows(draws),
       label="losses of drawn parameters" if stream_name == TRAIN else None,

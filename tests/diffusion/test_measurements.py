@@ -402,7 +402,7 @@ def test_cotangents_are_the_derivative_of_an_examples_mean_over_draws(kind, name
     return float(np.sum(np.float64(measurement.value(process, y, pairs)).reshape(3, 2).mean(1)))
 
   difference = (total(out + 0.1 * change) - total(out - 0.1 * change)) / 0.2
-  inner = np.sum(np.float64(measurement.cotangents(process, pairs, draws=2)(out)) * change)
+  inner = np.sum(np.float64(measurement.cotangents(process, pairs, size=2)(out)) * change)
   # Central differences are exact for a square, up to float32 rounding of values, 1e-7 of them, over
   # a step of 0.2.
   scale = abs(total(out)) + abs(difference)

@@ -49,6 +49,7 @@ def test_what_cannot_be_compared_is_refused(monkeypatch):
     check_metrics(["ssim"], (8, 8, 1), is_pixels=False)
   with refuse("got shapes (1, 2) and (2, 2)"):
     resemblance(np.zeros((1, 2)), np.zeros((2, 2)), "mse")
-  monkeypatch.setitem(sys.modules, "skimage", None)
+  for name in ("skimage", "skimage.metrics"):
+    monkeypatch.setitem(sys.modules, name, None)
   with refuse("pip install 'jaxinf[metrics]'"):
     check_metrics(["ssim"], (8, 8, 1))

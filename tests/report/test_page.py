@@ -10,9 +10,14 @@ from tests.report.parsed import Page
 
 PNG = png_bytes(np.zeros((2, 3, 1), np.uint8))
 CURVE = Curve("sorted", sorted_scores_paths(np.arange(3.0), width=9, height=3), (9, 3), "0", "2")
+TILE = Tile("train 7", "an image", PNG, True, "+1.0", "± 0.1", label="car")
 SAMPLE = Sample(
   Tile("sample <1>", "a sample", PNG),
-  [Group("supporting", "Best", [Tile("train 7", "an image", PNG, True, "+1.0", "± 0.1", "car")])],
+  [
+    Group(
+      "supporting", "Best", [Tile("train 7", "an image", PNG, True, "+1.0", "± 0.1", label="car")]
+    )
+  ],
   CURVE,
   note="z = 2",
 )

@@ -79,7 +79,8 @@ def test_eight_devices_give_the_same_scores_and_the_same_store(finished, tmp_pat
   answer = serving.load_store(run_of(tmp_path)).query(
     Examples(samples, theirs.query_ids), damping=1e-4, draws=Draws(4)
   )
-  atol = 2e-2 * np.abs(theirs.values).max()  # int8 rows there
+  # Rows are int8 there, and larger beside centred scores than beside others.
+  atol = 5e-2 * np.abs(theirs.values).max()
   np.testing.assert_allclose(answer.values, theirs.values, rtol=0, atol=atol)
 
 

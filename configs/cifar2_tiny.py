@@ -5,7 +5,7 @@ python -m jaxinf benchmark --config=configs/cifar2_tiny.py --workdir=runs/cifar2
 
 from ml_collections import ConfigDict
 
-from configs import base
+from jaxinf.configs import base
 
 
 def get_config() -> ConfigDict:

@@ -93,6 +93,7 @@ def _fish() -> str:
   lines = [
     "# jaxinf completion fish > ~/.config/fish/completions/jaxinf.fish",
     "complete -c jaxinf -f",
+    "complete -c jaxinf -l help",
   ]
   first = "-n 'test (count (commandline -opc)) -eq 1'"
   for stage in STAGES.values():

@@ -185,7 +185,7 @@ def _progress(folder: Path, started: Mapping[str, Any]) -> Iterator[str]:
   """How far training is, by its log."""
   log = folder / "metrics.jsonl"
   lines = log.read_text() if log.is_file() else ""
-  steps = re.findall(r'^{"step": (\d+)', lines, re.MULTILINE)
+  steps = re.findall(r'^{"step": (\d+),', lines, re.MULTILINE)
   total = started.get("key", {}).get(folder.name, {}).get("steps")
   if steps:
     yield f"step {int(steps[-1]):,}" + (f" of {total:,}" if total else "")
@@ -202,7 +202,7 @@ def _moved_inputs(
   workdir: Path, folder: Path, key: Mapping[str, Any], before: Mapping[Path, Found]
 ) -> list[str]:
   """Lines on the inputs that are others now, or stale themselves."""
-  own = folder.parents[len(folder.relative_to(workdir).parts) - 2]
+  own = workdir / Path(_place(workdir, folder)).parent  # that of a further model, or the workdir
   lines = []
   for part, name in _INPUTS.items():
     places = [place for place in (own / name, workdir / name) if place in before]

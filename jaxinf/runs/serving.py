@@ -176,7 +176,11 @@ def _question(run: Run, store: Store, images: Dataset) -> dict[str, Any]:
     queries=_as_queries(run, images),
     damping=damping_named(config.damping_kind, config.damping),
     draws=dataclasses.replace(
-      store.draws, num=config.draws, replicates=config.query_replicates, seed=run.seed
+      store.draws,
+      num=config.draws,
+      replicates=config.query_replicates,
+      seed=run.seed,
+      loss_power=None,  # which weights draws of training examples alone
     ),
     measurement=config.measurement,
     layers=config.layers,

@@ -1,14 +1,17 @@
 """The wheel holds all that jaxinf needs, and works in a bare folder as a checkout does."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import jaxinf
+
 ROOT = Path(__file__).parents[1]
-SOURCES = ("jaxinf", "configs", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+FOLDERS, FILES = ("jaxinf", "configs"), ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 # As the console script does, but that it tells first where jaxinf is from.
 STATUS = """
 import sys, jaxinf
@@ -19,6 +22,11 @@ run()
 """
 
 
+def test_the_citation_is_of_this_version():
+  text = (ROOT / "CITATION.cff").read_text()
+  assert re.findall(r"^version: (.*)$", text, re.MULTILINE) == [jaxinf.__version__]
+
+
 def test_the_wheel_carries_configs_and_runs_in_a_bare_folder(tmp_path):
   """Built offline, unpacked before all else on the path, and started far from the checkout.
 
@@ -27,9 +35,10 @@ def test_the_wheel_carries_configs_and_runs_in_a_bare_folder(tmp_path):
   """
   source, site, bare = (tmp_path / name for name in ("source", "site", "bare"))
   source.mkdir()
-  for name in SOURCES:
-    copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-    copy(ROOT / name, source / name, **({"symlinks": True} if (ROOT / name).is_dir() else {}))
+  for name in FOLDERS:
+    shutil.copytree(ROOT / name, source / name, symlinks=True)
+  for name in FILES:
+    shutil.copy(ROOT / name, source)
   build = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
   options = ["--wheel-dir", str(tmp_path), str(source)]
   subprocess.run([sys.executable, *build, *options], check=True, capture_output=True, text=True)

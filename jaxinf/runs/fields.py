@@ -6,7 +6,6 @@ field's words under `Attributes` in the docstring. They are read from the source
 
 import ast
 import dataclasses
-import functools
 import inspect
 import io
 import re
@@ -76,7 +75,6 @@ def _fields(path: str) -> Iterator[Field]:
     yield Field(path, section, meaning)
 
 
-@functools.cache
 def meanings(cls: type) -> dict[str, str]:
   """Field → its meaning, of a class whose fields are annotated in its body."""
   source = textwrap.dedent(inspect.getsource(cls))

@@ -6,6 +6,7 @@ given and asks for another.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -69,11 +70,11 @@ def status(*, workdir: Path, config: Config | None, json: bool = False) -> str:
     stages.setdefault(_place(workdir, result.folder), []).append(result)
   sizes = {place: bytes_of(workdir / place) for place in stages}
   if json:
-    rows = [
+    listed = [
       {"folder": place, "bytes": sizes[place], "results": results}
       for place, results in stages.items()
     ]
-    return as_json({"workdir": workdir, "bytes": bytes_of(workdir), "stages": rows})
+    return as_json({"workdir": workdir, "bytes": bytes_of(workdir), "stages": listed})
   rows = [_row(place, results, sizes[place]) for place, results in stages.items()]
   return "\n".join(
     [f"{workdir}: {size(bytes_of(workdir))}", *_aligned(rows), *_reasons(found, workdir)]
@@ -141,11 +142,11 @@ def _order(workdir: Path, folder: Path) -> tuple[int, str]:
 
 def _keys(run: Run, folders: list[Path]) -> Keys:
   """What the results of a run depend on, of those that are there."""
-  kept = [stage for stage in STAGES.values() if stage.kept]
   keys: dict[Path, Callable[[], Mapping[str, Any]]] = {}
-  for stage in kept:
+  for stage in STAGES.values():
     for model in run.each_model() if stage.models == "each" else [run]:
-      keys[model.folder(stage.name)] = lambda model=model, name=stage.name: key_of(model, name)
+      if stage.kept:
+        keys[model.folder(stage.name)] = functools.partial(key_of, model, stage.name)
   if not set(folders) <= set(keys):
     from jaxinf.benchmark.results import proof_results  # which imports what runs are made of
 

@@ -17,6 +17,7 @@ import os
 import pkgutil
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -192,6 +193,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
     sys.exit(f"jaxinf: --config cannot be read: {error}.")
   except OSError as error:
     sys.exit(f"jaxinf: --config cannot be read: {str(error).splitlines()[-1].strip()}")
+  except Exception as error:  # whatever a config, which is a program, may raise
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{where.filename}, line {where.lineno}"
+    sys.exit(f"jaxinf: --config raises {type(error).__name__}: {error} ({place})")
   return rest
 
 
@@ -250,10 +255,13 @@ def run() -> None:
     shown = _asked_for_help(sys.argv[1:])
   except ValueError as error:
     sys.exit(f"jaxinf: {error}")
-  if shown is None:
-    app.run(main, flags_parser=_parse_flags)
-  else:
-    print(shown)
+  try:
+    if shown is None:
+      app.run(main, flags_parser=_parse_flags)
+    else:
+      print(shown, flush=True)
+  except BrokenPipeError:  # who read it has enough, as in `jaxinf --help | head`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

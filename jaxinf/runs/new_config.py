@@ -98,7 +98,7 @@ def _text(file: str, section: DataConfig, dataset: Dataset | None) -> str:
     title=f"A diffusion model of {section.path or section.name}{size}.",
     file=file,
     workdir=f"runs/{Path(file).stem}",
-    lines="\n\n".join("\n".join(f"  {line}" for line in group) for group in groups),
+    lines="\n\n".join("\n".join(f"  {line}".rstrip() for line in group) for group in groups),
   )
 
 

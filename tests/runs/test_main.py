@@ -27,6 +27,7 @@ def get_config():
 FILES = {
   "UNKNOWN_FIELD": UNKNOWN_FIELD,
   "RAISING": "def get_config():\n  raise ValueError('no such thing')\n",
+  "MISNAMED": "def get_config():\n  return confg\n",
   "BROKEN": "def get_config(:\n",
   "OUTSIDE": "from confgs import digits\n",
 }
@@ -54,6 +55,10 @@ CASES = {
   "a config that raises": (
     ("train", "--config=RAISING"),
     "--config raises ValueError: no such thing",
+  ),
+  "a config that names what there is not": (
+    ("train", "--config=MISNAMED"),
+    "MISNAMED, line 2)",
   ),
   "a config that is no Python": (("train", "--config=BROKEN"), "--config cannot be read: "),
   "a config that imports as from a checkout": (

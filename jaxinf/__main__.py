@@ -80,7 +80,9 @@ _DATA = flags.DEFINE_string(
   "data", "folder", "The data set of a new config, one of jaxinf.data.DATASETS."
 )
 _PATH = flags.DEFINE_string("path", None, "Where the data of a new config lie.")
-_STALE = flags.DEFINE_bool("stale", False, "Clean stale results too, finished as they are.")
+_STALE = flags.DEFINE_bool(
+  "stale", False, f"For {_reading('stale')}: stale results go too, finished as they are."
+)
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, free there.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this process, from 0.")

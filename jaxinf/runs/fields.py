@@ -6,6 +6,7 @@ field's words under `Attributes` in the docstring. They are read from the source
 
 import ast
 import dataclasses
+import functools
 import inspect
 import io
 import re
@@ -62,10 +63,12 @@ def _fields(path: str) -> Iterator[Field]:
   section: Any = Config()
   meaning = ""
   for name in path.split("."):
-    meaning, section = meanings(type(section)).get(name, ""), getattr(section, name)
+    owner: Any = type(section)
+    meaning, section = meanings(owner).get(name, ""), getattr(section, name)
   if isinstance(section, ModelConfig):
     yield Field(f"{path}.name", section.name, meanings(ModelConfig)["name"])
-    said = meanings(MODELS[section.name])
+    network: Any = MODELS[section.name]
+    said = meanings(network)
     for name, value in section.fields.items():
       yield Field(f"{path}.{name}", value, said[name])
   elif dataclasses.is_dataclass(section):
@@ -75,7 +78,8 @@ def _fields(path: str) -> Iterator[Field]:
     yield Field(path, section, meaning)
 
 
-def meanings(cls: type) -> dict[str, str]:
+@functools.cache  # reading the source of a class parses the whole file
+def meanings(cls: Any) -> dict[str, str]:
   """Field → its meaning, of a class whose fields are annotated in its body."""
   source = textwrap.dedent(inspect.getsource(cls))
   (node,) = ast.parse(source).body

@@ -11,7 +11,7 @@ Not yet measured: neither cost nor result.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from jaxinf.configs import base
 
 
 def get_config() -> ConfigDict:

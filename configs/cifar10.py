@@ -8,7 +8,7 @@ models over machines. More --config.score.passes hold less at once.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from jaxinf.configs import base
 
 
 def get_config() -> ConfigDict:

@@ -7,7 +7,7 @@ Not yet measured: neither cost nor result. Shards and memory are as cifar10.py s
 
 from ml_collections import ConfigDict
 
-from configs import base
+from jaxinf.configs import base
 
 
 def get_config() -> ConfigDict:

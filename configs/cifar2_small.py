@@ -8,7 +8,7 @@ cost nor result.
 
 from ml_collections import ConfigDict
 
-from configs import cifar2
+from jaxinf.configs import cifar2
 
 
 def get_config() -> ConfigDict:

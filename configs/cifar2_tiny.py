@@ -8,7 +8,7 @@ one of all images 6 min 43 s.
 
 from ml_collections import ConfigDict
 
-from configs import cifar2_small
+from jaxinf.configs import cifar2_small
 
 
 def get_config() -> ConfigDict:

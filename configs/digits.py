@@ -8,7 +8,7 @@ scores predict retraining: digits_unet.py.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from jaxinf.configs import base
 
 
 def get_config() -> ConfigDict:

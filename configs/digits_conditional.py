@@ -12,7 +12,7 @@ Measured on 2 CPU cores with other work beside it: 13 min in all. LDS for the lo
 
 from ml_collections import ConfigDict
 
-from configs import digits_mlp
+from jaxinf.configs import digits_mlp
 
 
 def get_config() -> ConfigDict:

@@ -8,7 +8,7 @@ K-FAC influence 87.0 ± 0.4 %, TRAK 3.2 ± 1.0 % (64.5 tuned), retraining 76.6 �
 
 from ml_collections import ConfigDict
 
-from configs import digits_unet
+from jaxinf.configs import digits_unet
 
 
 def get_config() -> ConfigDict:

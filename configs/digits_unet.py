@@ -8,7 +8,7 @@ K-FAC influence 48.7 ± 2.5 %, TRAK 11.4 ± 2.3 % (31.4 tuned), retraining 39.3 
 
 from ml_collections import ConfigDict
 
-from configs import digits
+from jaxinf.configs import digits
 
 
 def get_config() -> ConfigDict:

@@ -8,7 +8,7 @@ all else as of pixels. The report shows decoded samples. Measured on 2 CPU cores
 
 from ml_collections import ConfigDict
 
-from configs import digits
+from jaxinf.configs import digits
 
 
 def get_config() -> ConfigDict:

@@ -1,5 +1,6 @@
 """jaxinf: training-data attribution for diffusion models in JAX."""
 
+import importlib
 import logging
 
 from jaxinf.core.versions import check_versions
@@ -183,6 +184,8 @@ _MOVED = {
 
 
 def __getattr__(name: str):
+  if name == "plot":  # which loads matplotlib
+    return importlib.import_module("jaxinf.plot")
   if name in _MOVED:
     raise AttributeError(f"jaxinf.{name} is now {_MOVED[name]}.")
   raise AttributeError(f"module 'jaxinf' has no attribute {name!r}")

@@ -1,8 +1,8 @@
-"""Attributes samples of a diffusion model to its training images.
+"""jaxinf STAGE --config=digits --workdir=DIR [--config.train.steps=…]
 
-  python -m jaxinf STAGE --config=configs/digits.py --workdir=DIR [--config.train.steps=…]
-
-Any field of the config can be set on the command line, as --config.attribute.damping=1e-6.
+Attributes samples of a diffusion model to its training images. --config is the name of a config
+that comes with jaxinf, or the path of one. Any of its fields can be set on the command line, as
+--config.attribute.damping=1e-6.
 
 Over several processes, say one a host, start this in each with the same arguments and a shared
 workdir, and with --coordinator=HOST:PORT --num_processes=N --process_id=I (I = 0, on HOST, to
@@ -10,12 +10,16 @@ N − 1); or with --distributed alone, where SLURM, Open MPI or a TPU pod tells 
 process writes the files and speaks.
 """
 
+import contextlib
+import io
 import logging
 import os
 import pkgutil
 import re
 import sys
-from collections.abc import Callable
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +29,12 @@ from ml_collections import config_flags
 
 from jaxinf.core.registry import named
 from jaxinf.engine import processes
+from jaxinf.runs import help as helps
 from jaxinf.runs.config import refusal, typed
+from jaxinf.runs.config_files import arranged
 from jaxinf.runs.perform import perform
 from jaxinf.runs.run import Run
-from jaxinf.runs.stage import STAGES, Stage, listing
+from jaxinf.runs.stage import STAGES, Stage
 
 
 def _stages(chosen: Callable[[Stage], bool]) -> str:
@@ -41,18 +47,18 @@ def _reading(flag: str) -> str:
   return _stages(lambda stage: flag in stage.flags)
 
 
-_DRY_RUNS = _stages(lambda stage: bool(stage.dry_run))
+_DRY_RUNS = _stages(lambda stage: bool(stage.dry_run) or "dry-run" in stage.flags)
 
 # The file locks its config, but for `model`, which takes the fields of any model's class.
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
-  "The experiment, such as configs/digits.py.",
+  "The experiment: the name of a config, such as digits, or a file, such as my_config.py.",
   lock_config=False,
   accept_new_attributes=True,
 )
 _DRY_RUN = flags.DEFINE_bool(
-  "dry-run", False, f"With {_DRY_RUNS}: print what it would take in memory, and stop."
+  "dry-run", False, f"With {_DRY_RUNS}: print what it would take in memory, or remove, and stop."
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run's artefacts; not needed to plan."
@@ -79,6 +85,16 @@ _SHARD = flags.DEFINE_string(
   "i/n: of the models to retrain, this process trains the i-th (from 0) of n parts; for "
   f"{_reading('shard')}.",
 )
+_JSON = flags.DEFINE_bool(
+  "json", False, f"What is found as JSON on standard output, of {_reading('json')}."
+)
+_DATA = flags.DEFINE_string(
+  "data", "folder", "The data set of a new config, one of jaxinf.data.DATASETS."
+)
+_PATH = flags.DEFINE_string("path", None, "Where the data of a new config lie.")
+_STALE = flags.DEFINE_bool(
+  "stale", False, f"For {_reading('stale')}: stale results go too, finished as they are."
+)
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, free there.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this process, from 0.")
@@ -87,14 +103,37 @@ _DISTRIBUTED = flags.DEFINE_bool(
 )
 
 
+_FLAGS = (
+  _CONFIG, _WORKDIR, _IMAGES, _IDS, _TRUTH, _SCORES, _SHARD, _DRY_RUN, _JSON, _DATA, _PATH, _STALE,
+  _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID, _DISTRIBUTED,
+)  # fmt: skip
+
+# What stages that are of no run are given of their flags.
+_GIVEN: dict[str, Callable[[], Any]] = {
+  "workdir": lambda: Path(_required(_WORKDIR)),
+  "config": lambda: None if _CONFIG.value is None else typed(_CONFIG.value),
+  "json": lambda: _JSON.value,
+  "data": lambda: _DATA.value,
+  "path": lambda: _PATH.value,
+  "stale": lambda: _STALE.value,
+  "dry-run": lambda: _DRY_RUN.value,
+}
+
+
 def main(argv: list[str]) -> None:
-  absl.logging.set_verbosity(absl.logging.WARNING)  # the libraries'; ours follow
+  # Of other libraries only errors: TFDS, Orbax and others tell of buckets, caches and shards that
+  # nobody asked for. What JAX says of the devices that it finds stays.
+  absl.logging.set_verbosity(absl.logging.ERROR)
   with processes.ending_together():
     try:
       stage, *words = _stage(argv)
       if _TRUTH.value is not None:
         scores = None if _SCORES.value is None else Path(_SCORES.value)
         print(pkgutil.resolve_name(stage.of_truth)(_TRUTH.value, scores))
+        return
+      if not stage.of_run:
+        given = {flag.replace("-", "_"): _GIVEN[flag]() for flag in stage.flags}
+        print(stage.function(*words, **given))
         return
       run = _run(stage)
       _connect()
@@ -114,10 +153,13 @@ def _stage(argv: list[str]) -> tuple[Stage, *tuple[str, ...]]:
   stage, words = named(STAGES, argv[1], "stage"), argv[2:]
   if words and (not stage.takes or len(words) > 1):
     raise ValueError(f"Too many words: {' '.join(argv[1:])}. See --help.")
-  if _DRY_RUN.value and not stage.dry_run:
+  if stage.takes and not words and not stage.of_run:
+    raise ValueError(f"A word is missing: jaxinf {stage.name} {stage.takes}. See --help.")
+  read = helps.flags_of(stage)
+  if _DRY_RUN.value and "dry-run" not in read:
     raise ValueError(f"--dry-run goes with {_DRY_RUNS}.")
-  for flag in (_IMAGES, _IDS, _SHARD, _TRUTH, _SCORES):
-    if flag.value != flag.default and flag.name not in stage.flags:
+  for flag in (_IMAGES, _IDS, _SHARD, _TRUTH, _SCORES, _JSON, _DATA, _PATH, _STALE):
+    if flag.value != flag.default and flag.name not in read:
       raise ValueError(f"--{flag.name} goes with {_reading(flag.name)}.")
   if _SCORES.value is not None and _TRUTH.value is None:
     raise ValueError("--scores goes with --truth, which they are judged by. See --help.")
@@ -134,6 +176,7 @@ def _run(stage: Stage) -> Run:
     images=Path(_IMAGES.value) if _IMAGES.value else None,
     ids=tuple(_IDS.value),
     shard=_shard(),
+    as_json=_JSON.value,
   )
 
 
@@ -152,16 +195,30 @@ def _connect() -> None:
 def _parse_flags(argv: list[str]) -> list[str]:
   """The arguments that are no flags; unknown fields and files end in one line, not a traceback."""
   try:
-    rest = app.parse_flags_with_usage(argv)
+    sys.argv = [argv[0], *arranged(argv[1:])]  # where ml_collections looks for changed fields
+    rest = flags.FLAGS(sys.argv)
     _ = _CONFIG.value and _CONFIG.value.keys()  # a file that was not found is an error from here on
   except (AttributeError, KeyError) as error:
     sys.exit(f"jaxinf: {refusal(error)}")
+  except flags.Error as error:
+    *before, line = str(error).strip().splitlines()
+    # A traceback comes before the line where a config itself raises.
+    sys.exit(f"jaxinf: --config raises {line}" if before else f"jaxinf: {line} See --help.")
   except ValueError as error:
     sys.exit(f"jaxinf: {error}")
   except ImportError as error:
-    sys.exit(f"jaxinf: --config cannot be read: {error}. Run from the folder that holds configs/.")
+    sys.exit(
+      f"jaxinf: --config cannot be read: {error}. Configs that come with jaxinf are imported as in "
+      "`from jaxinf.configs import digits`."
+    )
+  except SyntaxError as error:
+    sys.exit(f"jaxinf: --config cannot be read: {error}.")
   except OSError as error:
     sys.exit(f"jaxinf: --config cannot be read: {str(error).splitlines()[-1].strip()}")
+  except Exception as error:  # whatever a config, which is a program, may raise
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{where.filename}, line {where.lineno}"
+    sys.exit(f"jaxinf: --config raises {type(error).__name__}: {error} ({place})")
   return rest
 
 
@@ -188,11 +245,45 @@ def _required(flag: flags.FlagHolder) -> Any:
   return flag.value
 
 
+def _asked_for_help(words: Sequence[str]) -> str | None:
+  """What --help shows, of the stage where one is named; None where help is not asked for."""
+  if not {"--help", "-h", "-help", "--helpshort"} & set(words):
+    return None
+  meanings = {flag.name: str(flags.FLAGS[flag.name].help) for flag in _FLAGS}
+  names = [word for word in words if not word.startswith("-")]
+  if not names:
+    return helps.overview(__doc__, meanings)
+  return helps.of_stage(named(STAGES, names[0], "stage"), meanings)
+
+
+def _settle() -> None:
+  """Streams that replace what their encoding lacks, and warnings of jaxinf alone.
+
+  What Python is told of warnings, by -W or PYTHONWARNINGS, holds.
+  """
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+      with contextlib.suppress(io.UnsupportedOperation):
+        stream.reconfigure(errors="replace")
+  if not sys.warnoptions:
+    warnings.filterwarnings("ignore", module=r"(?!jaxinf\b)")
+
+
 def run() -> None:
   """The console script `jaxinf`."""
+  _settle()
   sys.path.insert(0, os.getcwd())  # as `python -m` does: configs import one another
-  sys.modules["__main__"].__doc__ = f"{__doc__}\n{listing()}\n"  # what --help shows
-  app.run(main, flags_parser=_parse_flags)
+  try:
+    shown = _asked_for_help(sys.argv[1:])
+  except ValueError as error:
+    sys.exit(f"jaxinf: {error}")
+  try:
+    if shown is None:
+      app.run(main, flags_parser=_parse_flags)
+    else:
+      print(shown, flush=True)
+  except BrokenPipeError:  # who read it has enough, as in `jaxinf --help | head`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from jaxinf.engine import artifacts
 from jaxinf.engine.artifacts import Outcome
 from jaxinf.evaluation.resemblance import check_metrics, resemblance
 from jaxinf.networks.retraining import Member
+from jaxinf.runs.output import show
 from jaxinf.runs.run import Run, own_settings
 from jaxinf.scores.models import mean_scores
 from jaxinf.scores.scores import Scores
@@ -62,9 +63,9 @@ def counterfactual(run: Run) -> None:
   arrays, notes = artifact.arrays, artifact.notes
   labels = notes["methods"], notes["shares"]
   predicted = arrays.get("predicted")
-  print(table_text(arrays["change"], *labels, notes["measurement"], predicted=predicted))
-  for metric in config.metrics:
-    print(resemblance_text(arrays[metric], *labels, metric))
+  texts = [table_text(arrays["change"], *labels, notes["measurement"], predicted=predicted)]
+  texts += [resemblance_text(arrays[metric], *labels, metric) for metric in config.metrics]
+  show(run, "\n".join(texts), {**notes, **arrays})  # arrays [methods, shares, samples(, seeds)]
 
 
 def counterfactual_key(run: Run) -> dict:

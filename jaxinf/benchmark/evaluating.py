@@ -27,6 +27,7 @@ from jaxinf.engine.artifacts import Outcome
 from jaxinf.evaluation.comparison import DampingLDS, damping_lds
 from jaxinf.evaluation.lds import LDS, Retrained, lds, p_text, percent_range
 from jaxinf.evaluation.oracle import noise_ceiling, retraining_lds
+from jaxinf.runs.output import show
 from jaxinf.runs.run import Run
 from jaxinf.scores.models import mean_scores
 from jaxinf.scores.scores import NEGATIVE_WEIGHT
@@ -89,8 +90,9 @@ def evaluate(run: Run) -> None:
     label="evaluate",
     anew=True,
   )
-  for target, table in artifact.notes["tables"].items():
-    print(table_text(target, table))
+  tables = artifact.notes["tables"]
+  texts = (table_text(target, table) for target, table in tables.items())
+  show(run, "\n".join(texts), {"tables": tables})
 
 
 def evaluate_key(run: Run) -> dict:

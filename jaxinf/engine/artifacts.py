@@ -32,6 +32,7 @@ from jaxinf.core.types import PyTree
 from jaxinf.engine import processes
 from jaxinf.engine.progress import clock
 from jaxinf.engine.resources import measured
+from jaxinf.engine.working import this_process
 
 # What a stage computes: the arrays and notes of its artefact, and what they are in a few words.
 Outcome = tuple[Mapping[str, np.ndarray], Mapping[str, Any], str]
@@ -126,9 +127,13 @@ def finished(folder: Path, key: Mapping[str, Any]) -> bool:
 
 
 def begin(folder: Path, key: Mapping[str, Any]) -> None:
-  """Marks `folder` as belonging to `key`, so that unfinished work resumes only under it."""
+  """Marks `folder` as belonging to `key`, so that unfinished work resumes only under it.
+
+  It also tells which process is at work on it.
+  """
   folder.mkdir(parents=True, exist_ok=True)
-  write_text(folder / "started.json", json.dumps({"key": plain(key)}, indent=2))
+  started = {"key": plain(key), "process": this_process()}
+  write_text(folder / "started.json", json.dumps(started, indent=2))
 
 
 def write(

@@ -29,14 +29,14 @@ class UNet(nn.Module):
   blocks_per_level: int = 2  # residual blocks of a level going down; one more going up
   # By level: attention after each residual block, down and up.
   attention_levels: tuple[bool, ...] = (False, True, False, False)
-  norm_groups: int = 32
-  norm_eps: float = 1e-6
+  norm_groups: int = 32  # of GroupNorm; every number of channels is a multiple of it
+  norm_eps: float = 1e-6  # that GroupNorm adds to variances
   scale_shift: bool = True  # time scales and shifts a norm's output; False: added before the norm
   sin_first: bool = True  # order of the sinusoidal time features
   freq_shift: float = 1.0  # see modules.timestep_embedding
-  dropout: float = 0.1
+  dropout: float = 0.1  # share of activations dropped in training
   downsample_padding: int = 0  # 1: on every side; 0: bottom and right only
-  mid_attention: bool = True
+  mid_attention: bool = True  # whether the middle block has attention
   head_dim: int | None = None  # channels of an attention head; None: a single head
   num_classes: int | None = None  # of labels; None: there are none
 

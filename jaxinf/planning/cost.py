@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from jaxinf.engine.progress import clock
 from jaxinf.planning.limits import Limits, size, warnings_of
@@ -104,6 +105,14 @@ class Plan:
       for pairs in (list(zip(row, widths, strict=True)) for row in rows)
     ]
     return "\n".join([*lines, "", *self._remarks(), *self.notes, *self._warned()])
+
+  def as_dict(self) -> dict[str, Any]:
+    """The same as plain numbers: seconds and bytes."""
+    fields = dataclasses.asdict(self)
+    stages = {cost.stage: dataclasses.asdict(cost) for cost in self.stages}
+    for cost in self.stages:
+      stages[cost.stage] |= {"total_seconds": cost.total_seconds, "operations_a_second": cost.rate}
+    return fields | {"stages": list(stages.values()), "warnings": self.warnings}
 
   def _row(self, cost: StageCost) -> tuple[str, ...]:
     number = lambda x: "–" if x is None else f"{x:.1e}"

@@ -22,6 +22,7 @@ from jaxinf.planning.limits import Limits, limits_here
 from jaxinf.planning.line import attribute_cost, curvature_cost, index_cost, sample_cost, train_cost
 from jaxinf.planning.proof import proof_costs
 from jaxinf.planning.reduced import Subject
+from jaxinf.runs import output
 from jaxinf.runs.run import Run, key_of, kind_of_config
 from jaxinf.runs.stage import STAGES
 
@@ -107,8 +108,7 @@ def _benchmark(subject: Subject) -> Iterator[StageCost]:
 def show(run: Run, line: str = "all") -> Plan:
   """Prints the plan."""
   found = plan(run, line)
-  if processes.is_primary():
-    print(found.table())
+  output.show(run, found.table(), found.as_dict())
   return found
 
 

@@ -18,8 +18,15 @@ _NO_PICTURE = 0.3  # the height of a name in place of a picture
 _LONGEST_NAME = 14  # letters of it
 
 
-def attribution_figure(rows: list[Row], unit: Unit, noun: str = "image") -> bytes:
-  """PNG of one line a sample: the sample, then its training examples by group, scores below.
+class Drawing(Figure):
+  """A figure that notebooks show as it is, without pyplot."""
+
+  def _repr_png_(self) -> bytes:
+    return png(self)
+
+
+def attribution_figure(rows: list[Row], unit: Unit, noun: str = "image") -> Drawing:
+  """One line a sample: the sample, then its training examples by group, scores below.
 
   Args:
     rows: samples with their training examples.
@@ -34,7 +41,8 @@ def attribution_figure(rows: list[Row], unit: Unit, noun: str = "image") -> byte
   step = tall + _CAPTION
   height = len(rows) * step + _TITLE + _NOTE + 2 * _MARGIN
 
-  figure = new_canvas(Figure(figsize=(width, height), dpi=DPI, facecolor="white"))
+  figure = Drawing(figsize=(width, height), dpi=DPI, facecolor="white")
+  new_canvas(figure)
   # One axes, in inches from the top left, y downwards.
   axes = figure.add_axes((0, 0, 1, 1))
   axes.set_axis_off()
@@ -54,7 +62,7 @@ def attribution_figure(rows: list[Row], unit: Unit, noun: str = "image") -> byte
   axes.text(0, len(rows) * step + _NOTE, note, color=GREY, fontsize=8, va="center")
   axes.set_xlim(-_MARGIN, width - _MARGIN)
   axes.set_ylim(height - _MARGIN - _TITLE, -_MARGIN - _TITLE)
-  return png(figure)
+  return figure
 
 
 def _height(picture: np.ndarray | None) -> float:

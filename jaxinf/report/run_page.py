@@ -14,6 +14,7 @@ from jaxinf.data.dataset import Dataset
 from jaxinf.engine.progress import clock
 from jaxinf.layers.coverage import Coverage
 from jaxinf.report.attribution_figure import attribution_figure
+from jaxinf.report.canvas import png
 from jaxinf.report.page import Curve, Group, Sample, Section, Table, Tile, write_page
 from jaxinf.report.pictures import how_shown, is_image, png_bytes, sorted_scores_paths
 from jaxinf.report.rows import TITLES, Neighbour, Row, common_unit, explained_rows
@@ -111,7 +112,7 @@ def write_report(
     Section("How it was computed", tables=tables),
   ]
   title = f"Which training {answer.noun}s made these {dataset.name} samples?"
-  figure = attribution_figure(rows, answer.unit, answer.noun)
+  figure = png(attribution_figure(rows, answer.unit, answer.noun))
   return write_page(folder, title, sections, {"attributions.png": figure})
 
 

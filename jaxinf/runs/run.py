@@ -62,6 +62,7 @@ class Run:
     images: a file or folder of images that a stage on the store acts on, beside the config's.
     ids: of training images, likewise.
     shard: (i, n), the part of the models to retrain that this process trains: the i-th of n.
+    as_json: what stages print is JSON, for programs, and not text.
     folders: stage → folder, for those that lie elsewhere than in workdir/<stage>.
     model_number: of the model that the run is of, from 0. The others have seeds of their own, lie
       in workdir/models/<number>, and share data, autoencoder and samples with the first.
@@ -73,6 +74,7 @@ class Run:
   images: Path | None = None
   ids: tuple[str, ...] = ()
   shard: tuple[int, int] = (0, 1)
+  as_json: bool = False
   folders: Mapping[str, Path] = dataclasses.field(default_factory=dict)
   model_number: int = 0
 

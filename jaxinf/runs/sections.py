@@ -56,9 +56,9 @@ class ModelConfig:
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
   schedule: str = "linear"  # one of jaxinf.diffusion.schedule.SCHEDULES, or betas or alpha_bars
-  num_steps: int = 1000
-  beta_start: float = 1e-4
-  beta_end: float = 0.02
+  num_steps: int = 1000  # of the schedule: t = 0 … num_steps − 1
+  beta_start: float = 1e-4  # β of the first step
+  beta_end: float = 0.02  # of the last
   table: tuple[float, ...] = added(())  # β or ᾱ at all num_steps, of schedules betas and alpha_bars
   prediction: str = added("epsilon")  # of the network: epsilon, sample, v, flow or edm
   zero_terminal_snr: bool = added(False)  # the schedule is rescaled to end in noise alone
@@ -85,11 +85,11 @@ class LatentConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-  num_samples: int = 200
+  num_samples: int = 200  # to be explained
   sampler: str = "ddpm"  # ddpm, ddim or euler
   num_steps: int | None = None  # None: all of the schedule
-  batch_size: int = 25
-  keep_trajectory: bool = False
+  batch_size: int = 25  # samples at a time
+  keep_trajectory: bool = False  # all states of each sample, for measurements of trajectories
   clip: bool | None = added(None)  # predicted data to [-1, 1]; None: where the data are pixels
   # Of classifier-free guidance: 1 is the model's own prediction, more moves away from the one
   # without conditioning.
@@ -131,7 +131,7 @@ class CurvatureStudyConfig:
   num_queries: int = 8  # samples
   draws: int = 1  # of (t, ε) for each image, in the curvatures
   gradient_draws: int = 16  # for each gradient
-  dampings: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+  dampings: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # λ that are compared
   batch_size: int = 128  # (example, draw) pairs at a time
   # Of the exact reference.
   solver: Solver = Solver(tolerance=1e-2, max_iterations=200, sketch_rank=1_000)
@@ -143,7 +143,7 @@ class CompressStudyConfig:
   num_queries: int = 8  # samples
   draws: int = 16  # of (t, ε) for each gradient
   damping: float = 1e-8  # λ
-  svd_ranks: tuple[int, ...] = (1, 5, 10, 20, 50, 100)
+  svd_ranks: tuple[int, ...] = (1, 5, 10, 20, 50, 100)  # of each layer's matrix
   truncation_shares: tuple[float, ...] = (0.5, 0.25, 0.1, 0.05)  # of a layer's numbers kept
   projection_shares: tuple[float, ...] = (0.5, 0.1, 0.02)  # likewise
   batch_size: int = 128  # (image, draw) pairs at a time
@@ -260,8 +260,8 @@ class ScoreConfig:
   draws: int = 250  # of (t, ε) for each image
   # No standard errors, which the LDS does not need: half the work.
   replicates: int = renamed("draw_groups", 1)
-  query_draws: int = 250
-  query_replicates: int = renamed("query_groups", 1)
+  query_draws: int = 250  # for each sample
+  query_replicates: int = renamed("query_groups", 1)  # of these
   design: DrawConfig = DrawConfig()
   loss_power: float = added(LOSS_POWER, before=1.0)  # as attribute.loss_power, of influence alone
   compression: str | None = AUTO  # of preconditioned query gradients
@@ -323,7 +323,7 @@ class ReportConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  seed: int = 0
+  seed: int = 0  # of everything that is random, but for subsets of the data
   data: DataConfig = DataConfig()
   model: ModelConfig = ModelConfig()
   diffusion: DiffusionConfig = DiffusionConfig()

@@ -23,6 +23,7 @@ from jaxinf.engine import artifacts, processes
 from jaxinf.engine.artifacts import Artifact, Outcome
 from jaxinf.networks.latent_cache import moments_of
 from jaxinf.networks.latents import Autoencoder
+from jaxinf.runs.output import show
 from jaxinf.runs.run import (
   Run,
   check_classes,
@@ -98,8 +99,7 @@ def query(run: Run) -> Artifact:
     return {"query_ids": images.ids, **found}, notes, f"the best training images of {len(images)}"
 
   artifact = artifacts.cached(folder, key, compute, label="query")
-  if processes.is_primary():
-    print(_table(artifact.arrays))
+  show(run, _table(artifact.arrays), {"folder": folder, "queries": _listed(artifact.arrays)})
   return artifact
 
 
@@ -180,7 +180,7 @@ def _question(run: Run, store: Store, images: Dataset) -> dict[str, Any]:
       num=config.draws,
       replicates=config.query_replicates,
       seed=run.seed,
-      loss_power=None,
+      loss_power=None,  # which weights draws of training examples alone
     ),
     measurement=config.measurement,
     layers=config.layers,
@@ -266,6 +266,22 @@ def _given_images(run: Run) -> Dataset:
     captions=captions if name == "folder" and "text" in given else None,
   )
   return _with_classes_of(run.dataset, data.load(config))
+
+
+def _listed(arrays: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+  """The best training images of each query, for programs."""
+  shown = {"ids": "id", "values": "score", "std_errors": "std_error"}
+  shown |= {"model_std_errors": "model_std_error"} if "model_std_errors" in arrays else {}
+  return [
+    {
+      "query": str(query),
+      "best": [
+        dict(zip(shown.values(), row, strict=True))
+        for row in zip(*(arrays[name][q].tolist() for name in shown), strict=True)
+      ],
+    }
+    for q, query in enumerate(arrays["query_ids"])
+  ]
 
 
 def _table(arrays: Mapping[str, np.ndarray]) -> str:

@@ -7,7 +7,6 @@ nothing: what a stage takes to compute is loaded when it is asked for.
 
 import dataclasses
 import pkgutil
-import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,11 @@ STORE = (
   "images"
 )
 PROOF = "The proof by retraining, after train and sample"
+BESIDE = "Beside them, without computing anything"
+
+EVERY_SECTION = ("*",)  # of what a stage reads
+_MODEL = ("model", "diffusion")
+_PROOF_READS = ("score", "measure", "retrain", "train", "curvature", *_MODEL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Stage:
     pace: fields of that section that change how fast the stage goes but not what it finds.
     extent: fields of it that say which results there are, each of which has a key of its own.
     reads: other sections that the result depends on, or single fields, as "curvature.skip".
+    also: further sections that it reads, which its result has by other ways or depends on in part;
+      EVERY_SECTION for all.
     needs: stages whose results it depends on.
     data: what of the training images it depends on: "images", "labelled" for their labels and names
       too, or None.
@@ -44,6 +50,8 @@ class Stage:
     anew: the result of other settings is replaced, because it is made in seconds.
     steps: stages that it is made of, in order.
     takes: the word that follows the name on the command line, where there is one.
+    of_run: whether `does` takes the run. Otherwise it takes the word, and its flags by their names,
+      and returns the text that is printed; `flags` are then all that it reads.
     flags: of the command line, that it reads beside --config and --workdir.
     dry_run: "module:function" from the run to what --dry-run prints, where it can.
     shows: "module:function" from the result of a stage that is kept to a text, which is printed
@@ -62,6 +70,7 @@ class Stage:
   pace: tuple[str, ...] = ()
   extent: tuple[str, ...] = ()
   reads: tuple[str, ...] = ()
+  also: tuple[str, ...] = ()
   needs: tuple[str, ...] = ()
   data: str | None = "images"
   kept: bool = False
@@ -70,6 +79,7 @@ class Stage:
   anew: bool = False
   steps: tuple[str, ...] = ()
   takes: str = ""
+  of_run: bool = True
   flags: tuple[str, ...] = ()
   dry_run: str = ""
   shows: str = ""
@@ -89,7 +99,7 @@ STAGES: dict[str, Stage] = {stage.name: stage for stage in (
   Stage("plan",
         "tell what each of them will take here in time, memory and disk; plan benchmark: each of "
         "the proof's (not part of all)",
-        does="jaxinf.planning:show", takes="[LINE]"),
+        does="jaxinf.planning:show", also=EVERY_SECTION, takes="[LINE]", flags=("json",)),
   Stage("train-vae", "train a small autoencoder, where config.latent.autoencoder is trained",
         does="jaxinf.runs.latents:train_autoencoder", kept=True,
         section="vae", pace=("log_every", "checkpoint_every"), then="next: encode"),
@@ -104,6 +114,7 @@ STAGES: dict[str, Stage] = {stage.name: stage for stage in (
   Stage("sample", "generate the samples to be explained",
         does="jaxinf.runs.sampling:sample", kept=True, data=None,
         section="sample", pace=("batch_size", "conditioning"), reads=("diffusion",),
+        also=("data", "latent"),
         needs=("train",), key="jaxinf.runs.sampling:sampling_key"),
   Stage("curvature", "fit the K-FAC curvature over all training images",
         does="jaxinf.runs.stages:curvature", kept=True, models="each",
@@ -142,27 +153,29 @@ STAGES: dict[str, Stage] = {stage.name: stage for stage in (
         then="next: query, with --images"),
   Stage("query", "score --images=new.npz (or a folder), at any config.query.damping",
         does="jaxinf.runs.serving:query", group=STORE,
-        section="query", pace=("batch_size",), flags=("images",)),
+        section="query", pace=("batch_size",), also=_MODEL, flags=("images", "json")),
   Stage("index-append", "add --images as training images",
-        does="jaxinf.runs.serving:append", group=STORE, flags=("images",)),
+        does="jaxinf.runs.serving:append", group=STORE, also=("index", *_MODEL),
+        flags=("images",)),
   Stage("index-delete", "delete training images by --ids=ID,ID",
-        does="jaxinf.runs.serving:delete", group=STORE, flags=("ids",)),
+        does="jaxinf.runs.serving:delete", group=STORE, also=_MODEL, flags=("ids",)),
   Stage("index-verify", "read everything and compare the checksums",
-        does="jaxinf.runs.serving:verify", group=STORE),
+        does="jaxinf.runs.serving:verify", group=STORE, also=_MODEL),
 
   Stage("retrain", "train models on random subsets of the training images, here part --shard=i/n",
         does="jaxinf.benchmark:retrain", group=PROOF,
         section="retrain", pace=("models_at_once",), extent=("num_subsets", "num_seeds"),
-        flags=("shard",)),
+        also=("train", *_MODEL), flags=("shard",)),
   Stage("measure", "take the true measurements of the samples by each of these models",
         does="jaxinf.benchmark:measure", group=PROOF,
-        section="measure", pace=("batch_size",), extent=("measurements",)),
+        section="measure", pace=("batch_size",), extent=("measurements",),
+        also=("retrain", *_MODEL)),
   Stage("evaluate",
         "score by every method, and tell how well each predicts the measurements; or judge "
         "--scores=mine.npz by --truth=NAME, without config and workdir (without --scores: ours; "
         "--truth=all)",
-        does="jaxinf.benchmark:evaluate", group=PROOF, section="evaluate",
-        flags=("truth", "scores"), of_truth="jaxinf.benchmark:judged"),
+        does="jaxinf.benchmark:evaluate", group=PROOF, section="evaluate", also=_PROOF_READS,
+        flags=("json", "truth", "scores"), of_truth="jaxinf.benchmark:judged"),
   Stage("benchmark", "all of these, train and sample among them",
         does="jaxinf.benchmark:benchmark", group=PROOF,
         steps=("train", "sample", "retrain", "measure", "evaluate")),
@@ -172,11 +185,29 @@ STAGES: dict[str, Stage] = {stage.name: stage for stage in (
         does="jaxinf.benchmark:truth", group=PROOF),
   Stage("counterfactual", "retrain without the images that each method calls most supporting",
         does="jaxinf.benchmark:counterfactual", group=PROOF, section="counterfactual",
-        flags=("shard",)),
+        also=_PROOF_READS, flags=("shard", "json")),
   Stage("study",
         "draw one of the paper's figures into DIR/study/NAME/; study all puts those that are there "
         "on one page, and any other NAME lists the names",
-        does="jaxinf.benchmark.figures:study", group=PROOF, section="study", takes="NAME"),
+        does="jaxinf.benchmark.figures:study", group=PROOF, section="study", also=_PROOF_READS,
+        takes="NAME"),
+
+  Stage("new", "write a commented config for one's own data: --data=folder --path=FOLDER",
+        does="jaxinf.runs.new_config:new", group=BESIDE, of_run=False, data=None, takes="FILE.py",
+        flags=("data", "path")),
+  Stage("status",
+        "tell what is in DIR: what is finished, stale and why, unfinished or running, and the disk "
+        "that it takes; with --config also what the config would change",
+        does="jaxinf.runs.status:status", group=BESIDE, of_run=False, data=None,
+        flags=("workdir", "config", "json")),
+  Stage("clean",
+        "remove from DIR unfinished work and what no stage needs any more, and with --stale stale "
+        "results too; --dry-run lists it",
+        does="jaxinf.runs.cleaning:clean", group=BESIDE, of_run=False, data=None,
+        flags=("workdir", "config", "stale", "dry-run")),
+  Stage("completion", "print what makes bash, zsh or fish complete jaxinf's words",
+        does="jaxinf.runs.completion:completion", group=BESIDE, of_run=False, data=None,
+        takes="SHELL"),
 )}  # fmt: skip
 
 MAIN_LINE = STAGES["all"].steps
@@ -188,22 +219,3 @@ def hint(name: str) -> str:
     if name in line.steps[:-1]:
       return f"next: {line.steps[line.steps.index(name) + 1]}"
   return STAGES[name].then
-
-
-def listing() -> str:
-  """All stages, with what they do, for --help."""
-  lines = []
-  for group in dict.fromkeys(stage.group for stage in STAGES.values()):
-    rows = {
-      f"{stage.name} {stage.takes}".strip(): stage.help
-      for stage in STAGES.values()
-      if stage.group == group
-    }
-    width = max(map(len, rows)) + 2
-    lines += ["", *textwrap.wrap(f"{group}:", 96)]
-    for name, text in rows.items():
-      indent = " " * (2 + width)
-      lines += textwrap.wrap(
-        text, 96, initial_indent=f"  {name:<{width}}", subsequent_indent=indent
-      )
-  return "\n".join(lines[1:])

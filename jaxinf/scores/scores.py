@@ -1,10 +1,12 @@
 """Scores of training examples for queries, and rankings made of them."""
 
+import csv
 import dataclasses
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +14,9 @@ from jaxinf.core.checks import checked_count
 from jaxinf.core.damping import damping_of, number_of, symbol_of
 from jaxinf.data.files import read_npz, write_npz
 from jaxinf.scores.statistics import mean_and_error
+
+if TYPE_CHECKING:
+  import pandas
 
 # What a negative score counts in predictions. It says that the model would fit the query better
 # without the example; models trained anew without examples seldom do. Chosen on the benchmark
@@ -340,6 +345,56 @@ class Scores:
       )
     except (TypeError, ValueError) as error:
       raise ValueError(f"{path}: {error}") from error
+
+  def to_frame(self) -> "pandas.DataFrame":
+    """The scores as a pandas DataFrame of Q · N rows, query by query.
+
+    Its columns are query, train, score and std_error, which is NaN where draws are one replicate;
+    then model_std_error where the scores are of several models, and group where there are
+    train_groups.
+
+    Raises:
+      ImportError: pandas is not installed.
+    """
+    try:
+      import pandas
+    except ImportError as error:
+      raise ImportError(
+        f"to_frame needs pandas, as of `pip install 'jaxinf[pandas]'`: {error}. Or write the same "
+        "table with to_csv."
+      ) from error
+    num_queries, num_train = self.values.shape
+    columns = {
+      "query": np.repeat(self.query_ids, num_train),
+      "train": np.tile(self.train_ids, num_queries),
+    }
+    columns |= {name: values.ravel() for name, values in self._columns().items()}
+    if self.train_groups is not None:
+      columns["group"] = np.tile(self.train_groups, num_queries)
+    return pandas.DataFrame(columns)
+
+  def to_csv(self, path: str | pathlib.Path) -> None:
+    """Writes the table of `to_frame` as a CSV file, with nothing where a number is NaN.
+
+    Numbers have as many digits as tell float32 apart.
+    """
+    columns = self._columns()
+    groups = () if self.train_groups is None else (np.asarray(self.train_groups).tolist(),)
+    cells = lambda row: ["" if np.isnan(x) else str(x) for x in row]
+    with pathlib.Path(path).expanduser().open("w", newline="", encoding="utf-8") as file:
+      rows = csv.writer(file, lineterminator="\n")
+      rows.writerow(["query", "train", *columns, *["group"] * len(groups)])
+      for q, query in enumerate(np.asarray(self.query_ids).tolist()):
+        numbers = (cells(values[q]) for values in columns.values())
+        names = itertools.repeat(query, len(self.train_ids))
+        rows.writerows(zip(names, self.train_ids.tolist(), *numbers, *groups, strict=True))
+
+  def _columns(self) -> dict[str, np.ndarray]:
+    """The numbers [Q, N] of the table by name."""
+    columns = {"score": self.values, "std_error": self.std_errors}
+    return columns | (
+      {} if self.model_values is None else {"model_std_error": self.model_std_errors}
+    )
 
   def top(self, k: int) -> Ranking:
     """The k most supporting training examples of each query."""

@@ -24,9 +24,11 @@ from jaxinf.core.random import draw_keys, example_numbers, fold_in_each, stream
 from jaxinf.diffusion.measurements import MEASUREMENTS
 from jaxinf.engine import artifacts
 from jaxinf.networks import training
+from jaxinf.runs.cleaning import clean
 from jaxinf.runs.config import settings
 from jaxinf.runs.run import kind_of_config, load_model
 from jaxinf.runs.sampling import load_samples, regenerated
+from jaxinf.runs.status import found_in
 from tests.running import run_of
 
 
@@ -305,6 +307,35 @@ def test_a_truth_needs_influence_and_its_own_images(finished, tmp_path):
     dataclasses.replace(truth, notes=notes).dataset()
   with pytest.raises(ValueError, match="holds no scores. Give the folder"):
     read_scores(finished.folder("sample"))
+
+
+def test_tables_are_json_for_programs(finished, capsys):
+  """Tables and arrays as they are kept; what is not known is null, not NaN."""
+  run = dataclasses.replace(finished, as_json=True)
+  benchmark.evaluate(run)
+  kept = artifacts.read(finished.folder("evaluate")).notes
+  assert json.loads(capsys.readouterr().out) == {"tables": kept["tables"]}
+  benchmark.counterfactual(run)
+  found = json.loads(capsys.readouterr().out)
+  arrays = artifacts.read(finished.folder("counterfactual")).arrays
+  assert found["methods"] == ["influence", "pixel", "random"]
+  np.testing.assert_array_equal(found["change"], arrays["change"])
+  np.testing.assert_array_equal(np.array(found["predicted"], float), arrays["predicted"])
+
+
+def test_a_finished_proof_is_told_as_finished_and_leaves_only_checkpoints_to_clean(finished):
+  found = {str(f.folder.relative_to(finished.workdir)): f for f in found_in(finished.workdir)}
+  asked = found_in(finished.workdir, finished.config)
+  assert {f.state for f in asked} == {f.state for f in found.values()} == {"finished"}
+  names = {"train", "sample", "evaluate", "counterfactual", "score/pixel", "measure/loss"}
+  assert names | {f"retrain/{name}" for name in model_folders(finished)} <= set(found)
+  _, *removed = clean(workdir=finished.workdir, config=None, dry_run=True).splitlines()
+  assert [line.split(" (")[0].strip() for line in removed] == ["train/checkpoints"]
+  other = dataclasses.replace(
+    finished.config, measure=dataclasses.replace(finished.config.measure, draws=16)
+  )
+  stale = {f.folder.name: f.why for f in found_in(finished.workdir, other) if f.state == "stale"}
+  assert stale["loss"] == ("measure.draws: 8 → 16",)
 
 
 def test_counterfactual_models_lack_the_top_images(finished):

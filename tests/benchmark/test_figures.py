@@ -119,7 +119,7 @@ def test_bars_are_the_table_of_evaluate_with_stand_ins_apart(finished):
 @pytest.mark.parametrize("name", ["digits_mlp", "digits_unet"])
 def test_bars_of_the_committed_results_are_their_tables(name, tmp_path):
   """What was kept of a proof that took hours is read by today's code, and nothing is made anew."""
-  config = typed(importlib.import_module(f"configs.{name}").get_config())
+  config = typed(importlib.import_module(f"jaxinf.configs.{name}").get_config())
   kept = {path.name: path for path in (RESULTS / name).iterdir()}
   study(Run(config, tmp_path, folders=kept), "lds")
   found = artifacts.read(tmp_path / "study" / "lds").arrays

@@ -5,7 +5,7 @@ python -m jaxinf all --config=tests/benchmarks/cifar2_slice.py --workdir=runs/ci
 
 from ml_collections import ConfigDict
 
-from configs import base
+from jaxinf.configs import base
 
 
 def get_config() -> ConfigDict:

@@ -74,7 +74,7 @@ def one_round(number: int, folder: Path) -> None:
 
 def write_plan(file: Path) -> None:
   """Plans, prints the table, and writes stage → (seconds, bytes left on the disk)."""
-  config = importlib.import_module(f"configs.{_CONFIG.value}").get_config()
+  config = importlib.import_module(f"jaxinf.configs.{_CONFIG.value}").get_config()
   plan = planning.plan(Run(typed(config), file.parent / "run"), _LINE.value)
   print(plan.table())
   left = lambda cost: sum(n for what, n in cost.disk.items() if "partial" not in what)

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs import base, digits_mlp, digits_unet
 from jaxinf import (
   DAS,
   DTRAK,
@@ -43,6 +42,7 @@ from jaxinf import benchmark as proof
 from jaxinf.attribution.kernels import Replicate
 from jaxinf.benchmark import counterfactuals, evaluating
 from jaxinf.benchmark.measuring import retrained
+from jaxinf.configs import base, digits_mlp, digits_unet
 from jaxinf.core import random as keys_of
 from jaxinf.core.augmentation import Augmentation
 from jaxinf.core.draws import TIMESTEPS

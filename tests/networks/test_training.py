@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.base import get_config
 from jaxinf import networks
+from jaxinf.configs.base import get_config
 from jaxinf.core.augmentation import Augmentation
 from jaxinf.core.examples import Examples
 from jaxinf.core.random import fold_in_each, stream

@@ -6,6 +6,7 @@ the numbers of batches.
 
 import dataclasses
 import itertools
+import json
 import math
 import re
 
@@ -18,6 +19,7 @@ from jaxinf.planning.line import attribute_cost, curvature_cost, index_cost, tra
 from jaxinf.planning.proof import proof_costs
 from jaxinf.planning.reduced import Subject, random_params
 from jaxinf.planning.stages import finished_stages
+from jaxinf.runs.output import as_json
 from jaxinf.runs.perform import perform
 from tests import running
 
@@ -215,6 +217,15 @@ def test_what_does_not_fit_is_said_with_the_field_to_change(plan, limits, stage,
 
 def test_nothing_is_said_where_all_fits(plan):
   assert plan.warnings == () and "WARNING" not in plan.table()
+
+
+def test_a_plan_for_programs_holds_the_numbers_of_the_table(plan):
+  found = json.loads(as_json(plan.as_dict()))
+  assert [stage["stage"] for stage in found["stages"]] == list(STAGES)
+  for stage, cost in zip(found["stages"], plan.stages, strict=True):
+    assert stage["device"] == cost.device and stage["total_seconds"] == cost.total_seconds
+  assert found["limits"] == {"device": None, "host": 2**40, "disk": 2**40}
+  assert found["finished"] == found["warnings"] == []
 
 
 def test_seconds_that_are_not_known_stay_so(plan):

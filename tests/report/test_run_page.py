@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from configs import digits
+from jaxinf.configs import digits
 from jaxinf.data.dataset import Dataset
 from jaxinf.layers.coverage import Coverage, Row
 from jaxinf.report.rows import common_unit, explained_rows

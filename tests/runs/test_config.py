@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from configs import base
 from jaxinf import networks
 from jaxinf.attribution.methods import method_named
+from jaxinf.configs import base
 from jaxinf.diffusion.measurements import measurement_named
 from jaxinf.engine import artifacts
 from jaxinf.runs.config import as_dict, refusal, settings, typed
@@ -25,7 +25,7 @@ from jaxinf.runs.sections import Config, ModelConfig
 from jaxinf.runs.stage import STAGES
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("[a-z]*.py"))
 DERIVED = [name for name in CONFIGS if name != "base"]
 SECTIONS = typing.get_type_hints(Config)
 SECTION_CLASSES = [Config, *(cls for cls in SECTIONS.values() if dataclasses.is_dataclass(cls))]
@@ -43,7 +43,7 @@ def config():
 
 
 def load(name: str) -> Config:
-  return typed(importlib.import_module(f"configs.{name}").get_config())
+  return typed(importlib.import_module(f"jaxinf.configs.{name}").get_config())
 
 
 def num_params(config: Config) -> int:
@@ -105,7 +105,7 @@ def test_a_config_is_at_most_30_lines_from_the_one_it_starts_from(name):
 
 @pytest.mark.parametrize("name", DERIVED)
 def test_the_docstring_says_how_to_run_it_and_what_that_costs(name):
-  text = importlib.import_module(f"configs.{name}").__doc__
+  text = importlib.import_module(f"jaxinf.configs.{name}").__doc__
   command = rf"^python -m jaxinf (.+) --config=configs/{name}\.py --workdir=runs/{name}\b"
   assert re.search(command, text, re.M)[1] in STAGES
   assert re.search(r"\d (s|min|h|seconds|minutes|hours)\b|[Nn]ot yet measured", text)
@@ -320,7 +320,7 @@ def test_a_config_sets_no_field_to_what_it_is_already(name):
   tree = ast.parse((ROOT / "configs" / f"{name}.py").read_text())
   (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef))
   start = ast.unparse(function.body[0].value.func.value)  # such as `base`
-  of, now = (importlib.import_module(f"configs.{n}").get_config() for n in (start, name))
+  of, now = (importlib.import_module(f"jaxinf.configs.{n}").get_config() for n in (start, name))
   for path in assignments(function):
     value = lambda config: functools.reduce(getattr, path.split(".")[1:], config)  # noqa: B023
     assert value(of) != value(now), f"{path} is so in {start}.py"

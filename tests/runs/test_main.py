@@ -1,7 +1,10 @@
 """The command line: what it does not know it refuses in one line that names what there is."""
 
+import io
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,19 +14,27 @@ from absl.testing import flagsaver
 import jaxinf
 from jaxinf import __main__ as entry
 from jaxinf.benchmark import judged as judged_by
+from jaxinf.runs.config import typed
 from jaxinf.runs.stage import STAGES
 from jaxinf.scores.scores import Scores
 
 ROOT = Path(__file__).parents[2]
 RUN = ("train", "--config=configs/digits.py")
 UNKNOWN_FIELD = """
-from configs import digits
+from jaxinf.configs import digits
 
 def get_config():
   config = digits.get_config()
   config.train.stepz = 1
   return config
 """
+FILES = {
+  "UNKNOWN_FIELD": UNKNOWN_FIELD,
+  "RAISING": "def get_config():\n  raise ValueError('no such thing')\n",
+  "MISNAMED": "def get_config():\n  return confg\n",
+  "BROKEN": "def get_config(:\n",
+  "OUTSIDE": "from confgs import digits\n",
+}
 CASES = {
   "unknown stage": (("trian", *RUN[1:]), f"Unknown stage 'trian'; there are: {', '.join(STAGES)}."),
   "unknown field": (
@@ -39,13 +50,38 @@ CASES = {
     ("train", "--config=UNKNOWN_FIELD"),
     'The config has no field "stepz". Did you mean "steps" instead of "stepz"?',
   ),
+  "a field without a config": (
+    ("train", "--config.train.steps=1"),
+    "--config.train.steps=1 changes a field of a config, and none is named: give --config too",
+  ),
+  "unknown flag": ((*RUN, "--confg=1"), "Unknown command line flag 'confg'. Did you mean: config"),
+  "a mistyped value": ((*RUN, "--config.train.steps=few"), "flag --config.train.steps=few: "),
+  "a config that raises": (
+    ("train", "--config=RAISING"),
+    "--config raises ValueError: no such thing",
+  ),
+  "a config that names what there is not": (
+    ("train", "--config=MISNAMED"),
+    "MISNAMED, line 2)",
+  ),
+  "a config that is no Python": (("train", "--config=BROKEN"), "--config cannot be read: "),
+  "a config that imports as from a checkout": (
+    ("train", "--config=OUTSIDE"),
+    "No module named 'confgs'. Configs that come with jaxinf are imported as in `from jaxinf.conf",
+  ),
+  "a shell that there is not": (("completion", "csh"), "Unknown shell 'csh'; there are: bash, zsh"),
+  "no shell": (("completion",), "A word is missing: jaxinf completion SHELL."),
+  "JSON of another stage": ((*RUN, "--json"), "--json goes with the stages plan, query, evaluate,"),
   "no stage": (RUN[1:], f"Name a stage: {', '.join(STAGES)}. See --help."),
   "two words": (("train", "digits", *RUN[1:]), "Too many words: train digits."),
   "a flag of other stages": (
     (*RUN, "--shard=0/2"),
     "--shard goes with the stages retrain, counterfactual.",
   ),
-  "a dry run of another stage": ((*RUN, "--dry-run"), "--dry-run goes with the stage curvature."),
+  "a dry run of another stage": (
+    (*RUN, "--dry-run"),
+    "--dry-run goes with the stages curvature, clean.",
+  ),
   "unknown truth": (("evaluate", "--truth=digit"), "Unknown truth 'digit'; there are: digits_mlp"),
   "scores without a truth": (
     ("evaluate", "--scores=mine.npz"),
@@ -67,7 +103,7 @@ CASES = {
   ),
   "unknown config file": (
     ("train", "--config=configs/digitz.py", "--config.train.steps=1"),
-    "--config cannot be read: [Errno 2] No such file or directory: 'configs/digitz.py'",
+    "--config=configs/digitz.py is no file, and no config that comes with jaxinf: artbench,",
   ),
 }
 
@@ -75,12 +111,12 @@ CASES = {
 @pytest.fixture
 def ending(monkeypatch, tmp_path):
   """What the arguments end with; in this process, as JAX takes seconds to import."""
-  file = tmp_path / "unknown_field.py"
-  file.write_text(UNKNOWN_FIELD)
+  for name, text in FILES.items():
+    (tmp_path / name).write_text(text)
   monkeypatch.setattr(entry, "_speak", lambda: None)  # loggers stay as they are
 
   def of(arguments):
-    words = [word.replace("UNKNOWN_FIELD", str(file)) for word in arguments]
+    words = [re.sub(r"(?<==)([A-Z_]+)$", rf"{tmp_path}/\1", word) for word in arguments]
     place = [] if words[0] == "evaluate" else [f"--workdir={tmp_path / 'work'}"]
     monkeypatch.setattr(sys, "argv", ["jaxinf", *words, *place])
     with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
@@ -127,12 +163,53 @@ def test_a_process_shows_one_line_and_no_traceback(tmp_path):
   assert ended.stderr.strip() == f"jaxinf: {complaint}"
 
 
+def test_a_field_may_stand_before_the_config_and_a_config_be_named(monkeypatch):
+  """Order does not count, a name is the file of that name, and the later of two values holds."""
+  set_before = ("--config.train.steps=7", "--config=digits", "--config.seed=3")
+  monkeypatch.setattr(sys, "argv", ["jaxinf", "train", *set_before])
+  with flagsaver.flagsaver():
+    assert entry._parse_flags(sys.argv) == ["jaxinf", "train"]
+    config = typed(entry._CONFIG.value)
+  assert config.data.name == "digits" and (config.train.steps, config.seed) == (7, 3)
+
+
 def test_help_shows_every_stage_with_what_it_does():
-  command = [sys.executable, "-m", "jaxinf", "--help"]
-  output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+  output = entry._asked_for_help(["--help"])
   words = " ".join(output.split())  # lines are wrapped
   for stage in STAGES.values():
     assert output.count(f"\n  {stage.name} ") == 1 and stage.help in words
   places = [output.index(f"\n  {name} ") for name in STAGES]
   assert places == sorted(places)
   assert "--config" in output and "--workdir" in output
+  assert max(map(len, output.splitlines())) <= 100
+
+
+def test_help_of_a_stage_is_what_it_reads():
+  """Its own fields with default and meaning, its flags, and none of another stage's."""
+  output = entry._asked_for_help(["query", "-h", "--config=digits"])
+  assert "--config.query.top_k=10 " in output and "examples shown for each query" in output
+  assert "--images" in output and "--json" in output
+  assert "--config.train." not in output and "--shard" not in output
+  with pytest.raises(ValueError, match="Unknown stage 'qery'"):
+    entry._asked_for_help(["qery", "--help"])
+  assert entry._asked_for_help(["query"]) is None
+
+
+def test_what_a_terminal_cannot_show_is_replaced(monkeypatch):
+  for encoding in ("ascii", "cp1252"):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding=encoding))
+    with warnings.catch_warnings():
+      entry._settle()
+    print("λ ± 1 …", flush=True)
+    assert shown.getvalue().decode(encoding) in ("? ? 1 ?\n", "? ± 1 …\n")
+
+
+def test_warnings_are_of_jaxinf_alone():
+  """Told by the module that warns, whose registry Python consults."""
+  with warnings.catch_warnings(record=True) as heard:
+    warnings.resetwarnings()
+    entry._settle()
+    for module in ("jax._src.core", "jaxinf.curvature.fit", "jaxinfo", "orbax"):
+      warnings.warn_explicit(f"of {module}", UserWarning, "file.py", 1, module=module)
+  assert [str(warning.message) for warning in heard] == ["of jaxinf.curvature.fit"]

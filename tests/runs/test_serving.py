@@ -1,6 +1,7 @@
 """The stages on the store of a tiny run: they say what the library says, reuse, refuse, survive."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def best_of_influence(run: Run, queries: np.ndarray, ids: np.ndarray, kind=float
     queries=Examples(queries, ids),
     train=run.dataset.examples,
     damping=kind(query.damping),
-    draws=run.draws(index.draws, index.replicates, index.design),
+    draws=run.draws(index.draws, index.replicates, index.design, index.loss_power),
     query_draws=run.draws(query.draws, query.query_replicates, index.design),
     compression=None,
     compute=run.compute(query.batch_size),
@@ -97,6 +98,11 @@ def test_a_query_finds_what_influence_finds_in_files_and_folders(indexed, images
     assert [line.split()[0] for line in table] == [
       "one.png", *expected.ids[0], "two.png", *expected.ids[1]
     ]  # fmt: skip
+  serving.query(dataclasses.replace(given(indexed, images), as_json=True))
+  one, two = json.loads(capsys.readouterr().out)["queries"]
+  assert (one["query"], two["query"]) == ("one.png", "two.png")
+  assert [best["id"] for best in two["best"]] == expected.ids[1].tolist()
+  assert one["best"][0]["score"] == artifact.arrays["values"][0, 0]
   # The two hold the same images under the same ids: one answer, found once.
   assert len(list(indexed.folder("query").iterdir())) == 1
 

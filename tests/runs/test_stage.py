@@ -18,13 +18,15 @@ KEPT = [row for row in ROWS if row.kept]
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_a_row_is_complete(row):
   """It says what it does, and names functions, stages and fields that there are."""
-  assert row.help and row.group in (table.LINE, table.STORE, table.PROOF)
+  assert row.help and row.group in (table.LINE, table.STORE, table.PROOF, table.BESIDE)
   assert bool(row.does) or bool(row.steps)
   assert not row.does or callable(row.function)
   assert not row.shows or (row.kept and callable(pkgutil.resolve_name(row.shows)))
   assert set(row.needs) | set(row.steps) <= set(STAGES)
   assert row.data in (None, "images", "labelled") and row.models in ("first", "each", "all")
-  assert set(row.flags) <= {"images", "ids", "shard", "truth", "scores"}
+  flags = {"images", "ids", "shard", "json", "truth", "scores"}
+  assert set(row.flags) <= flags or not row.of_run
+  assert row.also == table.EVERY_SECTION or set(row.also) <= set(vars(Config()))
   assert not row.kept or row.section
   fields = set()
   if row.section:

@@ -290,12 +290,19 @@ def test_keys_hold_the_value_before_a_field_came_once_its_default_is_another():
   assert as_dict(Section(new=3)) == {"old": 1, "new": 3}
 
 
-def test_committed_results_have_the_keys_of_their_configs():
+@pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "docs" / "results").iterdir()))
+def test_committed_results_have_the_keys_of_their_configs(name):
   """What retraining cost hours for is not made again: settings, as manifests hold them."""
-  for folder in (ROOT / "docs" / "results").iterdir():
-    run = Run(load(folder.name), folder)
-    for stage in ("train", "sample"):
-      assert artifacts.finished(folder / stage, key_of(run, stage))
+  folder = ROOT / "docs" / "results" / name
+  run = Run(load(name), folder)
+  try:
+    assert run.data_content
+  except ValueError as error:
+    if "CIFAR-10 cannot be read" not in str(error):
+      raise
+    pytest.skip("needs the real CIFAR-10, which TFDS has not prepared")
+  for stage in ("train", "sample"):
+    assert artifacts.finished(folder / stage, key_of(run, stage))
 
 
 # --- one place ---------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from jaxinf.core.registry import named
 from jaxinf.engine import processes
 from jaxinf.runs.config import refusal, typed
 from jaxinf.runs.perform import perform
-from jaxinf.runs.run import Run
+from jaxinf.runs.run import ADDRESS, Run
 from jaxinf.runs.stage import STAGES, Stage, listing
 
 
@@ -79,6 +79,15 @@ _SHARD = flags.DEFINE_string(
   "i/n: of the models to retrain, this process trains the i-th (from 0) of n parts; for "
   f"{_reading('shard')}.",
 )
+_HOST = flags.DEFINE_string(
+  "host",
+  ADDRESS[0],
+  f"The address to listen on, for {_reading('host')}; others than this machine "
+  "reach it where it is not a loopback address.",
+)
+_PORT = flags.DEFINE_integer(
+  "port", ADDRESS[1], f"Its port, for {_reading('port')}; 0: any that is free."
+)
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, free there.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this process, from 0.")
@@ -116,7 +125,7 @@ def _stage(argv: list[str]) -> tuple[Stage, *tuple[str, ...]]:
     raise ValueError(f"Too many words: {' '.join(argv[1:])}. See --help.")
   if _DRY_RUN.value and not stage.dry_run:
     raise ValueError(f"--dry-run goes with {_DRY_RUNS}.")
-  for flag in (_IMAGES, _IDS, _SHARD, _TRUTH, _SCORES):
+  for flag in (_IMAGES, _IDS, _SHARD, _TRUTH, _SCORES, _HOST, _PORT):
     if flag.value != flag.default and flag.name not in stage.flags:
       raise ValueError(f"--{flag.name} goes with {_reading(flag.name)}.")
   if _SCORES.value is not None and _TRUTH.value is None:
@@ -134,6 +143,7 @@ def _run(stage: Stage) -> Run:
     images=Path(_IMAGES.value) if _IMAGES.value else None,
     ids=tuple(_IDS.value),
     shard=_shard(),
+    address=(_HOST.value, _PORT.value),
   )
 
 

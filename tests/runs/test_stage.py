@@ -24,7 +24,7 @@ def test_a_row_is_complete(row):
   assert not row.shows or (row.kept and callable(pkgutil.resolve_name(row.shows)))
   assert set(row.needs) | set(row.steps) <= set(STAGES)
   assert row.data in (None, "images", "labelled") and row.models in ("first", "each", "all")
-  assert set(row.flags) <= {"images", "ids", "shard", "truth", "scores"}
+  assert set(row.flags) <= {"images", "ids", "shard", "truth", "scores", "host", "port"}
   assert not row.kept or row.section
   fields = set()
   if row.section:

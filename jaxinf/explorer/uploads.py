@@ -13,6 +13,7 @@ import math
 import secrets
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -132,13 +133,7 @@ def picture_in(content: bytes) -> np.ndarray:
   """
   if len(content) > MOST_BYTES:
     raise ValueError(f"An upload has at most {MOST_BYTES // 2**20} MiB; got {len(content)} bytes.")
-  try:
-    with Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP", "BMP")) as file:
-      width, height = file.size
-  except Exception as error:  # Pillow's decoders raise many types
-    raise ValueError(
-      "The upload is no image that can be read: send a PNG, JPEG, WebP or BMP file."
-    ) from error
+  width, height = _size_of(content)
   if width * height > MOST_PIXELS:
     raise ValueError(
       f"An upload has at most {MOST_PIXELS:,} pixels; this one has {width:,} × {height:,}. Shrink "
@@ -148,6 +143,21 @@ def picture_in(content: bytes) -> np.ndarray:
     return read_image(_Upload(content), "", None)
   except DamagedImage as error:
     raise ValueError("The upload is damaged and cannot be decoded: send it again.") from error
+
+
+def _size_of(content: bytes) -> tuple[int, int]:
+  """(width, height) that an image file says it has, without decoding it."""
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
+      with Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP", "BMP")) as file:
+        return file.size
+  except Image.DecompressionBombError as error:
+    raise ValueError(f"An upload has at most {MOST_PIXELS:,} pixels: shrink it first.") from error
+  except Exception as error:  # Pillow's decoders raise many types
+    raise ValueError(
+      "The upload is no image that can be read: send a PNG, JPEG, WebP or BMP file."
+    ) from error
 
 
 def fitted(picture: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -108,7 +108,7 @@ def ranked(findings: Findings, scores: Scores, k: int, only: Filter) -> View:
   best, worst = order[:k], columns[np.argsort(values[columns], kind="stable")][:k]
   places = np.linspace(0, max(0, len(order) - 1), min(_CURVE, len(order))).round().astype(int)
   return {
-    "total": len(order),
+    "numMatching": len(order),
     "supporting": scored_entries(findings, scores, best, positions),
     "opposing": scored_entries(findings, scores, worst, positions),
     "curve": numbers(values[order[::-1]][places]),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser")
-DEADLINE = 120  # seconds for what takes one on an idle machine
+DEADLINE = 60  # seconds for what takes one on an idle machine
 
 # Puts the pipes where Chromium expects them, 3 to read and 4 to write, and becomes it.
 _BECOME = "import os, sys; r, w = map(int, sys.argv[1:3]); os.dup2(r, 3); os.dup2(w, 4); \
@@ -101,11 +101,17 @@ class Browser:
 
   def press(self, key: str) -> None:
     """A key, by the name that JavaScript has for it."""
-    code = {"Tab": 9, "Enter": 13, "ArrowRight": 39, "ArrowDown": 40, "End": 35, " ": 32}[key]
-    text = {"Enter": "\r", " ": " "}.get(key)
+    code = {"Tab": 9, "Enter": 13, "ArrowRight": 39, "ArrowUp": 38, "End": 35}[key]
+    text = {"Enter": "\r"}.get(key)
     for kind in ("keyDown", "keyUp"):
       fields = {"text": text} if text and kind == "keyDown" else {}
       self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, **fields)
+
+  def attach(self, selector: str, file: Path) -> None:
+    """Chooses a file in a file input."""
+    root = self.call("DOM.getDocument")["root"]["nodeId"]
+    node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+    self.call("DOM.setFileInputFiles", nodeId=node, files=[str(file)])
 
   def picture(self) -> bytes:
     """PNG of what is seen."""

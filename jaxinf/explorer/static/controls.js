@@ -34,7 +34,7 @@ function dampingSlider(source, name, parameters, change) {
     },
     change: () => change({ [name]: dampings[input.value] }),
   });
-  return h("label", {}, "Damping", h("span", { class: "row" }, input, output));
+  return h("label", {}, name === "damping" ? "Damping" : "Its damping", h("span", { class: "row" }, input, output));
 }
 
 export function topK(parameters, change, most) {

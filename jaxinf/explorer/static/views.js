@@ -112,7 +112,7 @@ function ranked(found, parameters) {
   return [
     note(`Scores ${unit.words}.${errors ? ` The bar’s dark whisker is ± over draws${models ? ", the grey one ± between models" : ""}.` : ""}`),
     list("Most supporting", "supporting", found.supporting), list("Most opposing", "opposing", found.opposing),
-    h("h2", {}, `All ${count(found.total)} scores, sorted`), curve(found.curve),
+    h("h2", {}, `All ${count(found.numMatching)} scores, sorted`), curve(found.curve),
   ];
 }
 
@@ -184,7 +184,7 @@ export async function whatIf({ parameters, change }) {
       h("td", { class: "bar-cell" }, bar(row.change, row.error, row.modelError, scale))))));
   const nodes = [
     h("p", {}, `Without ${count(found.num)} of the ${count(found.numTrain)} training images. Positive: the model would fit the sample worse. `
-      + `It is the sum of their scores divided by ${count(found.numTrain)}, in which negative scores count ${found.negativeWeight} times, because models trained anew without images seldom fit a sample better. `
+      + `A change is the sum of their scores divided by ${count(found.numTrain)}, in which negative scores count ${found.negativeWeight} times, because models trained anew without images seldom fit a sample better. `
       + "To first order: the more is removed, the less it is to be trusted."),
     h("div", { class: "controls" }, sourceControls("Scores", SCORES, parameters, change), keep("csv"), keep("json")),
     h("p", { class: "about" }, about(found.scores)),

@@ -1,4 +1,4 @@
-"""Only who has the token is answered; what cannot be is refused in words; files hold what is seen."""
+"""Only who has the token is answered; what cannot be is refused in words; files hold all scores."""
 
 import csv
 import io

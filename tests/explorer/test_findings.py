@@ -1,4 +1,4 @@
-"""What is found in a folder: scores at every damping and of every model, checked for consistency."""
+"""What is found in a folder: scores at all dampings, of all models, of these images and samples."""
 
 import dataclasses
 import json

@@ -33,7 +33,7 @@ from jaxinf.runs import help as helps
 from jaxinf.runs.config import refusal, typed
 from jaxinf.runs.config_files import arranged
 from jaxinf.runs.perform import perform
-from jaxinf.runs.run import Run
+from jaxinf.runs.run import ADDRESS, Run
 from jaxinf.runs.stage import STAGES, Stage
 
 
@@ -95,6 +95,15 @@ _PATH = flags.DEFINE_string("path", None, "Where the data of a new config lie.")
 _STALE = flags.DEFINE_bool(
   "stale", False, f"For {_reading('stale')}: stale results go too, finished as they are."
 )
+_HOST = flags.DEFINE_string(
+  "host",
+  ADDRESS[0],
+  f"The address to listen on, for {_reading('host')}; others than this machine "
+  "reach it where it is not a loopback address.",
+)
+_PORT = flags.DEFINE_integer(
+  "port", ADDRESS[1], f"Its port, for {_reading('port')}; 0: any that is free."
+)
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, free there.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this process, from 0.")
@@ -105,7 +114,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
 
 _FLAGS = (
   _CONFIG, _WORKDIR, _IMAGES, _IDS, _TRUTH, _SCORES, _SHARD, _DRY_RUN, _JSON, _DATA, _PATH, _STALE,
-  _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID, _DISTRIBUTED,
+  _HOST, _PORT, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID, _DISTRIBUTED,
 )  # fmt: skip
 
 # What stages that are of no run are given of their flags.
@@ -158,7 +167,7 @@ def _stage(argv: list[str]) -> tuple[Stage, *tuple[str, ...]]:
   read = helps.flags_of(stage)
   if _DRY_RUN.value and "dry-run" not in read:
     raise ValueError(f"--dry-run goes with {_DRY_RUNS}.")
-  for flag in (_IMAGES, _IDS, _SHARD, _TRUTH, _SCORES, _JSON, _DATA, _PATH, _STALE):
+  for flag in (_IMAGES, _IDS, _SHARD, _TRUTH, _SCORES, _JSON, _DATA, _PATH, _STALE, _HOST, _PORT):
     if flag.value != flag.default and flag.name not in read:
       raise ValueError(f"--{flag.name} goes with {_reading(flag.name)}.")
   if _SCORES.value is not None and _TRUTH.value is None:
@@ -177,6 +186,7 @@ def _run(stage: Stage) -> Run:
     ids=tuple(_IDS.value),
     shard=_shard(),
     as_json=_JSON.value,
+    address=(_HOST.value, _PORT.value),
   )
 
 

@@ -1,13 +1,29 @@
-"""A progress bar on a terminal; elsewhere a quiet line every so often."""
+"""A progress bar on a terminal; elsewhere a quiet line every so often; and for whoever watches."""
 
+import contextlib
+import contextvars
 import logging
 import sys
 import time
+from collections.abc import Callable, Iterator
 
 import tqdm
 
 _LOG = logging.getLogger("jaxinf")
+# Told of labelled progress in this thread: label, units done, all, unit.
+Watcher = Callable[[str, int, int, str], None]
+_WATCHER: contextvars.ContextVar[Watcher | None] = contextvars.ContextVar("watcher", default=None)
 _QUIET_SECONDS = 20.0  # between two lines, so that the log of an hour has 180 of them at most
+
+
+@contextlib.contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+  """Within it, `watcher` is told of the progress of labelled work in this thread as well."""
+  token = _WATCHER.set(watcher)
+  try:
+    yield
+  finally:
+    _WATCHER.reset(token)
 
 
 class Progress:
@@ -27,6 +43,7 @@ class Progress:
       )
 
   def __enter__(self) -> "Progress":
+    self._tell()
     return self
 
   def __exit__(self, *exc_info) -> None:
@@ -40,6 +57,7 @@ class Progress:
   def advance(self, amount: int, note: str = "") -> None:
     """Reports `amount` more finished units."""
     self._done += amount
+    self._tell()
     if self._bar is not None:
       self._bar.set_postfix_str(note, refresh=False)
       self._bar.update(amount)
@@ -61,6 +79,11 @@ class Progress:
         clock(left),
         note,
       )
+
+  def _tell(self) -> None:
+    watcher = _WATCHER.get()
+    if watcher is not None and self._label is not None:
+      watcher(self._label, self._done, self._total, self._unit)
 
 
 def clock(seconds: float) -> str:

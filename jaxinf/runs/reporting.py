@@ -37,12 +37,12 @@ def report(run: Run) -> Outcome:
     scores=scores,
     coverage=coverage_from(manifests["curvature"]["notes"]),
     manifests=manifests,
-    labels=_made_from(run, samples),
+    labels=made_from(run, samples),
   )
   return {}, {"files": [path.name for path in files]}, " and ".join(path.name for path in files)
 
 
-def _made_from(run: Run, samples: Examples) -> list[str] | None:
+def made_from(run: Run, samples: Examples) -> list[str] | None:
   """What each sample was made from in words, its class and its caption, where there are such."""
   given, captions = samples.conditioning or {}, artifacts.read(run.folder("sample")).arrays
   parts = []

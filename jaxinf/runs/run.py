@@ -41,12 +41,15 @@ from jaxinf.runs.sections import Config, CurvatureConfig, DrawConfig
 from jaxinf.runs.stage import STAGES
 from jaxinf.scores.models import mean_scores
 from jaxinf.scores.scores import Scores
+from jaxinf.scores.sweep import shared_settings
 
 TRAINED = "trained"  # latent.autoencoder where the stage train-vae makes it
 
 # Between the seeds of models trained on all images. Retrained models of the proof have the run's
 # seed + 1, + 2, …, so that fewer than this share no seed with them.
 SEED_STEP = 1000
+ADDRESS = ("127.0.0.1", 8765)  # host and port of `explore`, where the user names none
+AT_DAMPING = "damping-"  # before the names of arrays of scores at a damping of the sweep
 _LOADED = ("train", "autoencoder", "stand_in")  # of a run, where it has asked for them
 _OF_EACH = {name for name, stage in STAGES.items() if stage.models == "each"} | {"score"}
 
@@ -64,6 +67,7 @@ class Run:
     shard: (i, n), the part of the models to retrain that this process trains: the i-th of n.
     as_json: what stages print is JSON, for programs, and not text.
     folders: stage → folder, for those that lie elsewhere than in workdir/<stage>.
+    address: (host, port) that `explore` serves on.
     model_number: of the model that the run is of, from 0. The others have seeds of their own, lie
       in workdir/models/<number>, and share data, autoencoder and samples with the first.
   """
@@ -75,6 +79,7 @@ class Run:
   ids: tuple[str, ...] = ()
   shard: tuple[int, int] = (0, 1)
   as_json: bool = False
+  address: tuple[str, int] = ADDRESS
   folders: Mapping[str, Path] = dataclasses.field(default_factory=dict)
   model_number: int = 0
 
@@ -398,9 +403,28 @@ def load_scores(run: Run) -> Scores:
 
 def scores_of(artifact: artifacts.Artifact) -> Scores:
   """The scores, at the first damping, that the stage `attribute` left."""
+  own = {name: array for name, array in artifact.arrays.items() if "/" not in name}
+  return Scores(settings=artifact.notes["settings"], **_renamed(own))
+
+
+def attribute_sweep_of(artifact: artifacts.Artifact) -> list[Scores]:
+  """All scores that the stage `attribute` left: at its damping, then at those of the sweep."""
+  first, others = scores_of(artifact), dict[str, dict[str, np.ndarray]]()
+  for path, array in artifact.arrays.items():
+    damping, slash, name = path.removeprefix(AT_DAMPING).partition("/")
+    if slash:
+      others.setdefault(damping, {})[name] = array
+  found, common = [first], shared_settings(first)
+  for damping, arrays in others.items():
+    settings = {**common, "damping": float(damping)}
+    found.append(dataclasses.replace(first, settings=settings, **_renamed(arrays)))
+  return found
+
+
+def _renamed(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  """Arrays of scores by the names that they have today."""
   before = {"group_values": "replicate_values", "query_group_values": "query_replicate_values"}
-  own = {before.get(n, n): array for n, array in artifact.arrays.items() if "/" not in n}
-  return Scores(settings=artifact.notes["settings"], **own)  # type: ignore[arg-type]
+  return {before.get(name, name): array for name, array in arrays.items()}
 
 
 def scores_arrays(scores: Scores, prefix: str = "") -> dict[str, np.ndarray]:

@@ -34,7 +34,7 @@ from jaxinf.runs.run import (
   own_settings,
 )
 from jaxinf.scores.models import mean_scores
-from jaxinf.scores.scores import Ranking
+from jaxinf.scores.scores import Ranking, Scores
 from jaxinf.store.build import build_store, open_store
 from jaxinf.store.store import Store
 
@@ -76,7 +76,7 @@ def query(run: Run) -> Artifact:
   """
   images = _given_images(run)
   assert run.images is not None
-  stores = _stores(run)
+  stores = opened_stores(run)
   contents = [store.rows.ledger.content for _, store in stores]
   key = {
     "seed": run.config.seed,
@@ -110,7 +110,7 @@ def append(run: Run) -> Store:
   """
   images, config = _given_images(run), run.config.index
   processes.check_same(images.fingerprint(), "the images of --images")
-  stores = _stores(run)
+  stores = opened_stores(run)
   lacking = [pair for pair in stores if not np.isin(images.ids, _ids_of(pair[1])).all()]
   for model, store in lacking or stores[:1]:  # a store that has them all says so
     store.append(
@@ -128,7 +128,7 @@ def delete(run: Run) -> Store:
   if not run.ids:
     raise ValueError("Say which images to delete: --ids=ID,ID,…")
   processes.check_same(" ".join(run.ids), "--ids")
-  stores = _stores(run)
+  stores = opened_stores(run)
   for _, store in stores:
     store.delete(run.ids)
   _, store = stores[0]
@@ -138,14 +138,14 @@ def delete(run: Run) -> Store:
 
 def verify(run: Run) -> Store:
   """Reads the whole store and compares its checksums."""
-  stores = _stores(run)
+  stores = opened_stores(run)
   for _, store in stores:
     size = store.verify() / _MIB
     _LOG.info("index-verify: %s is sound: %d images, %.1f MiB", store.rows.folder, len(store), size)
   return stores[0][1]
 
 
-def _stores(run: Run) -> list[tuple[Run, Store]]:
+def opened_stores(run: Run) -> list[tuple[Run, Store]]:
   """The store of each model, with the run of that model."""
   return [(model, load_store(model)) for model in run.each_model()]
 
@@ -156,13 +156,25 @@ def _ids_of(store: Store) -> np.ndarray:
   return ledger.ids[ledger.kept]
 
 
+def scores_of_images(stores: Sequence[tuple[Run, Store]], images: Dataset, **asked: Any) -> Scores:
+  """Scores of given images with all of the stores' examples: means over the models.
+
+  Args:
+    stores: of each model.
+    images: the queries, with the conditioning that models take.
+    asked: arguments of `Store.query` that take the place of the config's.
+  """
+  return mean_scores(
+    [store.query(**(_question(run, store, images) | asked)) for run, store in stores]
+  )
+
+
 def _found(stores: Sequence[tuple[Run, Store]], images: Dataset) -> Ranking:
   """The best of one store, without a score of every image; or by means over several stores."""
   if len(stores) == 1:
     ((run, store),) = stores
     return store.top(**_question(run, store, images), k=_num_shown(run, store))
-  scores = mean_scores([store.query(**_question(run, store, images)) for run, store in stores])
-  return scores.top(_num_shown(*stores[0]))
+  return scores_of_images(stores, images).top(_num_shown(*stores[0]))
 
 
 def _num_shown(run: Run, store: Store) -> int:

@@ -144,6 +144,10 @@ STAGES: dict[str, Stage] = {stage.name: stage for stage in (
         does="jaxinf.runs.reporting:report", kept=True, alone=True, data="labelled",
         models="all", anew=True,
         section="report", needs=("attribute",), then=_OPEN),
+  Stage("explore",
+        "open the run in a browser: who supports each sample, what if images were removed, scores "
+        "of images that you upload (not part of all; needs jaxinf[explore])",
+        does="jaxinf.explorer.serve:explore", data=None, flags=("host", "port")),
   Stage("all", "all of these that the config needs; finished stages are reused",
         steps=("train", "sample", "curvature", "attribute", "report")),
 

@@ -26,6 +26,7 @@ from jaxinf.engine.checkpoints import Checkpointing
 from jaxinf.networks import training
 from jaxinf.runs.resuming import trained
 from jaxinf.runs.run import (
+  AT_DAMPING,
   Run,
   kind_of_config,
   load_curvature,
@@ -74,7 +75,7 @@ def attribute(run: Run) -> Outcome:
     notes |= _recommended(Sweep((first, *others)))
     _LOG.info("attribute: damping, without retraining\n%s", notes["sweep"])
     for scores in others:
-      arrays |= scores_arrays(scores, prefix=f"damping-{scores.settings['damping']:e}/")
+      arrays |= scores_arrays(scores, prefix=f"{AT_DAMPING}{scores.settings['damping']:e}/")
   shape = " × ".join(map(str, first.values.shape))
   return arrays, notes, f"scores of {shape} (sample, training image) pairs"
 

@@ -19,6 +19,7 @@ from jaxinf.core.types import Array, Matrices, PyTree
 from jaxinf.curvature.curvature import Curvature
 from jaxinf.engine import local_devices, processes
 from jaxinf.engine.kernels import Kernel, on_one_device
+from jaxinf.engine.progress import Progress
 from jaxinf.scores.layer_scores import LayerScores
 from jaxinf.scores.scores import Ranking, Scores
 from jaxinf.store.eigenrows import ProductKernel, SelfProductKernel, product_operands
@@ -199,22 +200,24 @@ def _outputs(
   pending: collections.deque = collections.deque()
   at_once = max(1, _ROWS_AT_ONCE // rows.ledger.groups) * rows.ledger.groups  # whole examples
 
-  def finish() -> tuple[int, np.ndarray]:
-    row, parts = pending.popleft()
+  def finish(progress: Progress) -> tuple[int, np.ndarray]:
+    row, last, parts = pending.popleft()
+    progress.advance(last - row)
     return row, np.concatenate([np.asarray(part) for part in parts])
 
-  for number, (first, last) in enumerate(rows.blocks(*span)):
-    device = number % len(devices)
-    arrays: list[Array] = [bits_of(array) for array in rows.read(first, last, columns)]
-    parts = [
-      program(devices[device], placed[device], [a[i : i + at_once] for a in arrays])
-      for i in range(0, last - first, at_once)
-    ]
-    pending.append((first, parts))
-    if len(pending) > 2 * len(devices):
-      yield finish()
-  while pending:
-    yield finish()
+  with Progress(processes.label("store"), span[1] - span[0], "rows") as progress:
+    for number, (first, last) in enumerate(rows.blocks(*span)):
+      device = number % len(devices)
+      arrays: list[Array] = [bits_of(array) for array in rows.read(first, last, columns)]
+      parts = [
+        program(devices[device], placed[device], [a[i : i + at_once] for a in arrays])
+        for i in range(0, last - first, at_once)
+      ]
+      pending.append((first, last, parts))
+      if len(pending) > 2 * len(devices):
+        yield finish(progress)
+    while pending:
+      yield finish(progress)
 
 
 @dataclasses.dataclass(frozen=True)

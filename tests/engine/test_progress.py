@@ -2,12 +2,13 @@
 
 import io
 import sys
+import threading
 import time
 
 import pytest
 
 from jaxinf.engine import progress
-from jaxinf.engine.progress import Progress, clock
+from jaxinf.engine.progress import Progress, clock, watched
 
 
 class Terminal(io.StringIO):
@@ -52,6 +53,20 @@ def test_without_a_label_a_terminal_shows_nothing(on_terminal):
   with Progress(None, 8, "rows") as bar:
     bar.advance(8)
   assert terminal.getvalue() == ""
+
+
+def test_who_watches_is_told_of_labelled_work_in_the_thread_alone():
+  told = []
+  with watched(lambda *step: told.append(step)):
+    for label in ("work", None):
+      with Progress(label, 5, "steps", start=1) as progress:
+        progress.advance(2)
+        progress.advance_to(5)
+    thread = threading.Thread(target=lambda: Progress("other", 1, "steps").advance(1))
+    thread.start()
+    thread.join()
+  Progress("after", 1, "steps").advance(1)
+  assert told == [("work", done, 5, "steps") for done in (1, 3, 5)]
 
 
 def test_elsewhere_there_is_a_line_every_so_often(monkeypatch, caplog):

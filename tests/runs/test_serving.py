@@ -13,6 +13,7 @@ from jaxinf.attribution.influence import influence
 from jaxinf.core.damping import RelativeDamping
 from jaxinf.core.examples import Examples
 from jaxinf.engine import artifacts
+from jaxinf.explorer.uploads import Asked, StoreScorer
 from jaxinf.runs import serving
 from jaxinf.runs.perform import perform
 from jaxinf.runs.run import Run, load_curvature, load_model
@@ -168,6 +169,25 @@ def test_a_finished_store_is_reused_and_a_missing_one_is_made_again(copy, monkey
   after = RowStore.open(serving.store_folder(copy)).read(0, NUM_TRAIN)
   for ours, theirs in zip(after, before, strict=True):
     np.testing.assert_array_equal(ours, theirs)
+
+
+def test_an_upload_is_scored_as_the_stage_query_scores_files(indexed, images):
+  """By the explorer, which tells of its progress, and at any other damping."""
+  contents = np.load(images.with_suffix(".npz"))
+  told, scorer = [], StoreScorer(indexed)
+  assert not scorer.needs_label
+  image = scorer.image_of((images / "two.png").read_bytes())
+  np.testing.assert_array_equal(image, contents["images"][1])
+  found = scorer.scores(image, Asked("two.png"), lambda *step: told.append(step))
+  expected = serving.query(given(indexed, images)).arrays
+  best = found.top(indexed.config.query.top_k)
+  np.testing.assert_array_equal(best.ids[0], expected["ids"][1])
+  # float32: the two images of the file are multiplied with the rows together
+  np.testing.assert_allclose(best.values[0], expected["values"][1], rtol=1e-4)
+  step, done, total = told[-1]
+  assert step == "products with the store" and done == total >= NUM_TRAIN
+  other = scorer.scores(image, Asked("two.png", damping=1e-1), lambda *step: None)
+  assert other.settings["damping"] == 1e-1 and not np.allclose(other.values, found.values)
 
 
 @pytest.mark.parametrize(("field", "value"), [("draws", 6), ("compression", "int8")])

@@ -24,7 +24,7 @@ def test_a_row_is_complete(row):
   assert not row.shows or (row.kept and callable(pkgutil.resolve_name(row.shows)))
   assert set(row.needs) | set(row.steps) <= set(STAGES)
   assert row.data in (None, "images", "labelled") and row.models in ("first", "each", "all")
-  flags = {"images", "ids", "shard", "json", "truth", "scores"}
+  flags = {"images", "ids", "shard", "json", "truth", "scores", "host", "port"}
   assert set(row.flags) <= flags or not row.of_run
   assert row.also == table.EVERY_SECTION or set(row.also) <= set(vars(Config()))
   assert not row.kept or row.section

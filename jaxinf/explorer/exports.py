@@ -21,6 +21,7 @@ from jaxinf.explorer.views import (
   positions_of,
 )
 from jaxinf.report.attribution_figure import attribution_figure
+from jaxinf.report.canvas import png
 from jaxinf.report.pictures import picture_of
 from jaxinf.report.rows import TITLES, Neighbour, Row, common_unit
 from jaxinf.scores.scores import Scores
@@ -102,7 +103,7 @@ def figure(findings: Findings, scores: Scores, picture: Any, identity: str, k: i
 
   groups = {name: neighbours(name) for name in TITLES}
   rows = [Row(picture_of(picture), identity, groups, np.sort(scores.values[0]))]
-  return attribution_figure(rows, common_unit(rows))
+  return png(attribution_figure(rows, common_unit(rows)))
 
 
 def _picture(findings: Findings, position: int) -> np.ndarray | None:

@@ -147,7 +147,8 @@ STAGES: dict[str, Stage] = {stage.name: stage for stage in (
   Stage("explore",
         "open the run in a browser: who supports each sample, what if images were removed, scores "
         "of images that you upload (not part of all; needs jaxinf[explore])",
-        does="jaxinf.explorer.serve:explore", data=None, flags=("host", "port")),
+        does="jaxinf.explorer.serve:explore", data=None, also=("data", "query"),
+        flags=("host", "port")),
   Stage("all", "all of these that the config needs; finished stages are reused",
         steps=("train", "sample", "curvature", "attribute", "report")),
 

@@ -98,7 +98,7 @@ def test_the_store_answers_with_means_over_models(both, tmp_path):
   asked = dataclasses.replace(run, workdir=tmp_path / "work", images=tmp_path / "new.npz")
   found = serving.query(asked).arrays
   images = serving._given_images(asked)
-  stores = serving._stores(asked)
+  stores = serving.opened_stores(asked)
   each = [store.query(**serving._question(model, store, images)) for model, store in stores]
   expected = mean_scores(each).top(3)
   np.testing.assert_array_equal(found["ids"], expected.ids)
@@ -106,13 +106,13 @@ def test_the_store_answers_with_means_over_models(both, tmp_path):
   # An append that was stopped between two stores goes on with the second.
   first = dataclasses.replace(asked.each_model()[0], images=asked.images)
   serving.append(first)
-  assert [len(store) for _, store in serving._stores(asked)] == [26, 24]
+  assert [len(store) for _, store in serving.opened_stores(asked)] == [26, 24]
   serving.append(asked)
-  assert [len(store) for _, store in serving._stores(asked)] == [26, 26]
+  assert [len(store) for _, store in serving.opened_stores(asked)] == [26, 26]
   with pytest.raises(ValueError, match="2 of 2 ids are in the store already"):
     serving.append(asked)
   serving.delete(dataclasses.replace(asked, ids=("x", "y")))
-  assert [len(store) for _, store in serving._stores(asked)] == [24, 24]
+  assert [len(store) for _, store in serving.opened_stores(asked)] == [24, 24]
 
 
 def test_tables_have_a_column_for_every_number_of_models(both, capsys):

@@ -17,7 +17,8 @@ export MALLOC_TRIM_THRESHOLD_ = 68719476736
 export MALLOC_TOP_PAD_ = 67108864
 
 .PHONY: demo test test-next test-interop bench-gradients bench-draws bench-store bench-curvature \
-	bench-trak bench-plan bench-lds bench-retrain bench-autoencoder docs truths lint lock clean
+	bench-trak bench-plan bench-lds bench-retrain bench-autoencoder docs notebooks truths lint lock \
+	clean
 
 # Train, sample, fit curvature, attribute and report on scikit-learn's digits.
 demo: .venv/installed
@@ -109,6 +110,12 @@ docs: .venv-docs/installed
 		--include='*.html' site || { echo "these pages load something from elsewhere" >&2; exit 1; }
 	@echo "site/index.html"
 
+# Executes the notebooks and writes their outputs, pictures too; NOTEBOOKS= some of them.
+NOTEBOOKS ?= $(wildcard notebooks/*.ipynb)
+
+notebooks: .venv-notebooks/installed
+	.venv-notebooks/bin/python notebooks/run.py $(NOTEBOOKS)
+
 lint: .venv/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -127,7 +134,8 @@ lock:
 		--python-version 3.11 --no-annotate --no-header --output-file docs/requirements.lock -
 
 clean:
-	rm -rf .venv .venv-docs .venv-next .venv-interop .venv-lock .pytest_cache runs build site *.egg-info
+	rm -rf .venv .venv-docs .venv-notebooks .venv-next .venv-interop .venv-lock .pytest_cache runs \
+		build site *.egg-info
 
 .venv/installed: requirements.lock setup.cfg
 	@test -n "$(PYTHON)" || { echo "jaxinf needs Python 3.11, 3.12 or 3.13" >&2; exit 1; }
@@ -141,6 +149,15 @@ clean:
 	@test -n "$(PYTHON)" || { echo "the documentation needs Python 3.11, 3.12 or 3.13" >&2; exit 1; }
 	$(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/python $(PIP) install --no-deps -r docs/requirements.lock
+	@touch $@
+
+.venv-notebooks/installed: requirements.lock setup.cfg
+	@test -n "$(PYTHON)" || { echo "jaxinf needs Python 3.11, 3.12 or 3.13" >&2; exit 1; }
+	$(PYTHON) -m venv .venv-notebooks
+	.venv-notebooks/bin/python $(PIP) install --no-deps -r requirements.lock
+	.venv-notebooks/bin/python $(PIP) install --constraint requirements.lock \
+		equinox==0.13.8 ipykernel==7.4.0 nbclient==0.11.0 nbformat==5.11.1
+	.venv-notebooks/bin/python $(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
 .venv-next/installed: requirements.lock setup.cfg

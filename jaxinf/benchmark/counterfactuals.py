@@ -164,7 +164,7 @@ def _predicted(run: Run) -> np.ndarray:
     if method == RANDOM or not row_of(method, config.measurement).kind.curved:
       continue
     scores = _scores(run, method)
-    for q, order in enumerate(_orders(run, method)):
+    for q, order in enumerate(_most_supporting(scores, config.num_queries)):
       for s, share in enumerate(config.shares):
         removed = scores.train_ids[order[: round(share * len(order))]]
         found[m, s, q] = scores.predicted_change(removed).changes[q]
@@ -280,8 +280,12 @@ def _orders(run: Run, method: str) -> list[np.ndarray]:
   if method == RANDOM:
     order = lambda query: np.random.default_rng((run.config.seed, query))
     return [order(query).permutation(len(run.dataset)) for query in range(config.num_queries)]
-  values = _scores(run, method).values[: config.num_queries]
-  return list(np.argsort(-values, axis=1, kind="stable"))
+  return _most_supporting(_scores(run, method), config.num_queries)
+
+
+def _most_supporting(scores: Scores, num_queries: int) -> list[np.ndarray]:
+  """For each of the first queries, positions of the training images from the best score down."""
+  return list(np.argsort(-scores.values[:num_queries], axis=1, kind="stable"))
 
 
 def _scores(run: Run, method: str) -> Scores:

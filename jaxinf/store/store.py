@@ -168,10 +168,8 @@ class Store:
     Raises:
       ValueError: the arguments don't fit together or the store is damaged.
     """
-    asked = draws.of_queries(draws)
-    measured = measurement_named(measurement)
-    search = self._search(queries, damping, asked, measured, layers, compute)
-    return search.scores(queries.ids, self._settings_of(search, damping, asked, measured))
+    search, settings = self._search(queries, damping, draws, measurement, layers, compute)
+    return search.scores(queries.ids, settings)
 
   def layer_scores(
     self,
@@ -184,10 +182,8 @@ class Store:
     compute: Compute = Compute(),
   ) -> LayerScores:
     """Scores through each layer, otherwise as `query`, whose scores are their sum."""
-    asked = draws.of_queries(draws)
-    measured = measurement_named(measurement)
-    search = self._search(queries, damping, asked, measured, layers, compute)
-    return search.layer_scores(queries.ids, self._settings_of(search, damping, asked, measured))
+    search, settings = self._search(queries, damping, draws, measurement, layers, compute)
+    return search.layer_scores(queries.ids, settings)
 
   def top(
     self,
@@ -204,9 +200,8 @@ class Store:
 
     The positions in the ranking are rows of the store.
     """
-    asked = draws.of_queries(draws)
-    measured = measurement_named(measurement)
-    return self._search(queries, damping, asked, measured, layers, compute).best(k)
+    search, _ = self._search(queries, damping, draws, measurement, layers, compute)
+    return search.best(k)
 
   def self_influence(
     self,
@@ -218,9 +213,9 @@ class Store:
     """How much each example of the store is learned from itself alone, from its rows.
 
     Equal to `jaxinf.self_influence` of the same examples and draws, their loss_power included, but
-    for compression. Rows in 2
-    replicates give it without bias, and in 3 or more with standard errors. Rows in one replicate
-    give squares of noisy gradients, which are too large by the noise: with a warning.
+    for compression. Rows in 2 replicates give it without bias, and in 3 or more with standard
+    errors. Rows in one replicate give squares of noisy gradients, which are too large by the noise:
+    with a warning.
 
     Args:
       damping: λ > 0, in the units of the curvature; any, at no cost.
@@ -247,36 +242,23 @@ class Store:
     settings = {**self.settings, "damping": float(damping), "layers": names}
     return SelfInfluence.of_products(products, ids, settings)
 
-  def _settings_of(
-    self, search: Search, damping: Damping, draws: Draws, measurement: Measurement
-  ) -> dict[str, Any]:
-    """What an answer was computed with, as JSON."""
-    return {
-      **self.settings,
-      **damping_settings(damping),
-      "layers": tuple(search.vectors),
-      "measurement": measurement.name or "custom",
-      "query_draws": draws.num,
-      "query_replicates": draws.replicates,
-      "query_seed": draws.seed,
-    }
-
   def _search(
     self,
     queries: Examples,
     damping: Damping,
     draws: Draws,
-    measurement: Measurement,
+    measurement: str | Measurement,
     layers: Sequence[str] | None,
     compute: Compute,
-  ) -> Search:
-    """The query vectors, to be compared with the rows."""
+  ) -> tuple[Search, dict[str, Any]]:
+    """The query vectors, to be compared with the rows, and what an answer is computed with."""
+    draws, measured = draws.of_queries(draws), measurement_named(measurement)
     self.curvature.check_damping(damping)
     check_queries(queries)
     self.rows.refresh()
     names = matching_layers(self.packing.shapes, layers)
     grads = gradient_batches(
-      self._gradients(queries, measurement, draws),
+      self._gradients(queries, measured, draws),
       row_operands(self.curvature.model.params, draws, QUERY),
       queries,
       draws,
@@ -291,9 +273,18 @@ class Store:
       layers=names,
     )
     centred = self.draws.power != 1
-    return Search(
+    search = Search(
       self.rows, self.packing, self.curvature, vectors, replicates, compute.devices, centred
     )
+    return search, {
+      **self.settings,
+      **damping_settings(damping),
+      "layers": tuple(vectors),
+      "measurement": measured.name or "custom",
+      "query_draws": draws.num,
+      "query_replicates": draws.replicates,
+      "query_seed": draws.seed,
+    }
 
   def _gradients(
     self, examples: Examples, measurement: Measurement, draws: Draws
